@@ -1,0 +1,22 @@
+"""Post-training pruning of one linear map: statistics -> scores -> mask -> weights. Pure functions on tensors.
+
+D²Prune: Sparsifying Large Language Models via Dual Taylor Expansion and Attention Distribution Awareness (AAAI 2026),
+with the methods that it builds on and is compared with: magnitude, Wanda, SparseGPT.
+"""
+
+from functional.pruning.masks import Pattern, parse_pattern, zeros_wanted
+from functional.pruning.prune import METHODS, PruneResult, prune_linear
+from functional.pruning.solver import NotPositiveDefiniteError
+from functional.pruning.statistics import InputStatistics, OutputStatistics
+
+__all__ = [
+    "METHODS",
+    "InputStatistics",
+    "NotPositiveDefiniteError",
+    "OutputStatistics",
+    "Pattern",
+    "PruneResult",
+    "parse_pattern",
+    "prune_linear",
+    "zeros_wanted",
+]

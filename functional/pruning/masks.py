@@ -1,0 +1,92 @@
+"""From scores to masks: which entries of a (rows, columns) score matrix are kept.
+
+Larger score = keep; True = kept; ties lose from the left (stable sort), so a mask is the same on every device.
+"N:M" means N zeros in every M consecutive weights of a row: 3:4 is 75 % zeros.
+"""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pattern(NamedTuple):
+    """N:M semi-structured sparsity."""
+
+    zeros: int
+    group: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return self.zeros / self.group
+
+    def __str__(self) -> str:
+        return f"{self.zeros}:{self.group}"
+
+
+def parse_pattern(pattern: str | Pattern | None) -> Pattern | None:
+    """ "2:4" -> Pattern(zeros=2, group=4); None stays None.
+
+    Raises:
+        ValueError: If it is not of the form N:M with 0 < N < M.
+    """
+    if pattern is None or isinstance(pattern, Pattern):
+        return pattern
+    match = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", pattern) if isinstance(pattern, str) else None
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ValueError(
+            f"Argument `pattern` expected to be N:M, N zeros in every M weights with 0 < N < M, such as '2:4', "
+            f"but got {pattern!r}."
+        )
+    return Pattern(int(match[1]), int(match[2]))
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Raise a ValueError unless 0 <= sparsity < 1."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+        raise ValueError(f"Argument `sparsity` expected to be a share of zeros in [0, 1) but got {sparsity!r}.")
+
+
+def zeros_wanted(numel: int, sparsity: float) -> int:
+    """⌊numel · sparsity⌋ with the sparsity as written in decimals: 29 % of 100 is 29, not 28 as in binary floating point."""
+    return int(numel * Fraction(str(float(sparsity))))
+
+
+def keep_largest(scores: Tensor, num_zeros: int) -> Tensor:
+    """Drop the `num_zeros` smallest scores of the whole matrix: bool, like `scores`."""
+    keep = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
+    keep[_order(scores.flatten())[:num_zeros]] = False
+    return keep.view_as(scores)
+
+
+def keep_largest_of_rows(scores: Tensor, num_zeros: int) -> Tensor:
+    """Drop the `num_zeros` smallest scores of every row (last dimension): bool, like `scores`."""
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    return keep.scatter_(-1, _order(scores)[..., :num_zeros], False)
+
+
+def keep_largest_of_groups(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Drop the N smallest scores of every group of M consecutive columns: bool, like `scores`, (rows, columns).
+
+    Raises:
+        ValueError: If M does not divide the number of columns.
+    """
+    check_divisible(scores.shape[1], pattern)
+    groups = scores.reshape(scores.shape[0], -1, pattern.group)
+    return keep_largest_of_rows(groups, pattern.zeros).view_as(scores)
+
+
+def check_divisible(in_features: int, pattern: Pattern) -> None:
+    """Raise a ValueError unless rows of `in_features` weights fall into whole groups."""
+    if in_features % pattern.group:
+        raise ValueError(
+            f"Argument `pattern`: {pattern} needs rows that fall into groups of {pattern.group}, but in_features is "
+            f"{in_features}. Choose an M that divides it, or an unstructured `sparsity`."
+        )
+
+
+def _order(scores: Tensor) -> Tensor:
+    return torch.sort(scores, dim=-1, stable=True).indices

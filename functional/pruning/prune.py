@@ -1,0 +1,188 @@
+"""Pruning of one linear map: (weight, statistics) -> (new weight, mask). D²Prune Eq. 7-10, 13-15 and its baselines.
+
+| method       | score                                  | compared within     | kept weights       |
+| ------------ | -------------------------------------- | ------------------- | ------------------ |
+| magnitude    | |W|                                    | the whole matrix    | unchanged          |
+| wanda        | W² ‖X_j‖²                              | a row               | unchanged          |
+| d2_wanda     | W² ‖X_j‖² + activation terms           | a row               | unchanged          |
+| sparsegpt    | W² / [H⁻¹]_jj                          | 128 columns         | OBS update         |
+| d2_sparsegpt | W² / [H⁻¹]_jj + activation terms       | 128 columns         | OBS update         |
+
+With an N:M pattern every method compares within each group of M weights of a row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from functional.pruning.masks import (
+    check_divisible,
+    check_sparsity,
+    keep_largest,
+    keep_largest_of_groups,
+    keep_largest_of_rows,
+    parse_pattern,
+    zeros_wanted,
+)
+from functional.pruning.scores import activation_terms, obs_score, wanda_score
+from functional.pruning.solver import inverse_factor, obs_prune
+from functional.pruning.statistics import ActivationNorm, InputStatistics, OutputStatistics, check_activation_norm
+
+METHODS = ("magnitude", "wanda", "sparsegpt", "d2_wanda", "d2_sparsegpt")
+
+
+@dataclass
+class PruneResult:
+    """A pruned linear map.
+
+    Attributes:
+        weight: (O, I), in the dtype and on the device of the given weight; exactly 0 where the mask is False.
+        mask: (O, I), bool, True = kept.
+        error: Σ ‖(W − Ŵ) x‖² over the calibration tokens.
+        norm: Σ ‖W x‖² over the calibration tokens.
+        scores: (O, I), float32, the scores that chose the mask.
+        damping: Share of the Hessian's mean diagonal that was added; None without weight update.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    error: float
+    norm: float
+    scores: Tensor
+    damping: float | None
+
+    @property
+    def relative_error(self) -> float:
+        """error / norm; 0 for a map whose outputs are all zero."""
+        return self.error / self.norm if self.norm else 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of entries that the mask drops."""
+        return 1 - self.mask.sum().item() / self.mask.numel()
+
+
+@torch.no_grad()
+def prune_linear(
+    weight: Tensor,
+    inputs: InputStatistics,
+    outputs: OutputStatistics | None = None,
+    method: str = "d2_sparsegpt",
+    sparsity: float = 0.5,
+    pattern: str | None = None,
+    lambda1: float = 1.0,
+    lambda2: float = 0.0,
+    scale: float = 1500.0,
+    activation_norm: ActivationNorm = "rms",
+    block_size: int = 128,
+    damping: float = 0.01,
+) -> PruneResult:
+    """Prune the weight of a linear map y = W x + b.
+
+    Args:
+        weight: W, (O, I), any floating dtype; not modified. The solve is float32 on the device of the statistics.
+        inputs: Statistics of x.
+        outputs: Statistics of y (with bias); needed by d2_wanda and d2_sparsegpt.
+        method: One of `METHODS`, see the table above.
+        sparsity: Share of zeros in [0, 1); not used with a pattern.
+        pattern: "N:M" = N zeros in every M consecutive weights of a row; M divides I.
+        lambda1: λ1, weight of the first-order activation term.
+        lambda2: λ2, weight of the second-order activation term.
+        scale: s in the activation norms; tokens per sample make `rms` the root mean square.
+        activation_norm: rms (Alg. 1) or official (the released code), see :mod:`functional.pruning.statistics`.
+        block_size: Columns that the weight update handles, and compares, at a time.
+        damping: Share of the Hessian's mean diagonal added to it; grows, with a warning, where that is not enough.
+
+    Returns:
+        The pruned weight, its mask and its error on the calibration tokens.
+
+    Raises:
+        ValueError: If an argument is out of range, the shapes do not fit, or weight or statistics are not finite.
+        NotPositiveDefiniteError: (a ValueError) If the Hessian cannot be factorised.
+    """
+    groups = parse_pattern(pattern)
+    _check(weight, inputs, outputs, method, sparsity, groups, lambda1, lambda2, scale, activation_norm, block_size, damping)
+    dense = weight.to(inputs.gram.device, torch.float32)
+    pruned, used_damping = dense.clone(), None
+
+    if method.endswith("sparsegpt"):
+        factor, dead, used_damping = inverse_factor(inputs.hessian(), damping)
+        pruned[:, dead] = 0
+        diagonal = factor.diagonal()
+        if method == "d2_sparsegpt":
+            x_norm = inputs.updated_activation_norm(activation_norm, scale)
+            y_norm = outputs.activation_norm(activation_norm, scale)
+
+        def score(current: Tensor, columns: slice) -> Tensor:
+            scores = obs_score(current, diagonal[columns])
+            if method == "d2_sparsegpt":
+                scores += activation_terms(current, x_norm[columns], y_norm, lambda1, lambda2)
+            return scores
+
+        pruned, mask, scores = obs_prune(pruned, factor, score, sparsity, groups, block_size)
+    else:
+        scores = dense.abs() if method == "magnitude" else wanda_score(dense, inputs.mean_square_norm())
+        if method == "d2_wanda":
+            x_norm = inputs.activation_norm(activation_norm, scale)
+            scores += activation_terms(dense, x_norm, outputs.activation_norm(activation_norm, scale), lambda1, lambda2)
+        if groups is not None:
+            mask = keep_largest_of_groups(scores, groups)
+        elif method == "magnitude":
+            mask = keep_largest(scores, zeros_wanted(scores.numel(), sparsity))
+        else:
+            mask = keep_largest_of_rows(scores, zeros_wanted(scores.shape[1], sparsity))
+        pruned.masked_fill_(~mask, 0)
+
+    pruned = pruned.to(weight.dtype)
+    if not torch.isfinite(pruned).all():
+        raise ValueError(f"The updated weight does not fit into {weight.dtype}. Use bfloat16 or float32, or more `damping`.")
+    return PruneResult(
+        weight=pruned.to(weight.device),
+        mask=mask.to(weight.device),
+        error=_energy(dense - pruned.float(), inputs.gram),
+        norm=_energy(dense, inputs.gram),
+        scores=scores,
+        damping=used_damping,
+    )
+
+
+def _energy(weight: Tensor, gram: Tensor) -> float:
+    """Σ ‖W x‖² = tr(W G Wᵀ), never below 0."""
+    rows = (weight @ gram).mul_(weight).sum(1)
+    return max(rows.cpu().double().sum().item(), 0.0)
+
+
+def _check(
+    weight, inputs, outputs, method, sparsity, groups, lambda1, lambda2, scale, activation_norm, block_size, damping
+) -> None:
+    if method not in METHODS:
+        raise ValueError(f"Argument `method` expected to be one of {', '.join(METHODS)} but got {method!r}.")
+    if weight.ndim != 2 or not weight.is_floating_point() or weight.shape[1] != inputs.features:
+        raise ValueError(
+            f"Argument `weight` expected to be floating point of shape (out_features, {inputs.features}) but got "
+            f"{weight.dtype} of shape {tuple(weight.shape)}."
+        )
+    inputs.check_filled()
+    if method.startswith("d2_"):
+        if outputs is None or outputs.features != weight.shape[0]:
+            raise ValueError(
+                f"Argument `outputs` expected to be OutputStatistics({weight.shape[0]}) for method {method} but got "
+                + ("None." if outputs is None else f"OutputStatistics({outputs.features}).")
+            )
+        outputs.check_filled()
+        check_activation_norm(activation_norm, scale)
+    if groups is None:
+        check_sparsity(sparsity)
+    else:
+        check_divisible(weight.shape[1], groups)
+    if block_size < 1:
+        raise ValueError(f"Argument `block_size` expected to be a positive number of columns but got {block_size}.")
+    if not 0 <= damping <= 1:
+        raise ValueError(f"Argument `damping` expected to be in [0, 1] but got {damping}.")
+    for name, value in {"lambda1": lambda1, "lambda2": lambda2}.items():
+        if not abs(value) < float("inf"):
+            raise ValueError(f"Argument `{name}` expected to be a finite number but got {value}.")
+    for name, tensor in {"weight": weight, "inputs": inputs.gram}.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"Argument `{name}` holds NaN or Inf.")

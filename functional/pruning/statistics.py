@@ -1,0 +1,205 @@
+"""Calibration statistics of one linear map y = W x + b: sums over calibration samples, divided only at the end.
+
+Every quantity is a sum (and a count), so any order, batching, split over processes or merge gives the same result up to
+float32 rounding. The norms of D²Prune (Eq. 13-15) come in two modes; with N samples, s the `scale`, n = 1..N the position
+of a sample in the calibration set and ‖·‖ the Euclidean norm over the tokens of one sample:
+
+    rms       x̂_j = sqrt( Σ_n ‖X_n,j‖² / (N s) )                                     Alg. 1; s = tokens per sample: the RMS
+    official  x̂_j = Σ_n (n/N) ‖X_n,j‖ / s             layers without weight update    what the released code computes
+              x̂_j = Σ_n (n/N) √(2/n) ‖X_n,j‖ / s      layers with weight update       by rescaling its sums by n/(n+1)
+
+and ŷ_i likewise from the outputs (`official`: without the √(2/n)). Letters: N samples, L tokens, I inputs, O outputs.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+ActivationNorm = Literal["rms", "official"]
+
+
+class _Statistics:
+    """Sums over samples of per-channel norms: what inputs and outputs have in common.
+
+    Args:
+        features: Number of channels.
+        device: Where the sums live; the device of the first batch when None.
+    """
+
+    _SUMS: tuple[str, ...] = ("square_norm", "weighted_norm")
+
+    def __init__(self, features: int, device: torch.device | str | None = None) -> None:
+        if features < 1:
+            raise ValueError(f"Argument `features` expected to be a positive integer but got {features}.")
+        self.features = features
+        self.num_samples = 0
+        self.num_tokens = 0
+        self._device = None if device is None else torch.device(device)
+        self._sums: dict[str, Tensor] = {}
+
+    @property
+    def square_norm(self) -> Tensor:
+        """Σ_n ‖X_n,j‖², float32, (features,)."""
+        return self._sum("square_norm")
+
+    @property
+    def weighted_norm(self) -> Tensor:
+        """Σ_n n ‖X_n,j‖, float32, (features,)."""
+        return self._sum("weighted_norm")
+
+    def sums(self) -> dict[str, Tensor]:
+        """The tensors to add over processes, by name; reduce in place by sum, and the counts beside them."""
+        return {name: self._sum(name) for name in self._SUMS}
+
+    def update(self, x: Tensor, sample_index: int | Tensor) -> Self:
+        """Add samples.
+
+        Args:
+            x: (samples, tokens, features), any floating dtype; the sums are float32.
+            sample_index: Position of ``x[0]`` in the whole calibration set, counted from 0 (the others follow it), or the
+                positions of all samples, (samples,).
+
+        Raises:
+            ValueError: If the shape or the positions do not fit.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.features:
+            raise ValueError(
+                f"Argument `x` expected to have the shape (samples, tokens, {self.features}) but got {tuple(x.shape)}."
+            )
+        positions = _positions(sample_index, len(x), x.device)
+        norm = torch.linalg.vector_norm(x.detach(), dim=1, dtype=torch.float32)  # (samples, features)
+        self._device = self._device or x.device
+        self._add("square_norm", norm.square().sum(0))
+        self._add("weighted_norm", positions @ norm)
+        self._update_more(x.detach(), norm, positions)
+        self.num_samples += len(x)
+        self.num_tokens += x.shape[0] * x.shape[1]
+        return self
+
+    def merge(self, other: Self) -> Self:
+        """Add the sums of `other` (same features) to these."""
+        if type(other) is not type(self) or other.features != self.features:
+            raise ValueError(
+                f"Argument `other` expected to be {type(self).__name__}({self.features}) but got "
+                f"{type(other).__name__}({getattr(other, 'features', '?')})."
+            )
+        if other.num_samples:
+            self._device = self._device or other._device
+            for name, value in other.sums().items():
+                self._add(name, value.to(self._sum(name).device))
+        self.num_samples += other.num_samples
+        self.num_tokens += other.num_tokens
+        return self
+
+    def activation_norm(self, mode: ActivationNorm, scale: float) -> Tensor:
+        """ŷ (outputs), or x̂ of a layer without weight update (inputs): float32, (features,)."""
+        check_activation_norm(mode, scale)
+        self.check_filled()
+        if mode == "rms":
+            return (self.square_norm / (self.num_samples * scale)).sqrt()
+        return self.weighted_norm / (self.num_samples * scale)
+
+    def check_filled(self) -> None:
+        """Raise a ValueError if no token was ever added."""
+        if self.num_tokens == 0:
+            raise ValueError(f"These {type(self).__name__} hold no tokens. Call `update` with calibration data first.")
+
+    def _update_more(self, x: Tensor, norm: Tensor, positions: Tensor) -> None:
+        """Further sums of a subclass."""
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return (self.features,)
+
+    def _sum(self, name: str) -> Tensor:
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(self._shape(name), dtype=torch.float32, device=self._device or "cpu")
+        return self._sums[name]
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sum(name).add_(value)
+
+
+class InputStatistics(_Statistics):
+    """What pruning needs of the inputs x of a linear map; linears that read the same tensor share one.
+
+    Args:
+        in_features: I, number of input channels.
+        device: Where the sums live; the device of the first batch when None.
+    """
+
+    _SUMS = (*_Statistics._SUMS, "root_weighted_norm", "gram")
+
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        super().__init__(in_features, device)
+
+    @property
+    def gram(self) -> Tensor:
+        """Σ x xᵀ over all tokens, float32, (I, I)."""
+        return self._sum("gram")
+
+    @property
+    def root_weighted_norm(self) -> Tensor:
+        """Σ_n √(2n) ‖X_n,j‖ = Σ_n n √(2/n) ‖X_n,j‖, float32, (I,)."""
+        return self._sum("root_weighted_norm")
+
+    def hessian(self) -> Tensor:
+        """H = (2/N) Σ_n X_n X_nᵀ, a new tensor, float32, (I, I)."""
+        self.check_filled()
+        return self.gram * (2 / self.num_samples)
+
+    def mean_square_norm(self) -> Tensor:
+        """(1/N) Σ_n ‖X_n,j‖², Wanda's scaler, float32, (I,)."""
+        self.check_filled()
+        return self.square_norm / self.num_samples
+
+    def updated_activation_norm(self, mode: ActivationNorm, scale: float) -> Tensor:
+        """x̂ of a layer with weight update (D²-SparseGPT): float32, (I,)."""
+        if mode == "official":
+            check_activation_norm(mode, scale)
+            self.check_filled()
+            return self.root_weighted_norm / (self.num_samples * scale)
+        return self.activation_norm(mode, scale)
+
+    def _update_more(self, x: Tensor, norm: Tensor, positions: Tensor) -> None:
+        self._add("root_weighted_norm", (2 * positions).sqrt() @ norm)
+        tokens = x.reshape(-1, self.features).to(torch.float32)
+        self.gram.addmm_(tokens.T, tokens)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return (self.features, self.features) if name == "gram" else (self.features,)
+
+
+class OutputStatistics(_Statistics):
+    """What pruning needs of the outputs y of a linear map.
+
+    Args:
+        out_features: O, number of output channels.
+        device: Where the sums live; the device of the first batch when None.
+    """
+
+    def __init__(self, out_features: int, device: torch.device | str | None = None) -> None:
+        super().__init__(out_features, device)
+
+
+def check_activation_norm(mode: str, scale: float) -> None:
+    """Raise a ValueError unless `mode` is known and `scale` positive."""
+    if mode not in get_args(ActivationNorm):
+        raise ValueError(f"Argument `activation_norm` expected to be rms or official but got {mode!r}.")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"Argument `scale` expected to be a positive number but got {scale}.")
+
+
+def _positions(sample_index: int | Tensor, num_samples: int, device: torch.device) -> Tensor:
+    """1-based positions n of the samples, float32, (samples,)."""
+    if isinstance(sample_index, Tensor) and sample_index.ndim:
+        positions, valid = sample_index.to(device), sample_index.shape == (num_samples,)
+    else:
+        first = int(sample_index)
+        positions, valid = torch.arange(first, first + num_samples, device=device), first >= 0
+    if not valid:
+        raise ValueError(
+            f"Argument `sample_index` expected to be a position from 0 on, or {num_samples} of them, but got {sample_index}."
+        )
+    return positions.to(torch.float32) + 1

@@ -1,0 +1,113 @@
+"""InputStatistics and OutputStatistics: sums that do not depend on order, batching or where they were taken."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from functional.pruning import InputStatistics, OutputStatistics
+
+SAMPLES, TOKENS, FEATURES = 6, 5, 4
+X = torch.randn(SAMPLES, TOKENS, FEATURES, generator=torch.Generator().manual_seed(1))
+
+
+def running_rescale(samples, scale, updated):
+    """The order-dependent recursion of the released code, in float64: rescale by n/(n+1), then add un-normalised."""
+    total = torch.zeros(samples.shape[-1], dtype=torch.float64)
+    for n, sample in enumerate(samples.double()):
+        total *= n / (n + 1)
+        total += (2 / (n + 1)) ** 0.5 * sample.norm(dim=0) / scale if updated else sample.norm(dim=0) / scale
+    return total
+
+
+def test_gram_hessian_and_norms():
+    statistics = InputStatistics(FEATURES).update(X, 0)
+    tokens = X.double().reshape(-1, FEATURES)
+    gram = sum(torch.outer(token, token) for token in tokens)
+    torch.testing.assert_close(statistics.gram.double(), gram, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(statistics.hessian().double(), 2 / SAMPLES * gram, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(statistics.mean_square_norm().double(), gram.diagonal() / SAMPLES, rtol=1e-5, atol=1e-6)
+    assert (statistics.num_samples, statistics.num_tokens) == (SAMPLES, SAMPLES * TOKENS)
+
+
+def test_official_norms_equal_the_recursion_of_the_released_code():
+    inputs, outputs = InputStatistics(FEATURES).update(X, 0), OutputStatistics(FEATURES).update(X, 0)
+    without, updated = running_rescale(X, 3.0, False), running_rescale(X, 3.0, True)
+    torch.testing.assert_close(inputs.activation_norm("official", 3.0).double(), without, rtol=1e-5, atol=0)
+    torch.testing.assert_close(inputs.updated_activation_norm("official", 3.0).double(), updated, rtol=1e-5, atol=0)
+    torch.testing.assert_close(outputs.activation_norm("official", 3.0).double(), without, rtol=1e-5, atol=0)
+
+
+def test_rms_with_the_number_of_tokens_as_scale_is_the_root_mean_square():
+    expected = X.double().square().mean((0, 1)).sqrt()
+    for statistics in (InputStatistics(FEATURES), OutputStatistics(FEATURES)):
+        norm = statistics.update(X, 0).activation_norm("rms", TOKENS)
+        torch.testing.assert_close(norm.double(), expected, rtol=1e-5, atol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=st.permutations(range(SAMPLES)), cuts=st.sets(st.integers(1, SAMPLES - 1)), contiguous=st.booleans())
+def test_any_order_batching_and_split_gives_the_same_sums(order, cuts, contiguous):
+    """Batches of any size in any order, each into a part of its own, merged: the parts know only global positions."""
+    if contiguous:
+        order = list(range(SAMPLES))
+    bounds = [0, *sorted(cuts), SAMPLES]
+    parts = []
+    for start, end in itertools.pairwise(bounds):
+        chosen = torch.tensor(order[start:end])
+        parts.append(InputStatistics(FEATURES).update(X[chosen], start if contiguous else chosen))
+    merged = parts.pop()
+    while parts:
+        merged.merge(parts.pop())
+    whole = InputStatistics(FEATURES).update(X, 0)
+    assert (merged.num_samples, merged.num_tokens) == (whole.num_samples, whole.num_tokens)
+    for name, value in whole.sums().items():
+        torch.testing.assert_close(merged.sums()[name], value, rtol=2e-6, atol=1e-6, msg=name)
+
+
+def test_official_depends_on_positions_and_rms_does_not():
+    reversed_positions = InputStatistics(FEATURES).update(X.flip(0), 0)
+    in_order = InputStatistics(FEATURES).update(X, 0)
+    assert not torch.allclose(
+        reversed_positions.activation_norm("official", 1.0), in_order.activation_norm("official", 1.0), rtol=1e-3
+    )
+    torch.testing.assert_close(reversed_positions.activation_norm("rms", 1.0), in_order.activation_norm("rms", 1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_summed_in_float32(dtype):
+    x = (X * 300).to(dtype)  # squares and sums leave float16's range
+    statistics = InputStatistics(FEATURES).update(x, 0)
+    assert statistics.gram.dtype == torch.float32 and statistics.gram.isfinite().all()
+    torch.testing.assert_close(statistics.gram, InputStatistics(FEATURES).update(x.float(), 0).gram)
+    assert statistics.square_norm.isfinite().all()
+
+
+def test_merging_nothing_changes_nothing():
+    statistics = InputStatistics(FEATURES).update(X, 0)
+    before = statistics.gram.clone()
+    statistics.merge(InputStatistics(FEATURES))
+    assert torch.equal(statistics.gram, before) and statistics.num_samples == SAMPLES
+    empty = InputStatistics(FEATURES).merge(statistics)
+    assert torch.equal(empty.gram, before) and empty.num_tokens == SAMPLES * TOKENS
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: InputStatistics(0), "`features` expected to be a positive integer but got 0"),
+        (lambda: InputStatistics(4).update(X[0], 0), r"shape \(samples, tokens, 4\) but got \(5, 4\)"),
+        (lambda: InputStatistics(3).update(X, 0), r"shape \(samples, tokens, 3\)"),
+        (lambda: InputStatistics(4).update(X, -1), "`sample_index` expected to be a position from 0 on.*-1"),
+        (lambda: InputStatistics(4).update(X, torch.arange(3)), "`sample_index`.*6 of them"),
+        (lambda: InputStatistics(4).activation_norm("rms", 1.0), "hold no tokens. Call `update`"),
+        (lambda: InputStatistics(4).hessian(), "hold no tokens"),
+        (lambda: InputStatistics(4).update(X, 0).merge(InputStatistics(3)), r"expected to be InputStatistics\(4\)"),
+        (lambda: InputStatistics(4).update(X, 0).merge(OutputStatistics(4)), r"but got OutputStatistics\(4\)"),
+    ],
+)
+def test_wrong_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
