@@ -7,10 +7,11 @@ with the methods that it builds on and is compared with: magnitude, Wanda, Spars
 from functional.pruning.masks import Pattern, parse_pattern, zeros_wanted
 from functional.pruning.prune import METHODS, PruneResult, prune_linear
 from functional.pruning.solver import NotPositiveDefiniteError
-from functional.pruning.statistics import InputStatistics, OutputStatistics
+from functional.pruning.statistics import ActivationNorm, InputStatistics, OutputStatistics
 
 __all__ = [
     "METHODS",
+    "ActivationNorm",
     "InputStatistics",
     "NotPositiveDefiniteError",
     "OutputStatistics",

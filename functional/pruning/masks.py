@@ -55,6 +55,17 @@ def zeros_wanted(numel: int, sparsity: float) -> int:
     return int(numel * Fraction(str(float(sparsity))))
 
 
+def zeros_of(shape: tuple[int, int], method: str, sparsity: float, pattern: str | Pattern | None) -> int:
+    """How many zeros `prune_linear` puts into a weight of this shape, (O, I)."""
+    rows, columns = shape
+    groups = parse_pattern(pattern)
+    if groups is not None:
+        return rows * columns // groups.group * groups.zeros
+    if method in ("wanda", "d2_wanda"):
+        return rows * zeros_wanted(columns, sparsity)
+    return zeros_wanted(rows * columns, sparsity)
+
+
 def keep_largest(scores: Tensor, num_zeros: int) -> Tensor:
     """Drop the `num_zeros` smallest scores of the whole matrix: bool, like `scores`."""
     keep = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)

@@ -1,0 +1,329 @@
+"""Text for pruning language models: calibration windows, held-out windows, test windows.
+
+Documents are joined by a blank line and tokenised without special tokens, as in SparseGPT, and cut into windows of
+`seq_len` tokens. What is held out is never calibrated on:
+
+- at least 10 documents: the documents are shuffled, and those at the end of that order, until they hold enough tokens,
+  are held out whole. Inside a part the documents keep the order of the source.
+- fewer documents, or a blank one among them (WikiText has the lines of a running text as rows, empty lines included, so
+  their order carries meaning): the last tokens of the joined text are held out.
+
+Every draw comes from one generator seeded with `seed`; the global random state is neither used nor changed.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from datamodules.text_sources import read_documents
+from functional.hub import resolve_model_path
+
+SEPARATOR = "\n\n"
+MIN_DOCUMENTS_TO_SPLIT = 10
+PARTS_OF_STAGE = {
+    "fit": ("calibration", "heldout"),
+    "validate": ("heldout",),
+    "test": ("test",),
+    "predict": ("heldout",),
+}
+
+Tokenise = Callable[[str], Tensor]
+
+
+class TextDataModule(LightningDataModule):
+    """Windows of text: calibration for `fit`, held-out for `validate` and `predict`, consecutive test text for `test`.
+
+    A batch is ``{"input_ids": LongTensor (batch, seq_len), "index": LongTensor (batch,)}``; `index` is the position of
+    the window in its part, from 0, whatever rank it lands on.
+
+    Args:
+        tokenizer: A hub id, a local directory, a .gguf file, or package://<python package>/<file>. Normally that of the
+            model.
+        source: Text of calibration and held-out windows: pydoc (the prose of CPython's documentation), a file, a
+            directory, hf://datasets/<repo>/<file>, <repo>:<config>:<split>, or a list of these.
+        test_source: Text of the test windows, in the same forms; null tests on the whole held-out part of `source`.
+        sampling: How calibration windows are drawn. joined: at random from the joined text (WikiText style). document:
+            each from one random document longer than `seq_len` (C4 style).
+        seq_len: Tokens a window.
+        num_calibration: Number of calibration windows.
+        num_heldout: Number of held-out windows; 0 holds nothing out, and there is no validation then.
+        batch_size: Windows a batch.
+        num_workers: Worker processes of each dataloader.
+        seed: Seed of the split and of the draws; null takes that of `seed_everything`, else 0.
+        text_field: Name of the JSON field or the parquet or dataset column that holds the text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | None = None,
+        source: str | list[str] = "pydoc",
+        test_source: str | list[str] | None = None,
+        sampling: Literal["joined", "document"] = "joined",
+        seq_len: int = 2048,
+        num_calibration: int = 128,
+        num_heldout: int = 16,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        seed: int | None = None,
+        text_field: str = "text",
+    ) -> None:
+        super().__init__()
+        _check_source("source", source)
+        if test_source is not None:
+            _check_source("test_source", test_source)
+        if sampling not in ("joined", "document"):
+            raise ValueError(f"Argument `sampling` must be 'joined' or 'document', got {sampling!r}.")
+        _check_int("seq_len", seq_len, 2)  # the first token of a window is never predicted
+        _check_int("num_calibration", num_calibration, 1)
+        _check_int("num_heldout", num_heldout, 0)
+        _check_int("batch_size", batch_size, 1)
+        _check_int("num_workers", num_workers, 0)
+        if seed is not None:
+            _check_int("seed", seed, 0)
+        if not isinstance(text_field, str) or not text_field:
+            raise ValueError(f"Argument `text_field` must be the name of a field or column, got {text_field!r}.")
+        self.save_hyperparameters()
+        self._windows: dict[str, Tensor] = {}
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._seed = seed
+
+    def setup(self, stage: str) -> None:
+        """Cut the windows that the stage needs and that no earlier stage has cut.
+
+        Raises:
+            ValueError: If the tokenizer or the text cannot be had, or the text is too short for the windows asked for.
+        """
+        if stage not in PARTS_OF_STAGE:
+            raise ValueError(f"Argument `stage` must be one of {', '.join(PARTS_OF_STAGE)}, got {stage!r}.")
+        missing = [part for part in PARTS_OF_STAGE[stage] if part not in self._windows]
+        if not missing:
+            return
+        if self._seed is None:  # kept from here on: another seed in a later stage would move the split
+            self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.hparams.tokenizer)
+        for part, (windows, origin) in self._cut(missing).items():
+            self._windows[part] = windows
+            rank_zero_info(f"Text, {part}: {len(windows)} windows, {windows.numel():,} tokens, of {origin}")
+
+    def _cut(self, parts: Sequence[str]) -> dict[str, tuple[Tensor, str]]:
+        """Windows (number, seq_len) of each part asked for, and in words what they were cut from."""
+        options, cut = self.hparams, {}
+        if parts == ["test"] and options.test_source is not None:
+            documents = read_documents(options.test_source, options.text_field)
+            tokens = self._tokenise(SEPARATOR.join(documents))
+            return {"test": (consecutive_windows(tokens, options.seq_len, "test_source"), f"{len(tokens):,} tokens")}
+        if parts == ["test"] and options.num_heldout == 0:
+            raise ValueError("Argument `test_source` is null and `num_heldout` is 0: there is no text to test on.")
+
+        generator = Generator().manual_seed(self._seed)
+        documents = read_documents(options.source, options.text_field)
+        calibration, heldout, rule = self._split(documents, generator)
+        origin = f"{len(heldout):,} held-out tokens ({rule})"
+        if "test" in parts:
+            cut["test"] = consecutive_windows(heldout, options.seq_len, "source"), origin
+        if "calibration" in parts:
+            cut["calibration"] = self._draw(documents, calibration, generator)
+        if "heldout" in parts:
+            size = options.num_heldout * options.seq_len
+            cut["heldout"] = heldout[:size].view(options.num_heldout, options.seq_len), origin
+        return cut
+
+    def _split(self, documents: Sequence[str], generator: Generator) -> tuple[list[int] | Tensor, Tensor, str]:
+        """Calibration (document indices, or tokens if split inside a text), held-out tokens, the rule applied."""
+        options = self.hparams
+        needed = options.num_heldout * options.seq_len
+        enough = len(documents) >= MIN_DOCUMENTS_TO_SPLIT
+        if options.sampling == "document" and needed and not enough:
+            raise ValueError(
+                f"Argument `sampling` is 'document', but {len(documents)} documents are too few to hold some out (at "
+                f"least {MIN_DOCUMENTS_TO_SPLIT}). Give more documents, or set `sampling: joined` or `num_heldout: 0`."
+            )
+        if options.sampling == "document" or (enough and all(document.strip() for document in documents)):
+            order, heldout = split_by_document(documents, self._tokenise, needed, generator)
+            return order, heldout, f"{len(documents) - len(order)} of {len(documents)} documents"
+        tokens = self._tokenise(SEPARATOR.join(documents))
+        return *split_by_position(tokens, needed, options.seq_len), "the end of the text"
+
+    def _draw(self, documents: Sequence[str], part: list[int] | Tensor, generator: Generator) -> tuple[Tensor, str]:
+        """Calibration windows, drawn from what `_split` left for calibration."""
+        seq_len, number = self.hparams.seq_len, self.hparams.num_calibration
+        if self.hparams.sampling == "document":
+            windows = draw_from_documents(documents, part, self._tokenise, seq_len, number, generator)
+            return windows, f"{len(part):,} documents"
+        if not isinstance(part, Tensor):
+            part = self._tokenise(SEPARATOR.join(documents[index] for index in sorted(part)))
+        return draw_from_stream(part, seq_len, number, generator), f"{len(part):,} calibration tokens"
+
+    def _tokenise(self, text: str) -> Tensor:
+        options = {"add_special_tokens": False, "verbose": False, "return_attention_mask": False}
+        return torch.tensor(self._tokenizer(text, **options)["input_ids"], dtype=torch.long)
+
+    def train_dataloader(self) -> DataLoader:
+        """Calibration windows, in order: the same window has the same index in every epoch."""
+        return self._dataloader("calibration")
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Held-out windows; no dataloader if nothing is held out."""
+        return self._dataloader("heldout") if self.hparams.num_heldout else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Consecutive windows of the test text."""
+        return self._dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Held-out windows, as for validation."""
+        return self.val_dataloader()
+
+    def _dataloader(self, part: str) -> DataLoader:
+        windows = Windows(self._windows[part])
+        return DataLoader(windows, batch_size=self.hparams.batch_size, num_workers=self.hparams.num_workers)
+
+
+class Windows(Dataset):
+    """The rows of a tensor (windows, seq_len), each with its index."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+        return {"input_ids": self.windows[index], "index": index}
+
+
+def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Args:
+        path: A hub id, a directory, a .gguf file, or package://<python package>/<file>.
+
+    Raises:
+        ValueError: If `path` is None or there is no tokenizer to be loaded from it.
+    """
+    accepted = "a hub id, a local directory, a .gguf file, or package://<python package>/<file>"
+    if path is None:
+        raise ValueError(f"Argument `tokenizer` is null. Give {accepted}; normally that of the model.")
+    name, options = resolve_model_path(path)
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # transformers, the hub client and the GGUF reader share no base class below this one
+        raise ValueError(
+            f"Argument `tokenizer`: none could be loaded from {path!r} ({type(error).__name__}: {error}). "
+            f"Give {accepted} with its tokenizer files; a hub id needs a connection or a filled cache."
+        ) from error
+
+
+def split_by_document(
+    documents: Sequence[str], tokenise: Tokenise, num_tokens: int, generator: Generator
+) -> tuple[list[int], Tensor]:
+    """Hold documents out, from the end of a random order, until they hold `num_tokens` tokens.
+
+    Returns:
+        Indices of the documents left, in random order, and the tokens of those held out, joined: at least `num_tokens`.
+        Only the documents held out are tokenised.
+
+    Raises:
+        ValueError: If all documents together hold fewer tokens.
+    """
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    heldout, tokens, num_apart = [], torch.empty(0, dtype=torch.long), 0
+    while len(tokens) < num_tokens and order:
+        heldout.append(order.pop())
+        num_apart += len(tokenise(documents[heldout[-1]]))
+        if num_apart >= num_tokens or not order:  # joined they may have fewer: the joint is tokenised too
+            tokens = tokenise(SEPARATOR.join(documents[index] for index in sorted(heldout)))
+    if len(tokens) < num_tokens:
+        raise _too_little("the held-out windows need", num_tokens, len(tokens))
+    return order, tokens
+
+
+def split_by_position(tokens: Tensor, num_tokens: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Cut a stream of tokens before its last `num_tokens`.
+
+    Raises:
+        ValueError: If less than one window would be left.
+    """
+    if len(tokens) < num_tokens + seq_len:
+        raise _too_little("the held-out windows and one calibration window need", num_tokens + seq_len, len(tokens))
+    return tokens[: len(tokens) - num_tokens], tokens[len(tokens) - num_tokens :]
+
+
+def consecutive_windows(tokens: Tensor, seq_len: int, argument: str) -> Tensor:
+    """All windows (number, seq_len) that follow one another in a stream; what remains at its end is dropped.
+
+    Raises:
+        ValueError: If the stream is shorter than one window.
+    """
+    if len(tokens) < seq_len:
+        raise _too_little("one test window needs", seq_len, len(tokens), argument)
+    number = len(tokens) // seq_len
+    return tokens[: number * seq_len].view(number, seq_len)
+
+
+def draw_from_stream(tokens: Tensor, seq_len: int, number: int, generator: Generator) -> Tensor:
+    """Draw windows (number, seq_len) that start anywhere in a stream; they may overlap.
+
+    Raises:
+        ValueError: If the stream is shorter than one window.
+    """
+    if len(tokens) < seq_len:
+        raise _too_little("a calibration window needs", seq_len, len(tokens))
+    starts = torch.randint(len(tokens) - seq_len + 1, (number,), generator=generator)
+    return torch.stack([tokens[start : start + seq_len] for start in starts.tolist()])
+
+
+def draw_from_documents(
+    documents: Sequence[str], order: list[int], tokenise: Tokenise, seq_len: int, number: int, generator: Generator
+) -> Tensor:
+    """Draw windows (number, seq_len), each from one document of more than `seq_len` tokens.
+
+    Documents are taken in the (random) `order` and only tokenised then. When it ends before there are enough windows,
+    the rest is drawn from the long documents it had.
+
+    Raises:
+        ValueError: If no document is long enough.
+    """
+    windows, long, longest = [], [], 0
+    for index in order:
+        if len(windows) == number:
+            break
+        tokens = tokenise(documents[index])
+        longest = max(longest, len(tokens))
+        if len(tokens) > seq_len:
+            long.append(tokens)
+            windows.append(draw_from_stream(tokens, seq_len, 1, generator))
+    if not long:
+        raise ValueError(
+            f"Argument `source`: `sampling: document` needs a document of {seq_len + 1} tokens, the longest of "
+            f"{len(order)} calibration documents has {longest}. Give longer ones, lower `seq_len` or set "
+            "`sampling: joined`."
+        )
+    while len(windows) < number:
+        choice = torch.randint(len(long), (), generator=generator).item()
+        windows.append(draw_from_stream(long[choice], seq_len, 1, generator))
+    return torch.cat(windows)
+
+
+def _too_little(who: str, needed: int, found: int, argument: str = "source") -> ValueError:
+    remedy = "lower `seq_len`" if argument == "test_source" else "lower `seq_len` or `num_heldout`"
+    return ValueError(f"Argument `{argument}`: {who} {needed} tokens, found {found}. Give more text, or {remedy}.")
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Argument `{name}` must be an integer of at least {least}, got {value!r}.")
+
+
+def _check_source(name: str, value: object) -> None:
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(item, str) and item for item in values):
+        raise ValueError(f"Argument `{name}` must be a text source or a list of them, got {value!r}.")

@@ -1,0 +1,92 @@
+"""The one table of names: where the blocks of a model family are, and which of their linears are pruned.
+
+A new family is one entry here and nothing else: no forward is copied. Keys are the ``model_type`` of a Hugging Face config.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of one model family.
+
+    Attributes:
+        blocks: Path of the list of decoder or encoder blocks in the model.
+        linears: Paths of the linears to prune, relative to a block.
+        projections: The attention projections among them by role: q, k, v, o.
+    """
+
+    blocks: str
+    linears: tuple[str, ...]
+    projections: dict[str, str] = field(default_factory=dict)
+
+
+LLAMA = Architecture(
+    blocks="model.layers",
+    linears=(
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ),
+    projections={role: f"self_attn.{role}_proj" for role in "qkvo"},
+)
+OPT = Architecture(
+    blocks="model.decoder.layers",
+    linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
+    projections={role: f"self_attn.{role}_proj" for role in "qkv"} | {"o": "self_attn.out_proj"},
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "opt": OPT,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+}
+
+
+def find_architecture(model_type: str) -> Architecture:
+    """The entry of a model family.
+
+    Raises:
+        ValueError: If there is none; lists those that exist and says what an entry needs.
+    """
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"Model type {model_type!r} is not in ARCHITECTURES, which has {', '.join(sorted(ARCHITECTURES))}. Add an entry to "
+            "lightning_modules/architectures.py: the path of its list of blocks, the paths of the linears of a block, and "
+            "which of these are the q, k, v and o projections."
+        )
+    return ARCHITECTURES[model_type]
+
+
+def find_blocks(model: nn.Module, architecture: Architecture) -> dict[str, nn.Module]:
+    """The blocks of a model in order, by full name."""
+    return {f"{architecture.blocks}.{i}": block for i, block in enumerate(model.get_submodule(architecture.blocks))}
+
+
+def find_linears(block: nn.Module, architecture: Architecture) -> dict[str, nn.Linear]:
+    """The prunable linears of one block, by their name within it.
+
+    Raises:
+        ValueError: If one of the table's names is not there, or not a plain ``nn.Linear``.
+    """
+    linears = {}
+    for name in architecture.linears:
+        try:
+            module = block.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"The block {type(block).__name__} has no {name!r}; see ARCHITECTURES.") from error
+        if not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"{name!r} of {type(block).__name__} is a {type(module).__name__}, not a plain nn.Linear. "
+                "Load the model without quantisation or adapters."
+            )
+        linears[name] = module
+    return linears

@@ -1,0 +1,153 @@
+"""CausalLM: a Hugging Face causal language model with its perplexity, prunable block by block.
+
+Perplexity is exp of the mean over windows of the mean next-token loss, from float32 logits, as in the SparseGPT line of
+work: no token is added, all windows have one length.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from functional.hub import resolve_model_path
+from lightning_modules.architectures import find_architecture
+from lightning_modules.prunable import PrunableModule
+
+LARGEST_LOSS = 88.0
+"""exp of more than this leaves float32; the loss itself is logged beside the perplexity."""
+
+
+class CausalLM(PrunableModule):
+    """A causal language model (OPT, LLaMA, Mistral, Qwen2, Qwen3) for pruning, fine-tuning and evaluation.
+
+    Weights are loaded when a run starts, not when the object is made.
+
+    Args:
+        model_name_or_path: A hub id, a directory, a .gguf file (dequantised), or package://<python package>/<file>.
+        dtype: Of the weights: auto keeps what the checkpoint holds (float32 for GGUF).
+        attn_implementation: As in transformers (sdpa, eager, flash_attention_2); its own choice when None.
+        learning_rate: Of AdamW, for ordinary training.
+        max_new_tokens: Length of the continuations that `predict` writes.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        attn_implementation: str | None = None,
+        learning_rate: float = 1e-5,
+        max_new_tokens: int = 64,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model_name_or_path = model_name_or_path
+        self.model: nn.Module | None = None
+        self.tokenizer = None
+        self.metrics = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
+
+    def configure_model(self) -> None:
+        """Load tokenizer and weights, once."""
+        if self.model is not None:
+            return
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        name, arguments = resolve_model_path(self.model_name_or_path)
+        # Asked before the weights are read, which takes minutes for a large model.
+        self.architecture = find_architecture(AutoConfig.from_pretrained(name, **arguments).model_type)
+        self.tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+        options = {"dtype": self.hparams.dtype, "attn_implementation": self.hparams.attn_implementation}
+        if "gguf_file" in arguments:
+            rank_zero_info(f"Dequantising {arguments['gguf_file']}.")
+            options |= _dequantised(self.hparams.dtype)
+        self.model = AutoModelForCausalLM.from_pretrained(name, **arguments, **options)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits, (samples, tokens, vocabulary)."""
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def window_losses(self, input_ids: Tensor) -> Tensor:
+        """Mean next-token loss of each window in nats, float32, (samples,)."""
+        losses = [
+            nn.functional.cross_entropy(logits[:-1].float(), ids[1:])  # window by window: float32 logits are large
+            for logits, ids in zip(self(input_ids), input_ids, strict=True)
+        ]
+        return torch.stack(losses)
+
+    def training_loss(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean next-token loss."""
+        loss = self.window_losses(batch["input_ids"]).mean()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def calibration_forward(self, batch: dict[str, Tensor]) -> None:
+        """Run the decoder on a batch of windows."""
+        self.model(input_ids=batch["input_ids"], use_cache=False)
+
+    def sample_positions(self, batch: dict[str, Tensor]) -> Tensor:
+        """Positions of the windows in the calibration set."""
+        return batch["index"]
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add the losses of held-out windows."""
+        self.metrics["val"].update(self.window_losses(batch["input_ids"]))
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add the losses of windows of the test text."""
+        self.metrics["test"].update(self.window_losses(batch["input_ids"]))
+
+    def on_validation_epoch_start(self) -> None:
+        """Start at zero; here, since a state made in inference mode could not be used by a later `fit`."""
+        self.metrics["val"].reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Start at zero."""
+        self.metrics["test"].reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss and perplexity of the held-out text."""
+        self._log_perplexity("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log loss and perplexity of the test text."""
+        self._log_perplexity("test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[str]:
+        """Greedy continuations of the first half of each window."""
+        prompts = batch["input_ids"][:, : batch["input_ids"].shape[1] // 2]
+        mask = torch.ones_like(prompts)
+        new = self.model.generate(
+            input_ids=prompts, attention_mask=mask, max_new_tokens=self.hparams.max_new_tokens, do_sample=False
+        )
+        return self.tokenizer.batch_decode(new[:, prompts.shape[1] :], skip_special_tokens=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer | None:
+        """AdamW, or nothing while pruning."""
+        if self.calibration_step is not None:
+            return None
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate)
+
+    def save(self, directory: Path) -> None:
+        """Hugging Face format: safetensors, config and tokenizer."""
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def _log_perplexity(self, split: str) -> None:
+        loss = self.metrics[split].compute()
+        perplexity = math.exp(min(loss.item(), LARGEST_LOSS))
+        # A pruning run logs by block; the trainer's step would be the number of calibration batches.
+        values = {f"{split}/loss": loss, f"{split}/perplexity": perplexity}
+        self.log_dict(values, prog_bar=False, logger=self.calibration_step is None)
+
+
+def _dequantised(dtype: str) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that turn GGUF blocks into plain weights."""
+    import transformers
+
+    options: dict[str, Any] = {"dtype": "float32" if dtype == "auto" else dtype}
+    if hasattr(transformers, "GgufConfig"):  # since 5.23 weights stay quantised otherwise; before, they never did
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return options

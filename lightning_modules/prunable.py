@@ -1,0 +1,70 @@
+"""Base of everything that can be pruned block by block: owns the model and its chain of blocks, decides nothing.
+
+Without a pruning callback the module trains like any other. A callback arms it by setting `calibration_step`; training
+steps then hand their batch over, and there is no optimizer.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_modules.architectures import Architecture, find_blocks, find_linears
+
+CalibrationStep = Callable[[Any, int], None]
+
+
+class PrunableModule(LightningModule):
+    """A model made of a chain of blocks, with its metric, its ordinary training and its way to be saved."""
+
+    model: nn.Module
+    architecture: Architecture
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calibration_step: CalibrationStep | None = None
+
+    @property
+    def blocks(self) -> dict[str, nn.Module]:
+        """The chain of blocks in order, by full name in the model."""
+        return find_blocks(self.model, self.architecture)
+
+    def linears(self, block: nn.Module) -> dict[str, nn.Linear]:
+        """The prunable linears of a block, by their name within it."""
+        return find_linears(block, self.architecture)
+
+    def arm(self, calibration_step: CalibrationStep) -> None:
+        """From now on a training step calls `calibration_step(batch, batch_idx)`; no loss, no optimizer."""
+        self.calibration_step = calibration_step
+        self.automatic_optimization = False
+
+    def disarm(self) -> None:
+        """Back to ordinary training."""
+        self.calibration_step = None
+        self.automatic_optimization = True
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """The loss, or a calibration step when armed."""
+        if self.calibration_step is None:
+            return self.training_loss(batch, batch_idx)
+        self.calibration_step(batch, batch_idx)
+        return None
+
+    @abstractmethod
+    def training_loss(self, batch: Any, batch_idx: int) -> Tensor:
+        """Loss of ordinary training."""
+
+    @abstractmethod
+    def calibration_forward(self, batch: Any) -> None:
+        """Run the model on a batch, at least through its blocks, without cache or gradient; the output is not used."""
+
+    @abstractmethod
+    def sample_positions(self, batch: Any) -> Tensor:
+        """Positions of the samples of a batch in the whole calibration set, (samples,), counted from 0."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write the model so that its own library loads it again."""

@@ -1,0 +1,44 @@
+"""Tiny models and text, made and saved once a session."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from tests.tiny import VOCABULARY, make_tokenizer, tiny_config
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """family -> directory of a saved tiny model with its tokenizer."""
+    import transformers
+
+    made = {}
+
+    def build(family: str) -> str:
+        if family not in made:
+            torch.manual_seed(len(made))
+            model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
+            with torch.no_grad():  # large enough that attention and MLP matter beside the residual
+                for parameter in model.parameters():
+                    if parameter.ndim == 2:
+                        parameter.mul_(8)
+            directory = tmp_path_factory.mktemp(family)
+            model.save_pretrained(directory)
+            make_tokenizer(family).save_pretrained(directory)
+            made[family] = str(directory)
+        return made[family]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """4,000 words that follow one another with some structure, so that channels are correlated."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(1, 5, (4000,), generator=generator).cumsum(0) % (VOCABULARY - 2) + 2
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"w{i}" for i in steps.tolist()))
+    return str(path)
