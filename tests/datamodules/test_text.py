@@ -319,9 +319,11 @@ def test_each_part_is_announced_once(make, caplog):
 
 
 @pytest.mark.parametrize("sampling", ["joined", "document"])
-def test_the_seed_decides_and_the_global_random_state_does_not(make, sampling):
+def test_the_seed_decides_and_the_global_random_state_does_not(make, marked, sampling):
+    source = marked([30] * 40)
+
     def cut(seed):
-        data = make(sampling=sampling, seed=seed)
+        data = make(source=source, sampling=sampling, seed=seed)
         data.setup("fit")
         return windows_of(data.train_dataloader()), data._windows["heldout"]
 
@@ -334,27 +336,29 @@ def test_the_seed_decides_and_the_global_random_state_does_not(make, sampling):
 
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    data = make(sampling=sampling)
+    data = make(source=source, sampling=sampling)
     data.setup("fit")
     data.setup("test")
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_without_a_seed_it_is_that_of_seed_everything_at_the_first_stage(make, monkeypatch):
+def test_without_a_seed_it_is_that_of_seed_everything_at_the_first_stage(make, marked, monkeypatch):
+    source = marked([30] * 40)
+
     def calibration(data):
         data.setup("fit")
         return data._windows["calibration"]
 
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # for its removal at the end of the test
     monkeypatch.delenv("PL_GLOBAL_SEED")
-    assert torch.equal(calibration(make(seed=None)), calibration(make(seed=0)))
+    assert torch.equal(calibration(make(source=source, seed=None)), calibration(make(source=source, seed=0)))
     seed_everything(7, verbose=False)
-    assert torch.equal(calibration(make(seed=None)), calibration(make(seed=7)))
+    assert torch.equal(calibration(make(source=source, seed=None)), calibration(make(source=source, seed=7)))
     monkeypatch.setenv("PL_GLOBAL_SEED", "8")
-    data = make(seed=None)
+    data = make(source=source, seed=None)
     data.setup("validate")
     monkeypatch.setenv("PL_GLOBAL_SEED", "9")  # the split must not move between two stages
-    assert torch.equal(calibration(data), calibration(make(seed=8)))
+    assert torch.equal(calibration(data), calibration(make(source=source, seed=8)))
 
 
 # Mistakes
