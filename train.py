@@ -20,10 +20,11 @@ class CLI(LightningCLI):
             data["tokenizer"] = self.model.hparams["model_name_or_path"]
 
 
-def main(args: list[str] | None = None) -> CLI:
-    """Run one command; `args` instead of the process's own, for tests and notebooks."""
+def main(args: list[str] | None = None, run: bool = True) -> CLI:
+    """Run one command; `args` instead of the process's own, and `run=False` to stop once everything is instantiated."""
     return CLI(
         args=args,
+        run=run,
         seed_everything_default=0,
         trainer_defaults={
             "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "logs"}}

@@ -5,7 +5,7 @@ set -euo pipefail
 count=$1
 shift
 for ((i = 0; i < count; i++)); do
-    OMP_NUM_THREADS=2 PYTHONPATH=. python3 benchmarks/quality.py "$@" --shard "$i/$count" >"/tmp/shard_$i.log" 2>&1 &
+    OMP_NUM_THREADS=2 PYTHONPATH=.:${PYTHONPATH:-} python3 benchmarks/quality.py "$@" --shard "$i/$count" >"/tmp/shard_$i.log" 2>&1 &
 done
 wait
 tail -qn 1 /tmp/shard_*.log

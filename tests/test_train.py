@@ -1,0 +1,95 @@
+"""train.py: every shipped config, and the command line as a user types it, in processes of its own."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from train import main
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def train(*args, cwd=ROOT):
+    """Run train.py and return the process, its output as text."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
+    command = [sys.executable, str(ROOT / "train.py"), *args]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_config_is_instantiated(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    cli = main(["--config", str(config), "--trainer.accelerator", "cpu"], run=False)
+    assert type(cli.model).__name__ == "CausalLM" and cli.model.model is None
+    assert cli.datamodule.hparams.tokenizer == cli.model.hparams.model_name_or_path
+    assert any(type(callback).__name__ == "BlockwisePruning" for callback in cli.trainer.callbacks)
+    commands = re.findall(r"--config (\S+\.yaml)", config.read_text())
+    assert commands and all(ROOT / command == config for command in commands), "the comment names another file"
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model, text_file, tmp_path_factory):
+    """A config file of the user's own: tiny model, local text."""
+    folder = tmp_path_factory.mktemp("run")
+    content = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
+    content["model"]["init_args"]["model_name_or_path"] = tiny_model("llama")
+    content["data"]["init_args"] |= {"source": text_file, "seq_len": 24, "num_calibration": 8, "num_heldout": 4}
+    content["trainer"]["accelerator"] = "cpu"
+    content["trainer"]["logger"]["init_args"]["save_dir"] = str(folder / "logs")
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_fit_then_the_printed_command_validates_the_result(config):
+    fit = train("fit", "--config", str(config))
+    assert fit.returncode == 0, fit.stderr
+    line = r"val/perplexity +(\S+) dense -> (\S+) pruned"
+    perplexities = re.search(line, fit.stdout)
+    assert perplexities, fit.stdout
+    assert re.search(r"sparsity +50\.\d+%", fit.stdout) and "peak memory" in fit.stdout and "tensorboard --logdir" in fit.stdout
+    command = shlex.split(re.search(r"validate again +python train.py (.*?) *\n", fit.stdout)[1])
+    validate = train(*command)
+    assert validate.returncode == 0, validate.stderr
+    shown = float(re.search(r"val/perplexity\s+│\s+(\S+)", validate.stdout)[1])
+    assert shown == pytest.approx(float(perplexities[2]), rel=1e-3)
+
+    # With the user's own config, then a second run into the same log root, then other data.
+    pruned = command[-1]
+    again = train("validate", "--config", str(config), "--model.model_name_or_path", pruned)
+    assert again.returncode == 0 and f"{shown}" in again.stdout
+    for name in ("config.yaml", "pruned/model.safetensors", "pruned/pruning.json", "pruned/tokenizer.json"):
+        assert (Path(pruned).parent / name).is_file(), name
+    second = train("fit", "--config", str(config))
+    assert second.returncode == 0, second.stderr
+    assert (
+        re.search(r"val/perplexity.*\n", second.stdout)[0] == perplexities.string[perplexities.start() :].split("\n")[0] + "\n"
+    )
+    other = train("validate", "--config", str(config), "--seed_everything", "5", "--data.source", "pydoc")
+    assert other.returncode == 0, other.stderr
+
+
+def test_test_and_predict(config):
+    test = train("test", "--config", str(config))
+    assert test.returncode == 0 and "test/perplexity" in test.stdout, test.stderr
+    predict = train("predict", "--config", str(config), "--model.max_new_tokens", "4")
+    assert predict.returncode == 0, predict.stderr
+
+
+def test_print_config_and_wrong_settings(config):
+    shown = train("fit", "--config", str(config), "--print_config")
+    assert yaml.safe_load(shown.stdout)["trainer"]["callbacks"][0]["init_args"]["sparsity"] == 0.5
+    wrong = train("fit", "--config", str(config), "--trainer.callbacks.sparsity", "1.5")
+    assert wrong.returncode != 0 and "share of zeros in [0, 1) but got 1.5" in wrong.stderr
+    both = train("fit", "--config", str(config), "--trainer.callbacks.pattern", "2:4")
+    assert both.returncode != 0 and "Give either `sparsity`" in both.stderr
+    nowhere = train("validate", "--config", str(config), "--model.model_name_or_path", "./nowhere/model")
+    assert nowhere.returncode != 0 and "is not an existing directory. Give a hub id" in nowhere.stderr
