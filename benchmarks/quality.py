@@ -82,32 +82,33 @@ def environment() -> dict[str, str]:
 
 
 def measure(module: CausalLM, data: TextDataModule, run: dict, dense: dict[str, torch.Tensor], scratch: Path) -> dict:
-    """Restore the dense weights, prune, and evaluate on held-out and on test text."""
+    """Restore the dense weights, prune, and evaluate on held-out text."""
     module.model.load_state_dict(dense)
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": scratch}
     if run["method"] == "dense":
         trainer = Trainer(devices=1, **options)
         (heldout,) = trainer.validate(module, data, verbose=False)
-        (test,) = trainer.test(module, data, verbose=False)
-        return {
-            "heldout_perplexity": round(heldout["val/perplexity"], 4),
-            "test_perplexity": round(test["test/perplexity"], 4),
-        }
+        return {"heldout_perplexity": round(heldout["val/perplexity"], 4)}
     target = {"pattern": run["target"]} if ":" in run["target"] else {"sparsity": float(run["target"])}
     settings = {name: run[name] for name in ("method", "activation_norm", "scale", "lambda1", "lambda2")}
     held = run["non_updated"] if run["method"] == "d2prune" else None
     callback = BlockwisePruning(**target, **settings, non_updated=held, output_dir=str(scratch / "pruned"))
     trainer = Trainer(callbacks=[callback], devices=1, **options)
     trainer.fit(module, data)
-    (test,) = trainer.test(module, data, verbose=False)
     records = callback.records
     return {
         "sparsity": round(sum(x.sparsity for x in records) / len(records), 6),
         "heldout_perplexity": round(callback.metrics["pruned"]["val/perplexity"], 4),
-        "test_perplexity": round(test["test/perplexity"], 4),
         "prune_seconds": round(sum(x.seconds for x in records), 2),
         "peak_memory_gib": round(max(x.peak_memory_gib for x in records), 2),
     }
+
+
+def test_perplexity(module: CausalLM, data: TextDataModule, scratch: Path) -> float:
+    """Perplexity on the test text."""
+    trainer = Trainer(devices=1, logger=False, enable_progress_bar=False, default_root_dir=scratch)
+    (test,) = trainer.test(module, data, verbose=False)
+    return round(test["test/perplexity"], 4)
 
 
 def finished(path: Path) -> set[tuple[str, ...]]:
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", help="only these, e.g. sparsegpt d2prune")
     parser.add_argument("--targets", nargs="+", help="only these, e.g. 0.5 2:4")
+    parser.add_argument("--skip-test", action="store_true", help="held-out text only: the test text takes long on a CPU")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th run, from the i-th on")
     args = parser.parse_args()
     output = args.output or Path("results") / f"smollm2_{args.study}.csv"
@@ -175,6 +177,8 @@ def main() -> None:
                 if number % count != index or tuple(str(row[key]) for key in KEYS) in done:
                     continue
                 row |= measure(module, data, row, dense, scratch) | facts
+                if not args.skip_test:
+                    row["test_perplexity"] = test_perplexity(module, data, scratch)
                 append(output, row)
                 print({key: row.get(key) for key in ("method", "non_updated", "target", "calibration", *MEASURED)}, flush=True)
 

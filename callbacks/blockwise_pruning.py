@@ -33,6 +33,7 @@ from callbacks.report import (
     log_scalars,
     peak_memory_gib,
     print_table,
+    python_command,
     sparsity_of,
     write_json,
 )
@@ -316,10 +317,10 @@ class BlockwisePruning(Callback):
             ("pruned model", str(self._output)),
         ]
         if trainer.log_dir is not None:
-            rows.append(("logs", f"tensorboard --logdir {trainer.log_dir}"))
+            rows.append(("logs", f"{python_command()} -m tensorboard.main --logdir {trainer.log_dir}"))
             config = Path(trainer.log_dir) / "config.yaml"
             if config.is_file():
-                command = f"python train.py validate --config {config} --model.model_name_or_path {self._output}"
+                command = f"{python_command()} train.py validate --config {config} --model.model_name_or_path {self._output}"
                 rows.append(("validate again", command))
         print_table(f"{self.settings.method} at {self.settings.pattern or self.settings.sparsity}", rows)
 

@@ -111,6 +111,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def python_command() -> str:
+    """This interpreter as a user in the working directory would type it."""
+    executable = Path(sys.executable)
+    return str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Written beside its target and renamed: a reader finds the old file or the new one, never a part."""
     partial = path.with_name(f"{path.name}.partial")

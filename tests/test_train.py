@@ -55,8 +55,12 @@ def test_fit_then_the_printed_command_validates_the_result(config):
     line = r"val/perplexity +(\S+) dense -> (\S+) pruned"
     perplexities = re.search(line, fit.stdout)
     assert perplexities, fit.stdout
-    assert re.search(r"sparsity +50\.\d+%", fit.stdout) and "peak memory" in fit.stdout and "tensorboard --logdir" in fit.stdout
-    command = shlex.split(re.search(r"validate again +python train.py (.*?) *\n", fit.stdout)[1])
+    assert (
+        re.search(r"sparsity +50\.\d+%", fit.stdout)
+        and "peak memory" in fit.stdout
+        and "tensorboard.main --logdir" in fit.stdout
+    )
+    command = shlex.split(re.search(r"validate again +\S*python\S* train.py (.*?) *\n", fit.stdout)[1])
     validate = train(*command)
     assert validate.returncode == 0, validate.stderr
     shown = float(re.search(r"val/perplexity\s+│\s+(\S+)", validate.stdout)[1])
