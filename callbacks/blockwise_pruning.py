@@ -10,7 +10,9 @@ mathematics is `functional.pruning`, the hidden states are BlockStream's, the na
 
 import logging
 import os
+import shlex
 import shutil
+import tempfile
 import time
 import warnings
 from dataclasses import asdict
@@ -104,6 +106,8 @@ class BlockwisePruning(Callback):
         self.records: list[BlockRecord] = []
         self.metrics: dict[str, dict[str, float]] = {}
         self._plan: Plan = {}
+        self._modes: dict[nn.Module, bool] = {}
+        self._calibration: dict[str, float] = {}
         self._blocks: list[nn.Module] = []
         self._stream = BlockStream([])
         self._positions: dict[int, Tensor] = {}
@@ -127,7 +131,12 @@ class BlockwisePruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: PrunableModule) -> None:
         self._plan = self.settings.plan(pl_module)
         self._blocks = list(pl_module.blocks.values())
-        self._output = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "pruned")
+        if trainer.current_epoch or not trainer.limit_train_batches:
+            raise ValueError(
+                f"Pruning needs a Trainer that has run no epoch and reads calibration batches, but got current_epoch="
+                f"{trainer.current_epoch} and limit_train_batches={trainer.limit_train_batches}. Make a new Trainer."
+            )
+        self._output = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "pruned").expanduser()
         _check_output(self._output)
         trainer.fit_loop.max_epochs = len(self._blocks)
         trainer.check_val_every_n_epoch = len(self._blocks) + 1  # validation is ours: before and after
@@ -204,8 +213,7 @@ class BlockwisePruning(Callback):
         seconds = time.perf_counter() - self._started
         self._save(trainer, pl_module, seconds)  # first, so that a failing evaluation loses nothing
         self._evaluate(trainer, "pruned", step=len(self._blocks))
-        for module, mode in self._modes.items():
-            module.training = mode
+        self._restore_modes()
         self._write_report(trainer, pl_module, self._output, seconds)
         self._seconds = seconds
 
@@ -216,6 +224,7 @@ class BlockwisePruning(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: PrunableModule, exception: BaseException) -> None:
         self._release()
+        self._restore_modes()
         if isinstance(pl_module, PrunableModule):
             pl_module.disarm()
 
@@ -230,13 +239,21 @@ class BlockwisePruning(Callback):
         self._positions.clear()
         self._collector = StatisticsCollector({})
 
+    def _restore_modes(self) -> None:
+        for module, mode in self._modes.items():
+            module.training = mode
+        self._modes = {}
+
     def _prune(self, name: str, linear: nn.Linear) -> PruneResult:
         inputs, outputs = self._collector.inputs(name), self._collector.outputs[name]
-        arguments = self.settings.arguments(inputs.num_tokens / inputs.num_samples)
+        self._calibration = {"samples": inputs.num_samples, "tokens_per_sample": inputs.num_tokens / inputs.num_samples}
+        arguments = self.settings.arguments(self._calibration["tokens_per_sample"])
         try:
             result = prune_linear(linear.weight, inputs, outputs, method=self._plan[self._block_name][name], **arguments)
         except ValueError as error:
             raise type(error)(f"{self._block_name}.{name}: {error}") from error
+        if result.damping is not None and result.damping > self.settings.damping:
+            log.warning("%s.%s: the Hessian needed a damping of %g.", self._block_name, name, result.damping)
         with torch.no_grad():
             linear.weight.copy_(result.weight)
         return result
@@ -283,14 +300,16 @@ class BlockwisePruning(Callback):
 
     def _save(self, trainer: Trainer, pl_module: PrunableModule, seconds: float) -> None:
         """The model and its report, written beside their place and moved there as a whole."""
-        partial = self._output.with_name(f"{self._output.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        pl_module.save(partial)
-        self._write_report(trainer, pl_module, partial, seconds)
-        if self._output.exists():
-            shutil.rmtree(self._output)
-        os.replace(partial, self._output)
+        target = self._output.resolve()  # a link stays a link
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        new, old = scratch / "new", scratch / "old"
+        new.mkdir()
+        pl_module.save(new)
+        self._write_report(trainer, pl_module, new, seconds)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(new, target)
+        shutil.rmtree(scratch)
 
     def _write_report(self, trainer: Trainer, pl_module: PrunableModule, directory: Path, seconds: float) -> None:
         data = trainer.datamodule.hparams if trainer.datamodule is not None else {}
@@ -298,7 +317,8 @@ class BlockwisePruning(Callback):
             "settings": asdict(self.settings) | {"non_updated": self.settings.held},
             "model": dict(pl_module.hparams),
             "data": dict(data),
-            "seed": os.environ.get("PL_GLOBAL_SEED"),
+            "calibration": self._calibration,
+            "seed": int(data.get("seed") or os.environ.get("PL_GLOBAL_SEED", 0)),
             **environment(pl_module.device),
             "metrics": self.metrics,
             "sparsity": sparsity_of(self.records),
@@ -316,17 +336,18 @@ class BlockwisePruning(Callback):
             ("peak memory", f"{max(record.peak_memory_gib for record in self.records):.2f} GiB"),
             ("pruned model", str(self._output)),
         ]
-        if trainer.log_dir is not None:
-            rows.append(("logs", f"{python_command()} -m tensorboard.main --logdir {trainer.log_dir}"))
+        if isinstance(trainer.logger, TensorBoardLogger):
+            rows.append(("logs", f"{python_command()} -m tensorboard.main --logdir {shlex.quote(trainer.log_dir)}"))
             config = Path(trainer.log_dir) / "config.yaml"
             if config.is_file():
-                command = f"{python_command()} train.py validate --config {config} --model.model_name_or_path {self._output}"
-                rows.append(("validate again", command))
+                options = ["--config", str(config), "--model.model_name_or_path", str(self._output)]
+                rows.append(("validate again", f"{python_command()} train.py validate {shlex.join(options)}"))
         print_table(f"{self.settings.method} at {self.settings.pattern or self.settings.sparsity}", rows)
 
 
 def _check_output(output: Path) -> None:
     """Raise a ValueError unless the result can go to `output`: nothing that is not ours is ever replaced."""
+    output = output.resolve()
     if output.exists() and not (output / REPORT).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
             f"Argument `output_dir` = {str(output)!r} exists and holds no {REPORT}, so it is not a pruned model of ours to "

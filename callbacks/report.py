@@ -139,6 +139,6 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console()
-    console.width = max(console.width, *(sum(map(len, row)) + 4 for row in rows))
+    console.width = max(console.width, sum(max(map(len, column)) for column in zip(*rows, strict=True)) + 4)
     console.print()
     console.print(table, soft_wrap=True)

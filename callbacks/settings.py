@@ -46,6 +46,8 @@ class PruningSettings:
             check_sparsity(self.sparsity)
         parse_pattern(self.pattern)
         check_activation_norm(self.activation_norm, 1.0 if self.scale == "auto" else self.scale)
+        if isinstance(self.ignore, str):
+            raise ValueError(f"Argument `ignore` expected to be a list of globs but got the string {self.ignore!r}.")
         if self.block_size < 1:
             raise ValueError(f"Argument `block_size` expected to be a positive number of columns but got {self.block_size}.")
         if not 0 <= self.damping <= 1:

@@ -102,6 +102,8 @@ class TextDataModule(LightningDataModule):
         """
         if stage not in PARTS_OF_STAGE:
             raise ValueError(f"Argument `stage` must be one of {', '.join(PARTS_OF_STAGE)}, got {stage!r}.")
+        if stage in ("validate", "predict") and self.hparams.num_heldout == 0:
+            raise ValueError("Argument `num_heldout` is 0: there is no held-out text. Set it to 1 or more.")
         missing = [part for part in PARTS_OF_STAGE[stage] if part not in self._windows]
         if not missing:
             return

@@ -110,10 +110,20 @@ def _read(item: str | Path, text_field: str) -> Sequence[str]:
 
 
 def read_pydoc() -> list[str]:
-    """The topics of the standard library's documentation, sorted by key, without trailing whitespace."""
+    """The topics of the standard library's documentation, sorted by key, no paragraph in more than one of them.
+
+    Topics repeat one another (`for` is a section of `compound`): a repeated paragraph stays in the longest topic only, or text
+    that is held out would have been calibrated on. What is left of a topic counts from 50 words on; less is headings.
+    """
     from pydoc_data.topics import topics
 
-    return [topics[key].rstrip() for key in sorted(topics)]
+    seen: set[str] = set()
+    kept: dict[str, str] = {}
+    for key in sorted(topics, key=lambda key: (-len(topics[key]), key)):
+        fresh = {" ".join(paragraph.split()): paragraph for paragraph in topics[key].rstrip().split("\n\n")}
+        kept[key] = "\n\n".join(paragraph for words, paragraph in fresh.items() if words not in seen)
+        seen |= fresh.keys()
+    return [kept[key] for key in sorted(kept) if len(kept[key].split()) >= 50]
 
 
 # Local files

@@ -17,6 +17,9 @@ from functional.hub import resolve_model_path
 from lightning_modules.architectures import find_architecture
 from lightning_modules.prunable import PrunableModule
 
+PROMPT_SHOWN = 16
+"""Tokens of the prompt that `predict` prints before its continuation."""
+
 LARGEST_LOSS = 88.0
 """exp of more than this leaves float32; the loss itself is logged beside the perplexity."""
 
@@ -101,11 +104,11 @@ class CausalLM(PrunableModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start at zero; here, since a state made in inference mode could not be used by a later `fit`."""
-        self.metrics["val"].reset()
+        self._reset("val")
 
     def on_test_epoch_start(self) -> None:
         """Start at zero."""
-        self.metrics["test"].reset()
+        self._reset("test")
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and perplexity of the held-out text."""
@@ -116,13 +119,16 @@ class CausalLM(PrunableModule):
         self._log_perplexity("test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[str]:
-        """Greedy continuations of the first half of each window."""
+        """Greedy continuations of the first half of each window; printed, and returned."""
         prompts = batch["input_ids"][:, : batch["input_ids"].shape[1] // 2]
         mask = torch.ones_like(prompts)
         new = self.model.generate(
             input_ids=prompts, attention_mask=mask, max_new_tokens=self.hparams.max_new_tokens, do_sample=False
         )
-        return self.tokenizer.batch_decode(new[:, prompts.shape[1] :], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(new[:, prompts.shape[1] :], skip_special_tokens=True)
+        for index, prompt, text in zip(batch["index"].tolist(), prompts, texts, strict=True):
+            self.print(f"[{index}] ...{self.tokenizer.decode(prompt[-PROMPT_SHOWN:])} >>> {text}")
+        return texts
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
         """AdamW, or nothing while pruning."""
@@ -134,6 +140,10 @@ class CausalLM(PrunableModule):
         """Hugging Face format: safetensors, config and tokenizer."""
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
+
+    def _reset(self, split: str) -> None:
+        self.metrics[split].reset()
+        self.metrics[split].set_dtype(torch.float32)  # not that of a trainer with precision bf16-true
 
     def _log_perplexity(self, split: str) -> None:
         loss = self.metrics[split].compute()

@@ -24,7 +24,7 @@ def tiny_config(family: str):
         return transformers.MistralConfig(**grouped, sliding_window=6)
     if family == "qwen2":  # the last block attends in a window, the others do not
         return transformers.Qwen2Config(**grouped, use_sliding_window=True, sliding_window=6, max_window_layers=2)
-    return transformers.Qwen3Config(**grouped, head_dim=16)
+    return transformers.Qwen3Config(**grouped, head_dim=16, tie_word_embeddings=True)
 
 
 def make_tokenizer(family: str):

@@ -6,6 +6,7 @@ Larger score = keep; True = kept; ties lose from the left (stable sort), so a ma
 
 import re
 from fractions import Fraction
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -46,13 +47,13 @@ def parse_pattern(pattern: str | Pattern | None) -> Pattern | None:
 
 def check_sparsity(sparsity: float) -> None:
     """Raise a ValueError unless 0 <= sparsity < 1."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
         raise ValueError(f"Argument `sparsity` expected to be a share of zeros in [0, 1) but got {sparsity!r}.")
 
 
 def zeros_wanted(numel: int, sparsity: float) -> int:
-    """⌊numel · sparsity⌋ with the sparsity as written in decimals: 29 % of 100 is 29, not 28 as in binary floating point."""
-    return int(numel * Fraction(str(float(sparsity))))
+    """⌊numel · sparsity⌋ with the sparsity as it was meant: 29 % of 100 is 29, and 2/3 of 6 is 4, despite binary rounding."""
+    return int(numel * Fraction(float(sparsity)).limit_denominator(10**6))
 
 
 def zeros_of(shape: tuple[int, int], method: str, sparsity: float, pattern: str | Pattern | None) -> int:

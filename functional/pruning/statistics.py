@@ -24,19 +24,18 @@ class _Statistics:
     """Sums over samples of per-channel norms: what inputs and outputs have in common.
 
     Args:
-        features: Number of channels.
-        device: Where the sums live; the device of the first batch when None.
+        features: Number of channels. The sums live on the device of the first batch.
     """
 
     _SUMS: tuple[str, ...] = ("square_norm", "weighted_norm")
 
-    def __init__(self, features: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, features: int) -> None:
         if features < 1:
             raise ValueError(f"Argument `features` expected to be a positive integer but got {features}.")
         self.features = features
         self.num_samples = 0
         self.num_tokens = 0
-        self._device = None if device is None else torch.device(device)
+        self._device: torch.device | None = None
         self._sums: dict[str, Tensor] = {}
 
     @property
@@ -69,11 +68,12 @@ class _Statistics:
                 f"Argument `x` expected to have the shape (samples, tokens, {self.features}) but got {tuple(x.shape)}."
             )
         positions = _positions(sample_index, len(x), x.device)
-        norm = torch.linalg.vector_norm(x.detach(), dim=1, dtype=torch.float32)  # (samples, features)
+        x = x.detach().to(torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=1)  # (samples, features)
         self._device = self._device or x.device
         self._add("square_norm", norm.square().sum(0))
-        self._add("weighted_norm", positions @ norm)
-        self._update_more(x.detach(), norm, positions)
+        self._add("weighted_norm", (positions[:, None] * norm).sum(0))  # no matmul: autocast would make it half precision
+        self._update_more(x, norm, positions)
         self.num_samples += len(x)
         self.num_tokens += x.shape[0] * x.shape[1]
         return self
@@ -126,13 +126,12 @@ class InputStatistics(_Statistics):
 
     Args:
         in_features: I, number of input channels.
-        device: Where the sums live; the device of the first batch when None.
     """
 
     _SUMS = (*_Statistics._SUMS, "root_weighted_norm", "gram")
 
-    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
-        super().__init__(in_features, device)
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features)
 
     @property
     def gram(self) -> Tensor:
@@ -163,8 +162,8 @@ class InputStatistics(_Statistics):
         return self.activation_norm(mode, scale)
 
     def _update_more(self, x: Tensor, norm: Tensor, positions: Tensor) -> None:
-        self._add("root_weighted_norm", (2 * positions).sqrt() @ norm)
-        tokens = x.reshape(-1, self.features).to(torch.float32)
+        self._add("root_weighted_norm", ((2 * positions).sqrt()[:, None] * norm).sum(0))
+        tokens = x.reshape(-1, self.features)
         self.gram.addmm_(tokens.T, tokens)
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -176,11 +175,10 @@ class OutputStatistics(_Statistics):
 
     Args:
         out_features: O, number of output channels.
-        device: Where the sums live; the device of the first batch when None.
     """
 
-    def __init__(self, out_features: int, device: torch.device | str | None = None) -> None:
-        super().__init__(out_features, device)
+    def __init__(self, out_features: int) -> None:
+        super().__init__(out_features)
 
 
 def check_activation_norm(mode: str, scale: float) -> None:
@@ -194,7 +192,8 @@ def check_activation_norm(mode: str, scale: float) -> None:
 def _positions(sample_index: int | Tensor, num_samples: int, device: torch.device) -> Tensor:
     """1-based positions n of the samples, float32, (samples,)."""
     if isinstance(sample_index, Tensor) and sample_index.ndim:
-        positions, valid = sample_index.to(device), sample_index.shape == (num_samples,)
+        valid = sample_index.shape == (num_samples,) and (sample_index.is_cuda or int(sample_index.min()) >= 0)
+        positions = sample_index.to(device)  # not looked into on a GPU, which would have to be waited for
     else:
         first = int(sample_index)
         positions, valid = torch.arange(first, first + num_samples, device=device), first >= 0

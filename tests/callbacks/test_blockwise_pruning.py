@@ -223,7 +223,7 @@ def test_rerun_replaces_its_own_result_and_nothing_else(tiny_model, text_file, t
     output = tmp_path / "out"
     for _ in range(2):
         fit(tiny_model("llama"), text_file, tmp_path, BlockwisePruning(sparsity=0.5, output_dir=str(output)))
-    assert (output / "pruning.json").is_file() and not (tmp_path / "out.partial").exists()
+    assert (output / "pruning.json").is_file() and not list(tmp_path.glob(".out-*"))
     (output / "pruning.json").unlink()
     with pytest.raises(ValueError, match=r"`output_dir` = .* holds no pruning\.json"):
         fit(tiny_model("llama"), text_file, tmp_path, BlockwisePruning(sparsity=0.5, output_dir=str(output)))
@@ -320,3 +320,43 @@ def test_bad_numbers_name_block_and_linear(tiny_model, text_file, tmp_path):
         module.blocks["model.layers.1"].get_submodule("mlp.up_proj").weight[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj: Argument `weight` holds NaN"):
         fit(tiny_model("llama"), text_file, tmp_path, BlockwisePruning(sparsity=0.5), module=module)
+
+
+def test_a_used_trainer_is_refused(tiny_model, text_file, tmp_path):
+    module, data, trainer = fit(tiny_model("llama"), text_file, tmp_path, BlockwisePruning(sparsity=0.5))
+    with pytest.raises(ValueError, match=r"has run no epoch.*current_epoch=3.*Make a new Trainer"):
+        trainer.fit(module, data)
+
+
+def test_nothing_held_out_and_no_logger(tiny_model, text_file, tmp_path):
+    directory = tiny_model("qwen3")
+    data = TextDataModule(tokenizer=directory, source=text_file, seq_len=SEQ_LEN, num_calibration=WINDOWS, num_heldout=0)
+    callback = BlockwisePruning(sparsity=0.5, output_dir=str(tmp_path / "here"))
+    Trainer(accelerator="cpu", callbacks=[callback], logger=False, enable_progress_bar=False).fit(CausalLM(directory), data)
+    report = json.loads((tmp_path / "here" / "pruning.json").read_text())
+    assert report["metrics"] == {"dense": {}, "pruned": {}} and len(report["blocks"]) == 3
+    assert report["calibration"] == {"samples": WINDOWS, "tokens_per_sample": SEQ_LEN}
+    with pytest.raises(ValueError, match="`num_heldout` is 0: there is no held-out text"):
+        Trainer(accelerator="cpu", logger=False).validate(CausalLM(directory), data)
+
+
+def test_the_progress_bar_counts_blocks(tiny_model, text_file, tmp_path, capsys):
+    directory = tiny_model("llama")
+    data = TextDataModule(tokenizer=directory, source=text_file, seq_len=SEQ_LEN, num_calibration=WINDOWS, num_heldout=4)
+    callback = BlockwisePruning(sparsity=0.5)
+    Trainer(accelerator="cpu", callbacks=[callback], logger=False, default_root_dir=tmp_path).fit(CausalLM(directory), data)
+    last = [line for line in capsys.readouterr().out.replace("\r", "\n").split("\n") if "3/3 blocks" in line][-1]
+    error = callback.records[-1].relative_error
+    assert f"error={error:.4f}" in last and "sparsity=0.50" in last and "seconds=" in last
+
+
+def test_a_linear_that_misses_its_target_is_an_error(tiny_model, text_file, tmp_path, monkeypatch):
+    def forgetful(weight, *args, **kwargs):
+        result = prune_linear(weight, *args, **kwargs)
+        result.weight[0] = 1.0
+        return result
+
+    monkeypatch.setattr("callbacks.blockwise_pruning.prune_linear", forgetful)
+    with pytest.raises(RuntimeError, match=r"layers.0.self_attn.q_proj: \d+ of 1024 weights are zero where 512"):
+        fit(tiny_model("llama"), text_file, tmp_path, BlockwisePruning(sparsity=0.5))
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -256,11 +256,8 @@ def test_a_stage_prepares_what_it_needs_and_leaves_the_rest(make, monkeypatch):
     assert torch.equal(windows_of(data.train_dataloader()), calibration)
 
 
-@pytest.mark.parametrize("sampling", ["joined", "document"])
-@pytest.mark.parametrize("topics", [79, 5])
+@pytest.mark.parametrize(("sampling", "topics"), [("joined", 79), ("joined", 5), ("document", 79)])
 def test_held_out_windows_do_not_depend_on_the_stage(make, tmp_path, sampling, topics):
-    if sampling == "document" and topics == 5:
-        pytest.skip("refused, see below")
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in read_pydoc()[:topics]))
     parts = {}
@@ -312,7 +309,7 @@ def test_each_part_is_announced_once(make, caplog):
     lines = [record.message for record in caplog.records if record.message.startswith("Text, ")]
     assert len(lines) == 2
     assert re.match(r"Text, calibration: 12 windows, 192 tokens, of [\d,]{6,} calibration tokens$", lines[0])
-    assert re.match(r"Text, heldout: 3 windows, 48 tokens, of [\d,]+ held-out tokens \(\d of 79 documents\)$", lines[1])
+    assert re.match(r"Text, heldout: 3 windows, 48 tokens, of [\d,]+ held-out tokens \(\d of \d+ documents\)$", lines[1])
 
 
 # Seeds

@@ -123,3 +123,17 @@ def test_hub_ids_and_directories_pass(tmp_path):
     assert resolve_model_path(str(tmp_path)) == (str(tmp_path), {})
     (tmp_path / "m.gguf").touch()
     assert resolve_model_path(str(tmp_path / "m.gguf")) == (str(tmp_path), {"gguf_file": "m.gguf"})
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_perplexity_is_summed_in_float32_whatever_the_precision(precision, tiny_model, text_file, tmp_path):
+    directory = tiny_model("llama")
+    data = TextDataModule(tokenizer=directory, source=text_file, seq_len=24, num_calibration=4, num_heldout=9, batch_size=2)
+    module = CausalLM(directory)
+    (metrics,) = quiet_trainer(tmp_path, precision=precision).validate(module, data, verbose=False)
+    losses = []
+    with torch.no_grad():
+        for batch in data.val_dataloader():
+            losses += module.window_losses(batch["input_ids"]).tolist()
+    assert module.metrics["val"].mean_value.dtype == torch.float32
+    assert metrics["val/loss"] == pytest.approx(sum(losses) / 9, rel=1e-5)

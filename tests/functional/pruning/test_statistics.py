@@ -111,3 +111,11 @@ def test_merging_nothing_changes_nothing():
 def test_wrong_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_float64_inputs_and_autocast_are_summed_in_float32():
+    plain = InputStatistics(FEATURES).update(X, 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = InputStatistics(FEATURES).update(X.double(), 0)
+    for name, value in plain.sums().items():
+        torch.testing.assert_close(mixed.sums()[name], value, rtol=1e-6, atol=1e-6, msg=name)
