@@ -85,7 +85,7 @@ def test_test_and_predict(config):
     test = train("test", "--config", str(config))
     assert test.returncode == 0 and "test/perplexity" in test.stdout, test.stderr
     predict = train("predict", "--config", str(config), "--model.max_new_tokens", "4")
-    assert predict.returncode == 0, predict.stderr
+    assert predict.returncode == 0 and predict.stdout.count(" >>> ") == 4, predict.stdout + predict.stderr
 
 
 def test_print_config_and_wrong_settings(config):
