@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from functional.pruning.masks import (
+    Pattern,
     check_divisible,
     check_sparsity,
     keep_largest,
@@ -104,35 +105,29 @@ def prune_linear(
     groups = parse_pattern(pattern)
     _check(weight, inputs, outputs, method, sparsity, groups, lambda1, lambda2, scale, activation_norm, block_size, damping)
     dense = weight.to(inputs.gram.device, torch.float32)
-    pruned, used_damping = dense.clone(), None
+    updates = method.endswith("sparsegpt")
+    y_norm, x_norm = None, None
+    if method.startswith("d2_"):
+        y_norm = outputs.activation_norm(activation_norm, scale)
+        x_norm = (inputs.updated_activation_norm if updates else inputs.activation_norm)(activation_norm, scale)
 
-    if method.endswith("sparsegpt"):
+    def activation_score(current: Tensor, columns: slice) -> Tensor | float:
+        return 0.0 if x_norm is None else activation_terms(current, x_norm[columns], y_norm, lambda1, lambda2)
+
+    used_damping = None
+    if updates:
         factor, dead, used_damping = inverse_factor(inputs.hessian(), damping)
-        pruned[:, dead] = 0
-        diagonal = factor.diagonal()
-        if method == "d2_sparsegpt":
-            x_norm = inputs.updated_activation_norm(activation_norm, scale)
-            y_norm = outputs.activation_norm(activation_norm, scale)
+        start = dense.masked_fill(dead, 0)
 
         def score(current: Tensor, columns: slice) -> Tensor:
-            scores = obs_score(current, diagonal[columns])
-            if method == "d2_sparsegpt":
-                scores += activation_terms(current, x_norm[columns], y_norm, lambda1, lambda2)
-            return scores
+            return obs_score(current, factor.diagonal()[columns]) + activation_score(current, columns)
 
-        pruned, mask, scores = obs_prune(pruned, factor, score, sparsity, groups, block_size)
+        pruned, mask, scores = obs_prune(start, factor, score, sparsity, groups, block_size)
     else:
         scores = dense.abs() if method == "magnitude" else wanda_score(dense, inputs.mean_square_norm())
-        if method == "d2_wanda":
-            x_norm = inputs.activation_norm(activation_norm, scale)
-            scores += activation_terms(dense, x_norm, outputs.activation_norm(activation_norm, scale), lambda1, lambda2)
-        if groups is not None:
-            mask = keep_largest_of_groups(scores, groups)
-        elif method == "magnitude":
-            mask = keep_largest(scores, zeros_wanted(scores.numel(), sparsity))
-        else:
-            mask = keep_largest_of_rows(scores, zeros_wanted(scores.shape[1], sparsity))
-        pruned.masked_fill_(~mask, 0)
+        scores = scores + activation_score(dense, slice(None))
+        mask = _mask_without_update(scores, method, sparsity, groups)
+        pruned = dense.masked_fill(~mask, 0)
 
     pruned = pruned.to(weight.dtype)
     if not torch.isfinite(pruned).all():
@@ -145,6 +140,15 @@ def prune_linear(
         scores=scores,
         damping=used_damping,
     )
+
+
+def _mask_without_update(scores: Tensor, method: str, sparsity: float, groups: Pattern | None) -> Tensor:
+    """What the table above says of magnitude, wanda and d2_wanda."""
+    if groups is not None:
+        return keep_largest_of_groups(scores, groups)
+    if method == "magnitude":
+        return keep_largest(scores, zeros_wanted(scores.numel(), sparsity))
+    return keep_largest_of_rows(scores, zeros_wanted(scores.shape[1], sparsity))
 
 
 def _energy(weight: Tensor, gram: Tensor) -> float:
