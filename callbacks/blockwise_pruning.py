@@ -1,18 +1,16 @@
 """BlockwisePruning: D²Prune (and magnitude, Wanda, SparseGPT) as a `fit` in which an epoch is a block.
 
     epoch b, every batch   hidden states go through pruned block b−1, then through block b with statistics hooks on
-    end of epoch b         block b is pruned from its statistics; metrics are logged at step b
+    end of epoch b         q, k and v get their update states, block b is pruned; metrics are logged at step b
     before and after       the module's own validation: dense and pruned
 
-The train dataloader is the calibration set. No optimizer, no backward. The order of events is all that this file knows: the
-mathematics is `functional.pruning`, the hidden states are BlockStream's, the names are the module's.
+The train dataloader is the calibration set. No optimizer, no backward. The perplexity rule runs over all blocks three times.
+The order of events is all that this file knows: the mathematics is `functional.pruning`, the hidden states are BlockStream's,
+the names are the module's, the choice among update states is `update_rules`'.
 """
 
 import logging
 import os
-import shlex
-import shutil
-import tempfile
 import time
 import warnings
 from dataclasses import asdict
@@ -21,40 +19,33 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+from callbacks.attention_probe import Reference
+from callbacks.attention_step import AttentionStep
 from callbacks.collector import StatisticsCollector
-from callbacks.progress import BlockProgressBar
-from callbacks.report import (
-    BlockRecord,
-    LinearRecord,
-    environment,
-    log_scalars,
-    peak_memory_gib,
-    print_table,
-    python_command,
-    sparsity_of,
-    write_json,
-)
+from callbacks.held_runs import JUDGE, HeldRuns
+from callbacks.progress import BlockProgressBar, use_block_progress_bar
+from callbacks.report import BlockRecord, environment, log_scalars, peak_memory_gib, sparsity_of, write_json
+from callbacks.result import REPORT, check_output, print_summary, save_result
 from callbacks.settings import Method, NonUpdated, Plan, PruningSettings
-from functional.pruning import ActivationNorm, PruneResult, prune_linear
-from functional.pruning.masks import zeros_of
+from callbacks.solve import log_scores, record_of, solve
+from callbacks.update_rules import HELD, ROLES, UPDATED, Candidates, Objective, UpdateRule, method_of, outlier_choice, states_of
+from functional.pruning import ActivationNorm, PruneResult
 from lightning_modules.block_stream import BlockStream
 from lightning_modules.prunable import PrunableModule
 
 log = logging.getLogger(__name__)
-
-REPORT = "pruning.json"
 
 
 class BlockwisePruning(Callback):
     """Prune a PrunableModule block by block from calibration data; give either `sparsity` or `pattern`.
 
     Args:
-        method: d2prune (d2_sparsegpt, and d2_wanda for the projection that is not updated), or one method for all linears.
+        method: d2prune (d2_sparsegpt, with q, k and v as `update_rule` says), or one method for all linears.
         sparsity: Share of zeros of every pruned linear, in [0, 1).
         pattern: N:M, N zeros in every M consecutive weights of a row, such as 2:4.
         lambda1: λ1, weight of the activation term ŷ |W| x̂ in the score.
@@ -63,7 +54,21 @@ class BlockwisePruning(Callback):
         activation_norm: rms (Algorithm 1) or official (as the released code computes it).
         block_size: Columns of a weight that the update handles, and compares, at a time.
         damping: Share of the mean of the Hessian's diagonal that is added to it.
-        non_updated: Projection that keeps its remaining weights as they are; v for d2prune when left out.
+        update_rule: Which of q, k, v keep their remaining weights as they are (d2prune). attention: per block, what keeps the
+            attention nearest to the dense model's; outlier: per block, the one with the largest outlier ratio (Eq. 18-19);
+            perplexity: prune with each held and keep the run with the lowest held-out loss (Algorithm 1); fixed: `non_updated`
+            everywhere. attention for d2prune when left out.
+        non_updated: What the fixed rule holds: q, k, v, none or all of them; v when left out.
+        candidates: What the attention rule chooses from: single (none, q, k or v held), all (every subset), partial (each
+            takes the whole update, ¾, ½, ¼ or nothing of it, or is held).
+        objective: What the attention rule minimises: output (error of the attention's output) or divergence (Eq. 12).
+        reference: What attention is compared with: model (the dense model on its own hidden states) or block (the dense
+            block on those of the pruned model).
+        rho: ρ, weight of the KL term of the divergence objective.
+        rule_windows: Windows on which attention is looked at; one needs heads x seq_len² x 4 bytes of memory.
+        rule_source: Text of these windows, in the forms of the data module's `source`; the first calibration windows if None.
+        log_attention: Whether to measure attention with the other rules too.
+        attention_maps: Blocks whose attention maps are drawn in TensorBoard; first, middle and last when None.
         ignore: Globs of full names of linears to leave dense, such as '*.down_proj' or 'model.layers.0.*'.
         output_dir: Where the pruned model goes; `pruned` in the log directory when None.
         log_histograms: Whether to write histograms of the scores of kept and pruned weights to TensorBoard.
@@ -80,7 +85,16 @@ class BlockwisePruning(Callback):
         activation_norm: ActivationNorm = "rms",
         block_size: int = 128,
         damping: float = 0.01,
+        update_rule: UpdateRule | None = None,
         non_updated: NonUpdated | None = None,
+        candidates: Candidates = "partial",
+        objective: Objective = "output",
+        reference: Reference = "model",
+        rho: float = 1.0,
+        rule_windows: int = 4,
+        rule_source: str | list[str] | None = None,
+        log_attention: bool = False,
+        attention_maps: list[int] | None = None,
         ignore: list[str] | None = None,
         output_dir: str | None = None,
         log_histograms: bool = False,
@@ -95,12 +109,21 @@ class BlockwisePruning(Callback):
             activation_norm=activation_norm,
             block_size=block_size,
             damping=damping,
+            update_rule=update_rule,
             non_updated=non_updated,
+            candidates=candidates,
+            objective=objective,
+            reference=reference,
+            rho=rho,
+            rule_windows=rule_windows,
+            rule_source=rule_source,
             ignore=ignore or [],
         )
         # Of a pruning run these are not true: the number of epochs is that of the blocks, and calibration wants eval mode.
         warnings.filterwarnings("ignore", message="`max_epochs` was not set")
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+        self.log_attention = log_attention
+        self.attention_maps = attention_maps
         self.output_dir = output_dir
         self.log_histograms = log_histograms
         self.records: list[BlockRecord] = []
@@ -111,11 +134,14 @@ class BlockwisePruning(Callback):
         self._blocks: list[nn.Module] = []
         self._stream = BlockStream([])
         self._positions: dict[int, Tensor] = {}
+        self._attention: AttentionStep | None = None
+        self._runs: HeldRuns | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        self._rng = torch.get_rng_state()  # dataloaders draw from it, pruning does not: it is put back
         if not isinstance(pl_module, PrunableModule):
             raise TypeError(f"BlockwisePruning needs a PrunableModule such as CausalLM but got {type(pl_module).__name__}.")
         if trainer.world_size > 1:
@@ -129,38 +155,76 @@ class BlockwisePruning(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        self._plan = self.settings.plan(pl_module)
         self._blocks = list(pl_module.blocks.values())
+        self._plan = self.settings.plan(pl_module)
+        self._check_maps()
         if trainer.current_epoch or not trainer.limit_train_batches:
             raise ValueError(
                 f"Pruning needs a Trainer that has run no epoch and reads calibration batches, but got current_epoch="
                 f"{trainer.current_epoch} and limit_train_batches={trainer.limit_train_batches}. Make a new Trainer."
             )
         self._output = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "pruned").expanduser()
-        _check_output(self._output)
-        trainer.fit_loop.max_epochs = len(self._blocks)
-        trainer.check_val_every_n_epoch = len(self._blocks) + 1  # validation is ours: before and after
-        _use_block_progress_bar(trainer, pl_module, len(self._blocks))
+        check_output(self._output)
+        self._num_runs = len(HeldRuns.held) if self.settings.rule == "perplexity" else 1
+        trainer.fit_loop.max_epochs = len(self._blocks) * self._num_runs
+        trainer.check_val_every_n_epoch = trainer.fit_loop.max_epochs + 1  # validation is ours: before and after
+        use_block_progress_bar(trainer, pl_module, trainer.fit_loop.max_epochs)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        self._started = time.perf_counter()
+        self._started, self._blocks_done = time.perf_counter(), 0
         self._modes = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
-        self._stream, self._positions = BlockStream(self._blocks), {}
         self._run_model = pl_module.calibration_forward
         self._sample_positions = pl_module.sample_positions
-        self._evaluate(trainer, "dense", step=0)
+        self.metrics["dense"] = self._evaluate(trainer)
+        log_scalars(trainer.loggers, self.metrics["dense"], step=0)
+        if self.settings.rule == "perplexity":
+            if JUDGE not in self.metrics["dense"]:
+                raise ValueError(
+                    f"`update_rule` = 'perplexity' chooses by {JUDGE} on held-out data, but there is none. Hold some out "
+                    "(data.num_heldout), leave limit_val_batches alone, or use another rule."
+                )
+            rank_zero_info(f"update_rule perplexity: pruning {self._num_runs} times, with {', '.join(HeldRuns.held)} held.")
+            self._runs = HeldRuns(pl_module, self._plan)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: PrunableModule) -> None:
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
-        self._index = trainer.current_epoch
+        run, self._index = divmod(trainer.current_epoch, len(self._blocks))
+        if self._index == 0:
+            self._start_run(trainer, pl_module, run)
         self._block_name = list(self._plan)[self._index]
         linears = pl_module.linears(self._blocks[self._index])
         self._collector = StatisticsCollector({name: linears[name] for name in self._plan[self._block_name]})
         self._epoch_started = time.perf_counter()
+
+    def _start_run(self, trainer: Trainer, pl_module: PrunableModule, run: int) -> None:
+        """Nothing is pruned yet, or, with the perplexity rule, not any more."""
+        self._release()
+        self._stream, self.records = BlockStream(self._blocks), []
+        self._held = self.settings.held
+        if self._runs is not None:
+            self._runs.restart()
+            self._held = HeldRuns.held[run]
+            self._plan = self.settings.plan(pl_module, self._held)
+        if self.settings.rule == "attention" or self.log_attention:
+            self._attention = AttentionStep(pl_module, self.settings, self._drawn())
+            if self.settings.rule_source is not None:
+                for batch in self._rule_batches(trainer):
+                    with trainer.precision_plugin.forward_context():
+                        self._attention.feed(batch, len(pl_module.sample_positions(batch)))
+
+    def _rule_batches(self, trainer: Trainer):
+        data = trainer.datamodule
+        if not hasattr(data, "rule_dataloader"):
+            raise ValueError(
+                f"Argument `rule_source` needs a data module that reads it, but {type(data).__name__} has no rule_dataloader. "
+                "Leave it out: the rule then looks at calibration data."
+            )
+        for batch in data.rule_dataloader(self.settings.rule_source, self.settings.rule_windows):
+            yield trainer.strategy.batch_to_device(batch)
 
     def _calibrate(self, batch: Any, batch_idx: int) -> None:
         """The training step: one batch through the block pruned last and the block to be pruned next."""
@@ -169,6 +233,8 @@ class BlockwisePruning(Callback):
             if self._index == 0:
                 self._positions[batch_idx] = positions
                 self._stream.capture(batch_idx, lambda: self._run_model(batch))
+                if self._attention is not None and self.settings.rule_source is None:
+                    self._attention.feed(batch, len(positions))
             else:
                 if not torch.equal(self._positions[batch_idx], positions):
                     raise ValueError("The train dataloader gives other batches in this epoch. Turn its shuffling off.")
@@ -179,142 +245,146 @@ class BlockwisePruning(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        if pl_module.device.type != "cpu":
-            torch.accelerator.synchronize()
+        _synchronize(pl_module.device)
         collected = time.perf_counter()
-        linears = {}
+        record = BlockRecord(name=self._block_name, seconds_statistics=collected - self._epoch_started)
+        chosen = self._choose(trainer, pl_module, record)
         for name, linear in self._collector.linears.items():
-            result = self._prune(name, linear)
-            linears[name] = self._record_of(name, linear, result)
+            method = self._plan[self._block_name][name]
+            result, method = chosen.get(name) or (self._solve(name, method), method)
+            with torch.no_grad():
+                linear.weight.copy_(result.weight)
+            record.linears[name] = record_of(self.settings, linear, result, method, f"{self._block_name}.{name}")
             if self.log_histograms:
-                self._log_scores(trainer, name, result)
-        record = BlockRecord(
-            name=self._block_name,
-            seconds_statistics=collected - self._epoch_started,
-            seconds_solve=time.perf_counter() - collected,
-            peak_memory_gib=peak_memory_gib(pl_module.device),
-            linears=linears,
-        )
+                log_scores(trainer.loggers, name, result, self._index)
+        if self._attention is not None:
+            with trainer.precision_plugin.forward_context():
+                self._attention.leave(self._index, record, trainer.loggers)
+        _synchronize(pl_module.device)
+        record.seconds_solve = time.perf_counter() - collected - record.seconds_rule
+        record.peak_memory_gib = peak_memory_gib(pl_module.device)
         self.records.append(record)
-        log_scalars(trainer.loggers, record.scalars(), step=self._index)
+        self._blocks_done += 1
+        prefix = "" if self._runs is None else f"hold_{self._held}/"
+        log_scalars(trainer.loggers, {prefix + name: value for name, value in record.scalars().items()}, step=self._index)
         if isinstance(trainer.progress_bar_callback, BlockProgressBar):
-            trainer.progress_bar_callback.block_done(
-                len(self.records),
-                error=f"{record.relative_error:.4f}",
-                sparsity=f"{record.sparsity:.4f}",
-                seconds=f"{record.seconds:.1f}",
-            )
+            trainer.progress_bar_callback.block_done(self._blocks_done, record)
+        if self._runs is not None and len(self.records) == len(self._blocks):
+            self._end_run(trainer)
+
+    def _end_run(self, trainer: Trainer) -> None:
+        metrics = self._evaluate(trainer)
+        tagged = {f"hold_{self._held}/{name}": value for name, value in metrics.items()}
+        log_scalars(trainer.loggers, tagged, step=len(self._blocks))
+        self._runs.add(self._held, metrics, self.records)
+        rank_zero_info(f"{self._held} held: {JUDGE} {metrics[JUDGE]:.4f}")
+
+    def _choose(self, trainer: Trainer, pl_module: PrunableModule, record: BlockRecord) -> dict[str, tuple[PruneResult, str]]:
+        """Ask the update rule: name of a linear -> (result, method) where a rule has decided on a result already."""
+        projections = pl_module.architecture.projections
+        roles = {role: projections[role] for role in ROLES if projections.get(role) in self._collector.linears}
+        linears = {role: self._collector.linears[name] for role, name in roles.items()}
+        if self._attention is not None:
+            with trainer.precision_plugin.forward_context():
+                self._attention.enter(self._index)
+        if self.settings.rule == "attention" and roles:
+            options = {role: self._states(name) for role, name in roles.items()}
+            with trainer.precision_plugin.forward_context():
+                state, results = self._attention.choose(linears, options)
+            return {name: (results[role], method_of(state[role])) for role, name in roles.items()}
+        if self.settings.method == "d2prune":
+            methods = {role: self._plan[self._block_name][name] for role, name in roles.items()}
+            record.update_shares = {role: float(method == "d2_sparsegpt") for role, method in methods.items()}
+            record.choice = "+".join(role for role, share in record.update_shares.items() if not share) or "none"
+        if self.settings.rule == "outlier" and roles:
+            record.outlier_ratios = outlier_choice(linears)[1]
+        return {}
+
+    def _states(self, name: str) -> dict[str, PruneResult]:
+        updated, held = (self._solve(name, method_of(state)) for state in (UPDATED, HELD))
+        weight, inputs = self._collector.linears[name].weight, self._collector.inputs(name)
+        return states_of(updated, held, weight, inputs, self.settings.candidates)
+
+    def _solve(self, name: str, method: str) -> PruneResult:
+        inputs = self._collector.inputs(name)
+        self._calibration = {"samples": inputs.num_samples, "tokens_per_sample": inputs.num_tokens / inputs.num_samples}
+        return solve(self.settings, self._collector, self._block_name, name, method)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        if len(self.records) != len(self._blocks):
-            raise RuntimeError(f"Stopped after {len(self.records)} of {len(self._blocks)} blocks; nothing was saved.")
+        expected = len(self._blocks) * self._num_runs
+        if self._blocks_done != expected:
+            raise RuntimeError(f"Stopped after {self._blocks_done} of {expected} blocks; nothing was saved.")
         self._release()
+        if self._runs is not None:
+            best = self._runs.finish()
+            self.records, self._held = best.records, best.held
+            self.metrics |= {f"hold_{held}": metrics for held, metrics in self._runs.metrics.items()}
         seconds = time.perf_counter() - self._started
-        self._save(trainer, pl_module, seconds)  # first, so that a failing evaluation loses nothing
-        self._evaluate(trainer, "pruned", step=len(self._blocks))
+        save_result(pl_module, self._output, self._report(trainer, pl_module, seconds))  # before evaluation could fail
+        self.metrics["pruned"] = self._evaluate(trainer)
+        log_scalars(trainer.loggers, self.metrics["pruned"], step=len(self._blocks))
         self._restore_modes()
-        self._write_report(trainer, pl_module, self._output, seconds)
+        write_json(self._output / REPORT, self._report(trainer, pl_module, seconds))
         self._seconds = seconds
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        self._print_summary(trainer, self._seconds)
+        title = f"{self.settings.method} at {self.settings.pattern or self.settings.sparsity}"
+        print_summary(trainer, title, self.metrics, self.records, self._output, self._seconds)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: PrunableModule, exception: BaseException) -> None:
         self._release()
         self._restore_modes()
-        if isinstance(pl_module, PrunableModule):
-            pl_module.disarm()
+        self.teardown(trainer, pl_module, "fit")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: PrunableModule, stage: str) -> None:
-        if stage == "fit":
+        if stage == "fit" and isinstance(pl_module, PrunableModule):
             pl_module.disarm()
+            torch.set_rng_state(self._rng)
 
     def _release(self) -> None:
         """Give the calibration data back: hidden states and statistics are larger than a small model."""
         self._stream.clear()
         self._positions.clear()
         self._collector = StatisticsCollector({})
+        if self._attention is not None:
+            self._attention.clear()
 
     def _restore_modes(self) -> None:
         for module, mode in self._modes.items():
             module.training = mode
         self._modes = {}
 
-    def _prune(self, name: str, linear: nn.Linear) -> PruneResult:
-        inputs, outputs = self._collector.inputs(name), self._collector.outputs[name]
-        self._calibration = {"samples": inputs.num_samples, "tokens_per_sample": inputs.num_tokens / inputs.num_samples}
-        arguments = self.settings.arguments(self._calibration["tokens_per_sample"])
-        try:
-            result = prune_linear(linear.weight, inputs, outputs, method=self._plan[self._block_name][name], **arguments)
-        except ValueError as error:
-            raise type(error)(f"{self._block_name}.{name}: {error}") from error
-        if result.damping is not None and result.damping > self.settings.damping:
-            log.warning("%s.%s: the Hessian needed a damping of %g.", self._block_name, name, result.damping)
-        with torch.no_grad():
-            linear.weight.copy_(result.weight)
-        return result
+    def _drawn(self) -> set[int]:
+        """Indices of the blocks whose attention maps are drawn."""
+        count = len(self._blocks)
+        return {0, count // 2, count - 1} if self.attention_maps is None else set(self.attention_maps)
 
-    def _record_of(self, name: str, linear: nn.Linear, result: PruneResult) -> LinearRecord:
-        method = self._plan[self._block_name][name]
-        record = LinearRecord(
-            method=method,
-            error=result.error,
-            norm=result.norm,
-            zeros=int((linear.weight == 0).sum()),
-            weights=linear.weight.numel(),
-            damping=result.damping,
-        )
-        arguments = self.settings.arguments(1.0)
-        wanted = zeros_of(linear.weight.shape, method, arguments["sparsity"], arguments["pattern"])
-        if record.zeros < wanted:
-            raise RuntimeError(
-                f"{self._block_name}.{name}: {record.zeros} of {record.weights} weights are zero where {wanted} were wanted. "
-                "This is a defect of the pruning code; please report it with the settings."
-            )
-        return record
+    def _check_maps(self) -> None:
+        count = len(self._blocks)
+        if any(not 0 <= index < count for index in self._drawn()):
+            raise ValueError(f"Argument `attention_maps` expected to name some of {count} blocks, got {self.attention_maps}.")
 
-    def _log_scores(self, trainer: Trainer, name: str, result: PruneResult) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for state, scores in (("kept", result.scores[result.mask]), ("pruned", result.scores[~result.mask])):
-                    logs = scores[scores > 0].log10()
-                    if len(logs):
-                        logger.experiment.add_histogram(f"log10_scores_{state}/{name}", logs, self._index)
-
-    def _evaluate(self, trainer: Trainer, state: str, step: int) -> None:
+    def _evaluate(self, trainer: Trainer) -> dict[str, float]:
         """The module's own validation, in the middle of `fit`, as the training loop does it between batches."""
         if not trainer.enable_validation:
-            return
+            return {}
         connector = trainer._logger_connector
         first_loop_iter = connector._first_loop_iter
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
         connector._first_loop_iter = first_loop_iter
-        self.metrics[state] = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        log_scalars(trainer.loggers, self.metrics[state], step)
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
-    def _save(self, trainer: Trainer, pl_module: PrunableModule, seconds: float) -> None:
-        """The model and its report, written beside their place and moved there as a whole."""
-        target = self._output.resolve()  # a link stays a link
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        new, old = scratch / "new", scratch / "old"
-        new.mkdir()
-        pl_module.save(new)
-        self._write_report(trainer, pl_module, new, seconds)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(new, target)
-        shutil.rmtree(scratch)
-
-    def _write_report(self, trainer: Trainer, pl_module: PrunableModule, directory: Path, seconds: float) -> None:
+    def _report(self, trainer: Trainer, pl_module: PrunableModule, seconds: float) -> dict[str, Any]:
+        """Content of pruning.json."""
         data = trainer.datamodule.hparams if trainer.datamodule is not None else {}
-        content = {
-            "settings": asdict(self.settings) | {"non_updated": self.settings.held},
+        return {
+            "settings": asdict(self.settings) | {"update_rule": self.settings.rule, "non_updated": self._held},
             "model": dict(pl_module.hparams),
             "data": dict(data),
             "calibration": self._calibration,
@@ -325,42 +395,9 @@ class BlockwisePruning(Callback):
             "seconds": seconds,
             "blocks": [record.as_json() for record in self.records],
         }
-        write_json(directory / REPORT, content)
-
-    def _print_summary(self, trainer: Trainer, seconds: float) -> None:
-        dense, pruned = self.metrics.get("dense", {}), self.metrics.get("pruned", {})
-        rows = [(name, f"{value:.4g} dense -> {pruned[name]:.4g} pruned") for name, value in dense.items()]
-        rows += [
-            ("sparsity", f"{sparsity_of(self.records):.4%} of the pruned linears of {len(self._blocks)} blocks"),
-            ("time", f"{seconds:.1f} s with dense validation"),
-            ("peak memory", f"{max(record.peak_memory_gib for record in self.records):.2f} GiB"),
-            ("pruned model", str(self._output)),
-        ]
-        if isinstance(trainer.logger, TensorBoardLogger):
-            rows.append(("logs", f"{python_command()} -m tensorboard.main --logdir {shlex.quote(trainer.log_dir)}"))
-            config = Path(trainer.log_dir) / "config.yaml"
-            if config.is_file():
-                options = ["--config", str(config), "--model.model_name_or_path", str(self._output)]
-                rows.append(("validate again", f"{python_command()} train.py validate {shlex.join(options)}"))
-        print_table(f"{self.settings.method} at {self.settings.pattern or self.settings.sparsity}", rows)
 
 
-def _check_output(output: Path) -> None:
-    """Raise a ValueError unless the result can go to `output`: nothing that is not ours is ever replaced."""
-    output = output.resolve()
-    if output.exists() and not (output / REPORT).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(
-            f"Argument `output_dir` = {str(output)!r} exists and holds no {REPORT}, so it is not a pruned model of ours to "
-            "replace. Choose another directory."
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _use_block_progress_bar(trainer: Trainer, pl_module: LightningModule, num_blocks: int) -> None:
-    """In the place of the trainer's own bar, if it has one: epochs of a few batches would tell nothing."""
-    bar = trainer.progress_bar_callback
-    if bar is None or bar.is_disabled:
-        return
-    ours = BlockProgressBar(num_blocks)
-    ours.setup(trainer, pl_module, "fit")
-    trainer.callbacks = [ours if isinstance(callback, ProgressBar) else callback for callback in trainer.callbacks]
+def _synchronize(device: torch.device) -> None:
+    """Wait for the GPU, so that clocks read what they should."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from functional.pruning import InputStatistics, OutputStatistics
+from lightning_modules.architectures import PrunableLinear
 
 
 class StatisticsCollector:
@@ -19,8 +20,11 @@ class StatisticsCollector:
         linears: The linears by name.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, linears: Mapping[str, PrunableLinear]) -> None:
         self.linears = dict(linears)
+        self._modules: dict[nn.Linear, list[str]] = {}
+        for name, linear in self.linears.items():
+            self._modules.setdefault(linear.module, []).append(name)
         self.outputs = {name: OutputStatistics(linear.out_features) for name, linear in self.linears.items()}
         self._leaders: dict[str, str] = {}
         self._inputs: dict[str, InputStatistics] = {}
@@ -47,22 +51,23 @@ class StatisticsCollector:
         """
         seen: dict[str, Tensor] = {}
 
-        def hook(name: str):
-            def add(linear: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
-                if name in seen:
-                    raise RuntimeError(f"The linear {name!r} is called more than once a forward pass; it cannot be pruned.")
-                leader = next((other for other, tensor in seen.items() if tensor is args[0]), name)
-                seen[name] = args[0]
-                if self._leaders.setdefault(name, leader) != leader:
-                    raise RuntimeError(f"The linear {name!r} shares its input with others in some batches only.")
-                if leader == name:
-                    inputs = self._inputs.setdefault(name, InputStatistics(linear.in_features))
-                    inputs.update(_by_sample(args[0], positions), positions)
-                self.outputs[name].update(_by_sample(output, positions), positions)
+        def add(name: str, x: Tensor, y: Tensor) -> None:
+            if name in seen:
+                raise RuntimeError(f"The linear {name!r} is called more than once a forward pass; it cannot be pruned.")
+            leader = next((other for other, tensor in seen.items() if tensor is x), name)
+            seen[name] = x
+            if self._leaders.setdefault(name, leader) != leader:
+                raise RuntimeError(f"The linear {name!r} shares its input with others in some batches only.")
+            if leader == name:
+                inputs = self._inputs.setdefault(name, InputStatistics(x.shape[-1]))
+                inputs.update(_by_sample(x, positions), positions)
+            self.outputs[name].update(_by_sample(y, positions), positions)
 
-            return add
+        def hook(module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
+            for name in self._modules[module]:
+                add(name, args[0], output[..., self.linears[name].rows])
 
-        handles = [linear.register_forward_hook(hook(name)) for name, linear in self.linears.items()]
+        handles = [module.register_forward_hook(hook) for module in self._modules]
         try:
             yield
         finally:

@@ -1,10 +1,13 @@
-"""BlockProgressBar: counts pruned blocks, and shows error, sparsity and seconds of the last one."""
+"""BlockProgressBar: counts pruned blocks, and shows errors, sparsity and seconds of the last one."""
 
 from typing import Any
 
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from typing_extensions import override
+
+from callbacks.report import BlockRecord
 
 _UNIT_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} blocks [{elapsed}<{remaining}]{postfix}"
 
@@ -20,10 +23,13 @@ class BlockProgressBar(TQDMProgressBar):
         super().__init__()
         self.num_blocks = num_blocks
 
-    def block_done(self, count: int, **shown: str) -> None:
+    def block_done(self, count: int, record: BlockRecord) -> None:
         """Move to `count` finished blocks and show some numbers of the last one."""
         self.train_progress_bar.n = count
-        self.train_progress_bar.set_postfix(shown)
+        shown = {"error": f"{record.relative_error:.4f}", "sparsity": f"{record.sparsity:.4f}"}
+        if record.attention:
+            shown["attention"] = f"{record.attention['relative_error']:.4f}"
+        self.train_progress_bar.set_postfix(shown | {"seconds": f"{record.seconds:.1f}"})
 
     @override
     def init_train_tqdm(self) -> Tqdm:
@@ -49,3 +55,13 @@ class BlockProgressBar(TQDMProgressBar):
     def on_validation_end(self, *_: Any) -> None:
         self.val_progress_bar.close()
         self.reset_dataloader_idx_tracker()
+
+
+def use_block_progress_bar(trainer: Trainer, pl_module: LightningModule, num_blocks: int) -> None:
+    """In the place of the trainer's own bar, if it has one: epochs of a few batches would tell nothing."""
+    bar = trainer.progress_bar_callback
+    if bar is None or bar.is_disabled:
+        return
+    ours = BlockProgressBar(num_blocks)
+    ours.setup(trainer, pl_module, "fit")
+    trainer.callbacks = [ours if isinstance(callback, ProgressBar) else callback for callback in trainer.callbacks]

@@ -43,14 +43,23 @@ class BlockRecord:
     """One pruned block; times in seconds, memory in GiB."""
 
     name: str
-    seconds_statistics: float
-    seconds_solve: float
-    peak_memory_gib: float
+    seconds_statistics: float = 0.0
+    seconds_solve: float = 0.0
+    peak_memory_gib: float = 0.0
     linears: dict[str, LinearRecord] = field(default_factory=dict)
+    seconds_rule: float = 0.0
+    choice: str | None = None
+    """What the update rule gave q, k and v."""
+    update_shares: dict[str, float] = field(default_factory=dict)
+    """Role -> share of the weight update that the projection took."""
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    outlier_ratios: dict[str, float] = field(default_factory=dict)
+    attention: dict[str, float] = field(default_factory=dict)
+    """Measures of the attention against the dense model's, from AttentionProbe."""
 
     @property
     def seconds(self) -> float:
-        return self.seconds_statistics + self.seconds_solve
+        return self.seconds_statistics + self.seconds_solve + self.seconds_rule
 
     @property
     def relative_error(self) -> float:
@@ -76,6 +85,11 @@ class BlockRecord:
             values[f"sparsity/{name}"] = linear.sparsity
             if linear.damping is not None:
                 values[f"damping/{name}"] = linear.damping
+        values |= {f"attention/{name}": value for name, value in self.attention.items()}
+        values |= {f"update_share/{role}": share for role, share in self.update_shares.items()}
+        values |= {f"outlier_ratio/{role}": ratio for role, ratio in self.outlier_ratios.items()}
+        if self.attention:
+            values["block/seconds_rule"] = self.seconds_rule
         return values
 
     def as_json(self) -> dict[str, Any]:

@@ -1,18 +1,20 @@
 """PruningSettings: what a user may set of a pruning run, checked on its own and against the module, before any weight moves."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
+from callbacks.attention_probe import Reference
+from callbacks.update_rules import ROLES, Candidates, Objective, UpdateRule, outlier_choice
 from functional.pruning import METHODS, ActivationNorm, parse_pattern
 from functional.pruning.masks import check_divisible, check_sparsity
 from functional.pruning.statistics import check_activation_norm
 from lightning_modules.prunable import PrunableModule
 
 Method = Literal["d2prune", "magnitude", "wanda", "sparsegpt", "d2_wanda", "d2_sparsegpt"]
-NonUpdated = Literal["q", "k", "v", "none"]
+NonUpdated = Literal["q", "k", "v", "none", "all"]
 DEFAULT_NON_UPDATED: NonUpdated = "v"
+DEFAULT_UPDATE_RULE: UpdateRule = "attention"
 
 Plan = dict[str, dict[str, str]]
 """Per block (full name) the method of each linear (name within the block) that is to be pruned."""
@@ -31,12 +33,29 @@ class PruningSettings:
     activation_norm: ActivationNorm = "rms"
     block_size: int = 128
     damping: float = 0.01
+    update_rule: UpdateRule | None = None
     non_updated: NonUpdated | None = None
+    candidates: Candidates = "partial"
+    objective: Objective = "output"
+    reference: Reference = "model"
+    rho: float = 1.0
+    rule_windows: int = 4
+    rule_source: str | list[str] | None = None
     ignore: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise ValueError(f"Argument `method` expected to be one of {', '.join(get_args(Method))} but got {self.method!r}.")
+        choices = {
+            "method": Method,
+            "update_rule": UpdateRule,
+            "non_updated": NonUpdated,
+            "candidates": Candidates,
+            "objective": Objective,
+            "reference": Reference,
+        }
+        for name, type_ in choices.items():
+            value, accepted = getattr(self, name), get_args(type_)
+            if value not in accepted and not (value is None and name in ("update_rule", "non_updated")):
+                raise ValueError(f"Argument `{name}` expected to be one of {', '.join(accepted)} but got {value!r}.")
         if (self.sparsity is None) == (self.pattern is None):
             raise ValueError(
                 f"Give either `sparsity`, a share of zeros in [0, 1), or `pattern`, N zeros in every M weights such as '2:4', "
@@ -52,34 +71,62 @@ class PruningSettings:
             raise ValueError(f"Argument `block_size` expected to be a positive number of columns but got {self.block_size}.")
         if not 0 <= self.damping <= 1:
             raise ValueError(f"Argument `damping` expected to be in [0, 1] but got {self.damping}.")
-        if self.non_updated not in (None, *get_args(NonUpdated)):
+        self._check_update_rule()
+
+    def _check_update_rule(self) -> None:
+        for name, none in {"non_updated": "none", "update_rule": "fixed"}.items():
+            if self.method != "d2prune" and getattr(self, name) not in (None, none):
+                raise ValueError(
+                    f"Argument `{name}` = {getattr(self, name)!r} belongs to method d2prune, but `method` is {self.method!r}. "
+                    "Leave it out, or use d2prune."
+                )
+        if self.non_updated is not None and self.rule != "fixed":
             raise ValueError(
-                f"Argument `non_updated` expected to be one of {', '.join(get_args(NonUpdated))} but got {self.non_updated!r}."
+                f"Argument `non_updated` = {self.non_updated!r} belongs to update_rule fixed, but `update_rule` is "
+                f"{self.update_rule!r}, which chooses itself. Leave one of them out."
             )
-        if self.method != "d2prune" and self.non_updated not in (None, "none"):
-            raise ValueError(
-                f"Argument `non_updated` = {self.non_updated!r} belongs to method d2prune, but `method` is {self.method!r}. "
-                "Leave it out, or use d2prune."
-            )
+        if isinstance(self.rule_windows, bool) or not isinstance(self.rule_windows, int) or self.rule_windows < 1:
+            raise ValueError(f"Argument `rule_windows` expected to be a positive integer but got {self.rule_windows!r}.")
+        if not 0 <= self.rho < float("inf"):
+            raise ValueError(f"Argument `rho` expected to be a number of at least 0 but got {self.rho}.")
 
     @property
-    def held(self) -> NonUpdated:
-        """The projection whose weights are masked but not updated."""
+    def rule(self) -> UpdateRule:
+        """The update rule: as set, or fixed where a fixed choice or another method is set, else the default."""
+        if self.update_rule is not None:
+            return self.update_rule
+        return "fixed" if self.method != "d2prune" or self.non_updated is not None else DEFAULT_UPDATE_RULE
+
+    @property
+    def held(self) -> NonUpdated | None:
+        """What the fixed rule holds: projections whose weights are masked but not updated; None for another rule."""
+        if self.rule != "fixed":
+            return None
         if self.method != "d2prune":
             return "none"
         return self.non_updated or DEFAULT_NON_UPDATED
 
-    def plan(self, module: PrunableModule) -> Plan:
+    def plan(self, module: PrunableModule, held: NonUpdated | None = None) -> Plan:
         """Which linears of which blocks are pruned, and how.
 
+        Args:
+            module: The module, still dense.
+            held: What is held in every block; the settings' own when None. The attention rule replaces what the plan says
+                of q, k and v.
+
         Raises:
-            ValueError: If the module lacks the held projection, an `ignore` pattern matches nothing or all linears are
+            ValueError: If the module lacks a held projection, an `ignore` pattern matches nothing or all linears are
                 ignored, or M of the pattern does not divide the inputs of a linear.
         """
-        held = self._held_linear(module)
+        held = held or self.held or "none"
+        roles = {"none": (), "all": ROLES}.get(held, (held,)) if self.rule != "attention" else ROLES
+        _check_projections(module, ROLES if self.rule != "fixed" else roles, self)
         unused, plan = set(self.ignore), {}
         for block_name, block in module.blocks.items():
             plan[block_name] = {}
+            if self.rule == "outlier":
+                linears, projections = module.linears(block), module.architecture.projections
+                roles = outlier_choice({role: linears[projections[role]] for role in ROLES})[0]
             for name, linear in module.linears(block).items():
                 matching = {glob for glob in self.ignore if fnmatchcase(f"{block_name}.{name}", glob)}
                 unused -= matching
@@ -87,8 +134,8 @@ class PruningSettings:
                     continue
                 if self.pattern is not None:
                     _check_groups(f"{block_name}.{name}", linear.in_features, self.pattern)
-                plan[block_name][name] = self._method_of(name, held)
-        example = next(f"{block}.{name}" for block, names in plan.items() for name in module.architecture.linears)
+                plan[block_name][name] = self._method_of(name, [module.architecture.projections[role] for role in roles])
+        example = next(f"{name}.{linear}" for name, block in module.blocks.items() for linear in module.linears(block))
         if unused:
             raise ValueError(
                 f"Argument `ignore`: {', '.join(sorted(map(repr, unused)))} matches no linear. Names look like {example!r}, "
@@ -111,21 +158,21 @@ class PruningSettings:
             "damping": self.damping,
         }
 
-    def _held_linear(self, module: PrunableModule) -> str | None:
-        if self.held == "none":
-            return None
-        projections: Mapping[str, str] = module.architecture.projections
-        if self.held not in projections:
-            raise ValueError(
-                f"Argument `non_updated` = {self.held!r}: this model has no such projection, only "
-                f"{', '.join(projections) or 'none'}. Use one of them, or 'none'."
-            )
-        return projections[self.held]
-
-    def _method_of(self, name: str, held: str | None) -> str:
+    def _method_of(self, name: str, held: list[str]) -> str:
         if self.method in METHODS:
             return self.method
-        return "d2_wanda" if name == held else "d2_sparsegpt"
+        return "d2_wanda" if name in held else "d2_sparsegpt"
+
+
+def _check_projections(module: PrunableModule, roles: tuple[str, ...], settings: PruningSettings) -> None:
+    projections = module.architecture.projections
+    missing = [role for role in roles if role not in projections]
+    if missing:
+        argument = f"`non_updated` = {settings.held!r}" if settings.held else f"`update_rule` = {settings.rule!r}"
+        raise ValueError(
+            f"Argument {argument}: this model has no projection {', '.join(missing)}, only {', '.join(projections) or 'none'}. "
+            "Use `update_rule: fixed` with `non_updated: none`, or one that it has."
+        )
 
 
 def _check_groups(name: str, in_features: int, pattern: str) -> None:

@@ -184,6 +184,24 @@ class TextDataModule(LightningDataModule):
         """Held-out windows, as for validation."""
         return self.val_dataloader()
 
+    def rule_dataloader(self, source: str | list[str], number: int) -> DataLoader:
+        """Windows at random from another text, drawn with the same seed: what an update rule may look at.
+
+        Args:
+            source: In the forms of `source`.
+            number: Of windows.
+
+        Raises:
+            ValueError: If the text cannot be had or is shorter than one window.
+        """
+        _check_source("rule_source", source)
+        try:
+            tokens = self._tokenise(SEPARATOR.join(read_documents(source, self.hparams.text_field)))
+            windows = draw_from_stream(tokens, self.hparams.seq_len, number, Generator().manual_seed(self._seed))
+        except ValueError as error:
+            raise ValueError(f"Argument `rule_source`: {error}") from error
+        return DataLoader(Windows(windows), batch_size=self.hparams.batch_size)
+
     def _dataloader(self, part: str) -> DataLoader:
         windows = Windows(self._windows[part])
         return DataLoader(windows, batch_size=self.hparams.batch_size, num_workers=self.hparams.num_workers)

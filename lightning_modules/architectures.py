@@ -1,11 +1,12 @@
 """The one table of names: where the blocks of a model family are, and which of their linears are pruned.
 
-A new family is one entry here and nothing else: no forward is copied. Keys are the ``model_type`` of a Hugging Face config.
+A new family is one entry here and nothing else: no forward is copied. Keys are the ``model_type`` of a Hugging Face config,
+and vision_transformer for timm.
 """
 
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,39 @@ class Architecture:
         blocks: Path of the list of decoder or encoder blocks in the model.
         linears: Paths of the linears to prune, relative to a block.
         projections: The attention projections among them by role: q, k, v, o.
+        attention: Path of the attention module, relative to a block.
+        fused: Linears whose rows are several projections of equal size one after the other, by path; each part is pruned
+            as a linear of its own, called <path>.<part>.
     """
 
     blocks: str
     linears: tuple[str, ...]
     projections: dict[str, str] = field(default_factory=dict)
+    attention: str = "self_attn"
+    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PrunableLinear:
+    """A linear that is pruned as one matrix: a whole ``nn.Linear``, or one projection's rows of a fused one."""
+
+    module: nn.Linear
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I), a view: what is written here is written into the module."""
+        return self.module.weight.detach()[self.rows]
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return self.module.in_features
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return len(range(*self.rows.indices(self.module.out_features)))
 
 
 LLAMA = Architecture(
@@ -41,6 +70,13 @@ OPT = Architecture(
     linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
     projections={role: f"self_attn.{role}_proj" for role in "qkv"} | {"o": "self_attn.out_proj"},
 )
+VISION_TRANSFORMER = Architecture(  # of timm
+    blocks="blocks",
+    linears=("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+    projections={role: f"attn.qkv.{role}" for role in "qkv"} | {"o": "attn.proj"},
+    attention="attn",
+    fused={"attn.qkv": ("q", "k", "v")},
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": LLAMA,
@@ -48,6 +84,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": OPT,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "vision_transformer": VISION_TRANSFORMER,
 }
 
 
@@ -71,8 +108,8 @@ def find_blocks(model: nn.Module, architecture: Architecture) -> dict[str, nn.Mo
     return {f"{architecture.blocks}.{i}": block for i, block in enumerate(model.get_submodule(architecture.blocks))}
 
 
-def find_linears(block: nn.Module, architecture: Architecture) -> dict[str, nn.Linear]:
-    """The prunable linears of one block, by their name within it.
+def find_linears(block: nn.Module, architecture: Architecture) -> dict[str, PrunableLinear]:
+    """The prunable linears of one block, by their name within it; a fused one by its parts.
 
     Raises:
         ValueError: If one of the table's names is not there, or not a plain ``nn.Linear``.
@@ -88,5 +125,13 @@ def find_linears(block: nn.Module, architecture: Architecture) -> dict[str, nn.L
                 f"{name!r} of {type(block).__name__} is a {type(module).__name__}, not a plain nn.Linear. "
                 "Load the model without quantisation or adapters."
             )
-        linears[name] = module
+        parts = architecture.fused.get(name)
+        if parts is None:
+            linears[name] = PrunableLinear(module)
+            continue
+        size, rest = divmod(module.out_features, len(parts))
+        if rest:
+            raise ValueError(f"{name!r} has {module.out_features} rows, which are not {', '.join(parts)} of one size.")
+        for i, part in enumerate(parts):
+            linears[f"{name}.{part}"] = PrunableLinear(module, slice(i * size, (i + 1) * size))
     return linears

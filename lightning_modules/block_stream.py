@@ -77,7 +77,16 @@ class BlockStream:
 
     def advance(self, key: int, index: int) -> None:
         """Replace the hidden states of a batch by the output of block `index`."""
-        self._batches[key].hidden = self.run(key, index)
+        self.replace(key, self.run(key, index))
+
+    def adopt(self, key: int, other: "BlockStream") -> None:
+        """Take a batch over from another stream of the same blocks; from then on each moves its own."""
+        batch = other._batches[key]
+        self._batches[key] = _Batch(batch.hidden, batch.calls)
+
+    def replace(self, key: int, hidden: Tensor) -> None:
+        """Replace the hidden states of a batch."""
+        self._batches[key].hidden = hidden
 
     def clear(self) -> None:
         """Forget all batches."""

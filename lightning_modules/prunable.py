@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_modules.architectures import Architecture, find_blocks, find_linears
+from lightning_modules.architectures import Architecture, PrunableLinear, find_blocks, find_linears
 
 CalibrationStep = Callable[[Any, int], None]
 
@@ -32,9 +33,13 @@ class PrunableModule(LightningModule):
         """The chain of blocks in order, by full name in the model."""
         return find_blocks(self.model, self.architecture)
 
-    def linears(self, block: nn.Module) -> dict[str, nn.Linear]:
+    def linears(self, block: nn.Module) -> dict[str, PrunableLinear]:
         """The prunable linears of a block, by their name within it."""
         return find_linears(block, self.architecture)
+
+    def attention(self, block: nn.Module) -> nn.Module:
+        """The attention module of a block."""
+        return block.get_submodule(self.architecture.attention)
 
     def arm(self, calibration_step: CalibrationStep) -> None:
         """From now on a training step calls `calibration_step(batch, batch_idx)`; no loss, no optimizer."""
@@ -64,6 +69,10 @@ class PrunableModule(LightningModule):
     @abstractmethod
     def sample_positions(self, batch: Any) -> Tensor:
         """Positions of the samples of a batch in the whole calibration set, (samples,), counted from 0."""
+
+    def select_samples(self, batch: Any, samples: slice) -> Any:
+        """Some samples of a batch; here one whose tensors all have the samples in front."""
+        return apply_to_collection(batch, Tensor, lambda tensor: tensor[samples])
 
     @abstractmethod
     def save(self, directory: Path) -> None:

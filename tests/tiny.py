@@ -38,3 +38,60 @@ def make_tokenizer(family: str):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+
+
+def tiny_vit():
+    """A PrunableModule around timm's vision transformer of three blocks (fused q, k, v), and batches of random images."""
+    import timm
+    import torch
+
+    from lightning_modules.architectures import VISION_TRANSFORMER
+    from lightning_modules.prunable import PrunableModule
+
+    class TinyViT(PrunableModule):
+        architecture = VISION_TRANSFORMER
+
+        def __init__(self):
+            super().__init__()
+            self.model = timm.models.VisionTransformer(
+                img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=5, qkv_bias=True
+            )
+
+        def training_loss(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self.model(batch["image"]), batch["label"])
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", self.training_loss(batch, batch_idx), logger=False)
+
+        def calibration_forward(self, batch):
+            self.model(batch["image"])
+
+        def sample_positions(self, batch):
+            return batch["index"]
+
+        def configure_optimizers(self):
+            return None
+
+        def save(self, directory):
+            from safetensors.torch import save_file
+
+            save_file(self.model.state_dict(), directory / "model.safetensors")
+
+    torch.manual_seed(5)
+    module = TinyViT()
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    return module
+
+
+def tiny_images(count: int, seed: int):
+    """Batches of {"image", "label", "index"} with correlated channels."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 4, 4, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, size=16) + 0.1 * torch.randn(count, 3, 16, 16, generator=generator)
+    labels = torch.randint(5, (count,), generator=generator)
+    return [{"image": image, "label": label, "index": i} for i, (image, label) in enumerate(zip(images, labels, strict=True))]

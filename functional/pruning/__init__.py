@@ -5,7 +5,7 @@ with the methods that it builds on and is compared with: magnitude, Wanda, Spars
 """
 
 from functional.pruning.masks import Pattern, parse_pattern, zeros_wanted
-from functional.pruning.prune import METHODS, PruneResult, prune_linear
+from functional.pruning.prune import METHODS, PruneResult, partial_update, prune_linear
 from functional.pruning.solver import NotPositiveDefiniteError
 from functional.pruning.statistics import ActivationNorm, InputStatistics, OutputStatistics
 
@@ -18,6 +18,7 @@ __all__ = [
     "Pattern",
     "PruneResult",
     "parse_pattern",
+    "partial_update",
     "prune_linear",
     "zeros_wanted",
 ]

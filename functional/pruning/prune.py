@@ -11,7 +11,7 @@
 With an N:M pattern every method compares within each group of M weights of a row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -140,6 +140,27 @@ def prune_linear(
         scores=scores,
         damping=used_damping,
     )
+
+
+@torch.no_grad()
+def partial_update(result: PruneResult, weight: Tensor, inputs: InputStatistics, share: float) -> PruneResult:
+    """The same mask with a share of the weight update only: M ⊙ W + share · (Ŵ − M ⊙ W).
+
+    Args:
+        result: Ŵ with its mask M, from :func:`prune_linear` with a method that updates.
+        weight: W, (O, I), the weight that was pruned.
+        inputs: Statistics of x, for the error.
+        share: 0 leaves the kept weights as they are, 1 is the whole update.
+
+    Raises:
+        ValueError: If `share` is not in [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"Argument `share` expected to be in [0, 1] but got {share}.")
+    dense = weight.to(inputs.gram.device, torch.float32)
+    kept = dense.masked_fill(~result.mask.to(dense.device), 0)
+    mixed = torch.lerp(kept, result.weight.to(kept), share).to(weight.dtype)
+    return replace(result, weight=mixed.to(weight.device), error=_energy(dense - mixed.float(), inputs.gram))
 
 
 def _mask_without_update(scores: Tensor, method: str, sparsity: float, groups: Pattern | None) -> Tensor:

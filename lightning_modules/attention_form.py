@@ -1,0 +1,88 @@
+"""How a model computes attention: eagerly, where probabilities exist as a tensor, or fused, where they do not.
+
+Transformers reads the choice from the config that a model's modules share, timm from a flag of each attention module. Both
+are put back afterwards, also after an error.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+AttentionForm = Literal["eager", "fused"]
+
+
+@contextmanager
+def attention_form(module: nn.Module, form: AttentionForm) -> Iterator[None]:
+    """Within, the attention modules in `module`, a whole model or one of its parts, compute in one form.
+
+    Blocks whose arguments were captured in eager form hold explicit masks, and can then be run in either form. The other
+    way round they cannot: a fused implementation is given no mask where the causal one is implied.
+
+    Raises:
+        ValueError: If there is no attention whose form could be set.
+    """
+    configs = {id(m.config): m.config for m in module.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    flagged = [m for m in module.modules() if isinstance(getattr(m, "fused_attn", None), bool)]
+    if not configs and not flagged:
+        raise ValueError(
+            f"{type(module).__name__} has no attention whose form can be chosen: neither a transformers config nor timm's "
+            "fused_attn. Use update_rule fixed, outlier or perplexity."
+        )
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    flags = [(attention, attention.fused_attn) for attention in flagged]
+    try:
+        for config, _ in before:
+            config._attn_implementation = "eager" if form == "eager" else "sdpa"
+        for attention, _ in flags:
+            attention.fused_attn = form == "fused"
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+        for attention, fused in flags:
+            attention.fused_attn = fused
+
+
+class _Softmaxes(TorchDispatchMode):
+    """Keeps the result of every softmax that is computed while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._softmax.default:
+            self.results.append(result)
+        return result
+
+
+def run_attention(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """Output of an attention module after its output projection, (samples, tokens, features), in fused form."""
+    with attention_form(attention, "fused"):
+        return _first(attention(*args, **kwargs))
+
+
+def run_attention_eagerly(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Output of an attention module and its probabilities, (samples, heads, queries, keys), as its softmax gives them.
+
+    Raises:
+        RuntimeError: If the module computes no softmax, or more than one, over keys.
+    """
+    with attention_form(attention, "eager"), _Softmaxes() as softmaxes:
+        output = _first(attention(*args, **kwargs))
+    if len(softmaxes.results) != 1 or softmaxes.results[0].ndim != 4:
+        shapes = [tuple(result.shape) for result in softmaxes.results]
+        raise RuntimeError(
+            f"{type(attention).__name__} was expected to compute one softmax over (samples, heads, queries, keys) but its "
+            f"softmaxes had the shapes {shapes}. Use update_rule fixed, outlier or perplexity."
+        )
+    return output, softmaxes.results[0]
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
