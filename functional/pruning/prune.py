@@ -26,8 +26,8 @@ from functional.pruning.masks import (
     parse_pattern,
     zeros_wanted,
 )
-from functional.pruning.scores import activation_terms, obs_score, wanda_score
-from functional.pruning.solver import inverse_factor, obs_prune
+from functional.pruning.scores import score_terms
+from functional.pruning.solver import obs_prune
 from functional.pruning.statistics import ActivationNorm, InputStatistics, OutputStatistics, check_activation_norm
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "d2_wanda", "d2_sparsegpt")
@@ -111,21 +111,14 @@ def prune_linear(
         y_norm = outputs.activation_norm(activation_norm, scale)
         x_norm = (inputs.updated_activation_norm if updates else inputs.activation_norm)(activation_norm, scale)
 
-    def activation_score(current: Tensor, columns: slice) -> Tensor | float:
-        return 0.0 if x_norm is None else activation_terms(current, x_norm[columns], y_norm, lambda1, lambda2)
-
     used_damping = None
     if updates:
-        factor, dead, used_damping = inverse_factor(inputs.hessian(), damping)
-        start = dense.masked_fill(dead, 0)
-
-        def score(current: Tensor, columns: slice) -> Tensor:
-            return obs_score(current, factor.diagonal()[columns]) + activation_score(current, columns)
-
-        pruned, mask, scores = obs_prune(start, factor, score, sparsity, groups, block_size)
+        factor, dead, used_damping = inputs.inverse_factor(damping)
+        terms = score_terms(factor.diagonal().square().reciprocal(), x_norm, y_norm, lambda1, lambda2)
+        pruned, mask, scores = obs_prune(dense.masked_fill(dead, 0), factor, terms, sparsity, groups, block_size)
     else:
-        scores = dense.abs() if method == "magnitude" else wanda_score(dense, inputs.mean_square_norm())
-        scores = scores + activation_score(dense, slice(None))
+        terms = score_terms(inputs.mean_square_norm(), x_norm, y_norm, lambda1, lambda2)
+        scores = dense.abs() if method == "magnitude" else terms(dense)
         mask = _mask_without_update(scores, method, sparsity, groups)
         pruned = dense.masked_fill(~mask, 0)
 

@@ -9,28 +9,51 @@ Worth knowing: with `rms` norms and λ2 = 0, x̂_j² is proportional to ‖X_j�
 increasing in |W_ij| x̂_j alone: D²-Wanda then keeps exactly what Wanda keeps, whatever λ1.
 """
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 
-def wanda_score(weight: Tensor, mean_square_norm: Tensor) -> Tensor:
-    """W_ij² · (1/N) Σ_n ‖X_n,j‖²: the square of Wanda's |W_ij| ‖X_j‖, which orders the entries of a row alike. (O, I)."""
-    return weight.square() * mean_square_norm
+@dataclass(frozen=True)
+class ScoreTerms:
+    """A score as a function of one weight: a_j W_ij² + r_i c_j |W_ij|, so that it can be taken anew while weights change.
+
+    Attributes:
+        square: a, (I,).
+        linear: c, (I,), or None where there is no such term.
+        rows: r, (O,), or None.
+    """
+
+    square: Tensor
+    linear: Tensor | None = None
+    rows: Tensor | None = None
+
+    def __call__(self, weight: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Scores (O, columns) of some columns from their current weights."""
+        score = self.square[columns] * weight.square()
+        return score if self.linear is None else score + self.rows[:, None] * (weight.abs() * self.linear[columns])
+
+    def coefficients(self, columns: slice, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """a, c of some columns, and r; zeros where there is no such term."""
+        square = self.square[columns]
+        if self.linear is None:
+            return square, torch.zeros_like(square), square.new_zeros(num_rows)
+        return square, self.linear[columns], self.rows
 
 
-def obs_score(weight: Tensor, factor_diagonal: Tensor) -> Tensor:
-    """W_ij² / U_jj², the OBS saliency with the conditional [H⁻¹]_jj = U_jj² (SparseGPT). (O, columns)."""
-    return (weight / factor_diagonal).square()
-
-
-def activation_terms(weight: Tensor, x_norm: Tensor, y_norm: Tensor, lambda1: float, lambda2: float) -> Tensor:
-    """λ1 ŷ_i |W_ij| x̂_j − λ2 W_ij² x̂_j², the first-order terms of the dual Taylor expansion. (O, I).
+def score_terms(
+    second_order: Tensor, x_norm: Tensor | None, y_norm: Tensor | None, lambda1: float, lambda2: float
+) -> ScoreTerms:
+    """The dual Taylor score, or its second-order weight term alone.
 
     Args:
-        weight: (O, I).
-        x_norm: x̂, (I,).
+        second_order: S_W / W²: 1/U_jj² with weight update (U_jj² is the conditional [H⁻¹]_jj), ‖X_j‖² / N without, (I,).
+        x_norm: x̂, (I,), or None for no activation terms.
         y_norm: ŷ, (O,).
         lambda1: λ1.
         lambda2: λ2.
     """
-    contribution = weight.abs() * x_norm
-    return lambda1 * y_norm[:, None] * contribution - lambda2 * contribution.square()
+    if x_norm is None:
+        return ScoreTerms(second_order)
+    return ScoreTerms(second_order - lambda2 * x_norm.square(), lambda1 * x_norm, y_norm)

@@ -5,13 +5,15 @@ err = (w − q) / U_jj, where q is w on the kept rows and 0 elsewhere, and the l
 worked off in blocks: inside a block one by one, after it all later columns at once.
 """
 
+import importlib.util
 import logging
-from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from functional.pruning.masks import Pattern, keep_largest, keep_largest_of_rows, zeros_wanted
+from functional.pruning.scores import ScoreTerms
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +21,8 @@ DAMPING_GROWTH = 10.0
 SMALLEST_RETRY = 1e-4
 LARGEST_DAMPING = 10.0
 
-ScoreColumns = Callable[[Tensor, slice], Tensor]
-"""(current weights of some columns (O, c), which columns) -> scores (O, c), without the OBS term's factor."""
+LARGEST_KERNEL_BLOCK = 256
+LARGEST_KERNEL_GROUP = 32
 
 
 class NotPositiveDefiniteError(ValueError):
@@ -68,12 +70,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, flo
 
 
 def obs_prune(
-    weight: Tensor,
-    factor: Tensor,
-    score: ScoreColumns,
-    sparsity: float,
-    pattern: Pattern | None,
-    block_size: int,
+    weight: Tensor, factor: Tensor, terms: ScoreTerms, sparsity: float, pattern: Pattern | None, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the mask and update the kept weights.
 
@@ -84,7 +81,7 @@ def obs_prune(
     Args:
         weight: (O, I), float32; not modified.
         factor: U of :func:`inverse_factor`, (I, I).
-        score: Scores of some columns from their current weights.
+        terms: The score of a weight.
         sparsity: Share of zeros, without a pattern.
         pattern: N:M; M divides I.
         block_size: Columns a block.
@@ -98,24 +95,70 @@ def obs_prune(
     rows, columns = weight.shape
     if pattern is not None:
         block_size = max(block_size // pattern.group, 1) * pattern.group
+    sweep = _sweep_on_gpu if weight.is_cuda and _fits_kernel(block_size, pattern) else _sweep
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
         block = slice(start, end)
         if pattern is None:
             num_zeros = zeros_wanted(rows * end, sparsity) - zeros_wanted(rows * start, sparsity)
-            scores[:, block] = score(weight[:, block], block)
+            scores[:, block] = terms(weight[:, block], block)
             mask[:, block] = keep_largest(scores[:, block], num_zeros)
-        columns_first = weight[:, block].T.contiguous()  # a column side by side in memory: a quarter faster on CPU
-        errors = torch.zeros_like(columns_first)
-        kept = mask[:, block].T.contiguous()
-        for j, column in enumerate(range(start, end)):
-            if pattern is not None and column % pattern.group == 0:
-                group, within = slice(column, column + pattern.group), slice(j, j + pattern.group)
-                scores[:, group] = score(columns_first[within].T, group)
-                kept[within] = keep_largest_of_rows(scores[:, group], pattern.zeros).T
-            torch.div(columns_first[j].masked_fill(kept[j], 0), factor[column, column], out=errors[j])
-            columns_first[j].masked_fill_(~kept[j], 0)
-            columns_first[j + 1 :].addr_(factor[column, column + 1 : end], errors[j], alpha=-1)
-        weight[:, block], mask[:, block] = columns_first.T, kept.T
-        weight[:, end:].addmm_(errors.T, factor[block, end:], alpha=-1)
+        swept = sweep(weight[:, block], mask[:, block], factor[block, block], terms, block, pattern)
+        weight[:, block], mask[:, block], errors, chosen_by = swept
+        if pattern is not None:
+            scores[:, block] = chosen_by
+        weight[:, end:].addmm_(errors, factor[block, end:], alpha=-1)
     return weight, mask, scores
+
+
+Swept = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Weights, mask, errors (w − q) / U_jj, and with N:M the scores that chose the mask; each (rows, columns)."""
+
+
+def _sweep(weight: Tensor, mask: Tensor, factor: Tensor, terms: ScoreTerms, block: slice, pattern: Pattern | None) -> Swept:
+    """One block of columns, column by column; held transposed: a column side by side is a quarter faster on a CPU."""
+    weight, kept = (x.T.clone(memory_format=torch.contiguous_format) for x in (weight, mask))
+    errors, scores = torch.zeros_like(weight), torch.zeros_like(weight)
+    for j in range(len(weight)):
+        if pattern is not None and j % pattern.group == 0:
+            within = slice(j, j + pattern.group)
+            columns = slice(block.start + j, block.start + j + pattern.group)
+            scores[within] = terms(weight[within].T, columns).T
+            kept[within] = keep_largest_of_rows(scores[within].T, pattern.zeros).T
+        torch.div(weight[j].masked_fill(kept[j], 0), factor[j, j], out=errors[j])
+        weight[j].masked_fill_(~kept[j], 0)
+        weight[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+    return weight.T, kept.T, errors.T, scores.T
+
+
+def _sweep_on_gpu(
+    weight: Tensor, mask: Tensor, factor: Tensor, terms: ScoreTerms, block: slice, pattern: Pattern | None
+) -> Swept:
+    from functional.pruning.solver_triton import sweep
+
+    zeros, group = pattern or (0, 0)
+    try:
+        return sweep(weight, mask, factor, terms.coefficients(block, len(weight)), zeros, group)
+    except RuntimeError as error:
+        if "C compiler" not in str(error):
+            raise
+        _warn_once("Triton finds no C compiler")
+        return _sweep(weight, mask, factor, terms, block, pattern)
+
+
+def _fits_kernel(block_size: int, pattern: Pattern | None) -> bool:
+    """Whether the kernel of solver_triton can be had, and a row of a block fits into its registers."""
+    return _has_triton() and block_size <= LARGEST_KERNEL_BLOCK and (pattern is None or pattern.group <= LARGEST_KERNEL_GROUP)
+
+
+@cache
+def _has_triton() -> bool:
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        _warn_once("Triton is not installed")
+    return found
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    log.warning("%s: the weight update runs column by column, several times slower on a GPU.", reason)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from functional.pruning.solver import inverse_factor
+
 ActivationNorm = Literal["rms", "official"]
 
 
@@ -68,8 +70,8 @@ class _Statistics:
                 f"Argument `x` expected to have the shape (samples, tokens, {self.features}) but got {tuple(x.shape)}."
             )
         positions = _positions(sample_index, len(x), x.device)
-        x = x.detach().to(torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=1)  # (samples, features)
+        x = x.detach().float() if x.dtype == torch.float64 else x.detach()
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)  # (samples, features)
         self._device = self._device or x.device
         self._add("square_norm", norm.square().sum(0))
         self._add("weighted_norm", (positions[:, None] * norm).sum(0))  # no matmul: autocast would make it half precision
@@ -132,6 +134,7 @@ class InputStatistics(_Statistics):
 
     def __init__(self, in_features: int) -> None:
         super().__init__(in_features)
+        self._factors: dict[float, tuple[Tensor, Tensor, float]] = {}
 
     @property
     def gram(self) -> Tensor:
@@ -148,6 +151,17 @@ class InputStatistics(_Statistics):
         self.check_filled()
         return self.gram * (2 / self.num_samples)
 
+    def inverse_factor(self, damping: float) -> tuple[Tensor, Tensor, float]:
+        """:func:`functional.pruning.solver.inverse_factor` of the Hessian, computed once for all linears that share x."""
+        if damping not in self._factors:
+            self._factors[damping] = inverse_factor(self.hessian(), damping)
+        return self._factors[damping]
+
+    def merge(self, other: Self) -> Self:
+        """Add the sums of `other` (same features) to these."""
+        self._factors.clear()
+        return super().merge(other)
+
     def mean_square_norm(self) -> Tensor:
         """(1/N) Σ_n ‖X_n,j‖², Wanda's scaler, float32, (I,)."""
         self.check_filled()
@@ -162,9 +176,15 @@ class InputStatistics(_Statistics):
         return self.activation_norm(mode, scale)
 
     def _update_more(self, x: Tensor, norm: Tensor, positions: Tensor) -> None:
+        self._factors.clear()
         self._add("root_weighted_norm", ((2 * positions).sqrt()[:, None] * norm).sum(0))
         tokens = x.reshape(-1, self.features)
-        self.gram.addmm_(tokens.T, tokens)
+        if tokens.is_cuda and tokens.dtype in (torch.float16, torch.bfloat16):
+            # Tensor cores: products of half precision numbers are exact in float32, and so is the sum kept.
+            self.gram.add_(torch.mm(tokens.T, tokens, out_dtype=torch.float32))
+        else:
+            tokens = tokens.to(torch.float32)
+            self.gram.addmm_(tokens.T, tokens)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return (self.features, self.features) if name == "gram" else (self.features,)
