@@ -6,9 +6,9 @@ pruned blocks before it hand on. So a choice can make up for errors that came be
 with the dense block on the very same input.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,7 @@ class _Window:
     args: tuple
     kwargs: dict[str, Any]
     output: Tensor
-    probabilities: Tensor
+    probabilities: Tensor | None
 
 
 class AttentionProbe:
@@ -39,12 +39,16 @@ class AttentionProbe:
     Args:
         module: The model; its blocks are dense until they are pruned one after the other.
         reference: model: the dense model on its own hidden states; block: the dense block on those of the pruned model.
+        distributions: all: probabilities are looked at in every window, as Eq. 12 does; first: in the first batch of windows
+            only, which takes less time and memory where the output decides.
     """
 
-    def __init__(self, module: PrunableModule, reference: Reference = "model") -> None:
+    def __init__(
+        self, module: PrunableModule, reference: Reference = "model", distributions: Literal["first", "all"] = "first"
+    ) -> None:
         self._module = module
         self._blocks = list(module.blocks.values())
-        self._reference = reference
+        self._reference, self._distributions = reference, distributions
         self._pruned, self._dense = BlockStream(self._blocks), BlockStream(self._blocks)
         self._windows: list[_Window] = []
         self.num_windows = 0
@@ -69,7 +73,10 @@ class AttentionProbe:
                 self._dense.replace(key, hidden)
             else:
                 dense_args, dense_kwargs = args, kwargs
-            output, probabilities = run_attention_eagerly(attention, dense_args, dense_kwargs)
+            if key == 0 or self._distributions == "all":
+                output, probabilities = run_attention_eagerly(attention, dense_args, dense_kwargs)
+            else:
+                output, probabilities = run_attention(attention, dense_args, dense_kwargs), None
             self._windows.append(_Window(args, kwargs, output.float(), probabilities))
         self._attending = attention
 
@@ -84,14 +91,10 @@ class AttentionProbe:
         return float(error / norm) if norm else 0.0
 
     @torch.no_grad()
-    def divergence(self, windows: int | None = None) -> float:
-        """KL of the attention probabilities with the present weights from the reference's, in nats (Eq. 12).
-
-        Args:
-            windows: Only on the first so many; it costs more than `output_error`.
-        """
-        pairs = islice(self._eagerly(), windows)
-        return float(torch.stack([attention_divergence(p, window.probabilities) for window, _, p in pairs]).mean())
+    def divergence(self) -> float:
+        """KL of the attention probabilities with the present weights from the reference's, in nats (Eq. 12)."""
+        values = [attention_divergence(probabilities, dense) for probabilities, dense in self._distributions_now()]
+        return float(torch.stack(values).mean())
 
     @torch.no_grad()
     def leave(self, index: int) -> tuple[dict[str, float], list[Tensor]]:
@@ -100,16 +103,14 @@ class AttentionProbe:
         Returns:
             Measures by name, and attention maps (queries, keys), mean over heads of the first window: dense, pruned.
         """
-        errors, norms, divergences = [], [], []
-        first: Tensor | None = None
-        for window, output, probabilities in self._eagerly():
-            errors.append((output.float() - window.output).square().mean())
-            norms.append(window.output.square().mean())
-            divergences.append(attention_divergence(probabilities, window.probabilities))
+        relative, entries = self.output_error(), sum(window.output.numel() for window in self._windows)
+        norm = float(sum(window.output.square().sum() for window in self._windows))
+        divergences, first = [], None
+        for probabilities, dense in self._distributions_now():
+            divergences.append(attention_divergence(probabilities, dense))
             first = probabilities[:1] if first is None else first
-        error, norm, divergence = (torch.stack(values).mean() for values in (errors, norms, divergences))
-        dense = self._windows[0].probabilities[:1]
-        measures = {"rmse": error.sqrt(), "relative_error": error / norm, "kl": divergence}
+        dense, divergence = self._windows[0].probabilities[:1], torch.stack(divergences).mean()
+        measures = {"rmse": math.sqrt(relative * norm / entries), "relative_error": relative, "kl": divergence}
         for state, probabilities in (("dense", dense), ("pruned", first)):
             measures[f"entropy_{state}"] = attention_entropy(probabilities)
             for share, mass in zip(SHARES, attention_mass(probabilities, SHARES), strict=True):
@@ -136,9 +137,11 @@ class AttentionProbe:
     def _attention(self, index: int) -> nn.Module:
         return self._module.attention(self._blocks[index])
 
-    def _eagerly(self) -> Iterator[tuple[_Window, Tensor, Tensor]]:
+    def _distributions_now(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Probabilities with the present weights, and the reference's."""
         for window in self._windows:
-            yield window, *run_attention_eagerly(self._attending, window.args, window.kwargs)
+            if window.probabilities is not None:
+                yield run_attention_eagerly(self._attending, window.args, window.kwargs)[1], window.probabilities
 
     def _call(self, stream: BlockStream, key: int, index: int) -> tuple[tuple, dict[str, Any], Tensor]:
         """What block `index` gives its attention, and what it returns."""

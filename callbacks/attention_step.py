@@ -34,16 +34,21 @@ class AttentionStep:
 
     def __init__(self, module: PrunableModule, settings: PruningSettings, drawn: set[int]) -> None:
         self._module, self._settings, self._drawn = module, settings, drawn
-        self._probe = AttentionProbe(module, settings.reference)
+        distributions = "all" if settings.objective == "divergence" else "first"
+        self._probe = AttentionProbe(module, settings.reference, distributions)
         self._rule = AttentionRule(settings.candidates, settings.objective, settings.rho)
         self._choice: Choice | None = None
         self.seconds = 0.0
         """Time spent on the block that was entered last."""
 
     def feed(self, batch: Any, samples: int) -> None:
-        """Take windows of a batch one by one until there are `rule_windows`."""
-        for sample in range(min(samples, self._settings.rule_windows - self._probe.num_windows)):
-            self._probe.capture(self._module.select_samples(batch, slice(sample, sample + 1)), 1)
+        """Take windows of a batch until there are `rule_windows`: alone where probabilities are looked at, which are large."""
+        start, end = 0, min(samples, self._settings.rule_windows - self._probe.num_windows)
+        while start < end:
+            alone = self._settings.objective == "divergence" or self._probe.num_windows == 0
+            stop = start + 1 if alone else end
+            self._probe.capture(self._module.select_samples(batch, slice(start, stop)), stop - start)
+            start = stop
 
     def enter(self, index: int) -> None:
         """Before the weights of block `index` change."""

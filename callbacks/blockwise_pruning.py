@@ -65,7 +65,8 @@ class BlockwisePruning(Callback):
         reference: What attention is compared with: model (the dense model on its own hidden states) or block (the dense
             block on those of the pruned model).
         rho: ρ, weight of the KL term of the divergence objective.
-        rule_windows: Windows on which attention is looked at; one needs heads x seq_len² x 4 bytes of memory.
+        rule_windows: Windows on which attention is looked at. Its output is taken of all; its probabilities (heads x seq_len² x
+            4 bytes) of the first, or of all with the divergence objective.
         rule_source: Text of these windows, in the forms of the data module's `source`; the first calibration windows if None.
         log_attention: Whether to measure attention with the other rules too.
         attention_maps: Blocks whose attention maps are drawn in TensorBoard; first, middle and last when None.

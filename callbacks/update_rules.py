@@ -43,8 +43,7 @@ class Candidate:
         state: State of each projection.
         score: What is minimised.
         output_error: Σ‖o − o_ref‖² / Σ‖o_ref‖² of the attention's output.
-        kl: KL of the attention probabilities from the reference's, nats; with the output objective, which does not need it, on
-            the first window.
+        kl: KL of the attention probabilities from the reference's, nats.
         reconstruction: Σ over the projections of Σ‖(W − Ŵ) x‖² over the calibration tokens (L_qkv of Eq. 12).
     """
 
@@ -101,19 +100,31 @@ def subsets(roles: list[str], candidates: Candidates) -> list[State]:
 
 
 def descend(options: Mapping[str, list[str]], score: Callable[[State], float]) -> State:
-    """Coordinate descent from the first option of every role: one role at a time takes its best option until none changes."""
+    """Coordinate descent from the first option of every role until no role finds a better one.
+
+    Options are in order, and a role looks at both ends and, from where it is, at its neighbours as long as that helps: the
+    error along the share of an update is close to a parabola.
+
+    Args:
+        options: Role -> names of its states, in order.
+        score: What is minimised; asked again for states that it has seen.
+    """
     state = {role: names[0] for role, names in options.items()}
-    best, unchanged = score(state), 0
-    while unchanged < len(options):
+    while True:
+        before = dict(state)
         for role, names in options.items():
-            scores = {name: score(state | {role: name}) for name in names if name != state[role]}
-            name = min(scores, key=scores.get)
-            unchanged = 0 if scores[name] < best else unchanged + 1
-            if scores[name] < best:
-                state, best = state | {role: name}, scores[name]
-            if unchanged == len(options):
-                break
-    return state
+            state[role] = _walk(names, state[role], lambda name, role=role: score(state | {role: name}))
+        if state == before:
+            return state
+
+
+def _walk(names: list[str], start: str, score: Callable[[str], float]) -> str:
+    best, value = start, score(start)
+    for step in (1, -1):
+        index = names.index(start) + step
+        while 0 <= index < len(names) and score(names[index]) < value:
+            best, value, index = names[index], score(names[index]), index + step
+    return min((best, names[0], names[-1]), key=score)
 
 
 class AttentionRule:
@@ -141,6 +152,7 @@ class AttentionRule:
             options: Role -> state -> result; `updated` first.
         """
         dense = {role: linear.weight.clone() for role, linear in linears.items()}
+        written = dict.fromkeys(options)
         seen: dict[tuple[str, ...], Candidate] = {}
         divergences: dict[tuple[str, ...], float] = {}
 
@@ -148,10 +160,12 @@ class AttentionRule:
             key = tuple(state.values())
             if key not in seen:
                 for role, name in state.items():
-                    linears[role].weight.copy_(options[role][name].weight)
+                    if written[role] != name:
+                        linears[role].weight.copy_(options[role][name].weight)
+                        written[role] = name
                 pair = tuple(name for role, name in state.items() if role != "v")  # probabilities do not depend on v
                 if pair not in divergences:
-                    divergences[pair] = probe.divergence(None if self.objective == "divergence" else 1)
+                    divergences[pair] = probe.divergence()
                 error, kl = probe.output_error(), divergences[pair]
                 reconstruction = sum(options[role][name].error for role, name in state.items())
                 first = next(iter(seen.values()), None)
