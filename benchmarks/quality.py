@@ -111,20 +111,20 @@ def test_perplexity(module: CausalLM, data: TextDataModule, scratch: Path) -> fl
     return round(test["test/perplexity"], 4)
 
 
-def finished(path: Path) -> set[tuple[str, ...]]:
+def finished(path: Path, keys: tuple[str, ...] = KEYS) -> set[tuple[str, ...]]:
     """Keys of the rows that a file has."""
     if not path.is_file():
         return set()
     with path.open(newline="", encoding="utf-8") as file:
-        return {tuple(row[key] for key in KEYS) for row in csv.DictReader(file)}
+        return {tuple(row[key] for key in keys) for row in csv.DictReader(file)}
 
 
-def append(path: Path, row: dict) -> None:
+def append(path: Path, row: dict, columns: tuple[str, ...] = (*KEYS, *MEASURED, *ENVIRONMENT)) -> None:
     """One more row, the header first; other shards write to the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.DictWriter(file, fieldnames=(*KEYS, *MEASURED, *ENVIRONMENT), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=columns, lineterminator="\n")
         if file.seek(0, 2) == 0:
             writer.writeheader()
         writer.writerow(row)
