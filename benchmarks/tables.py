@@ -4,15 +4,16 @@ python benchmarks/tables.py
 """
 
 import csv
+import itertools
 import math
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-METHODS = [
-    ("magnitude", "none"), ("wanda", "none"), ("d2_wanda", "none"), ("sparsegpt", "none"), ("d2_sparsegpt", "none"),
-    ("d2prune", "q"), ("d2prune", "k"), ("d2prune", "v"),
-]  # fmt: skip
+METHODS = ("magnitude", "wanda", "d2_wanda", "sparsegpt", "d2_sparsegpt")
+TEXTS = {"wikitext2-valid": "WikiText-2 valid", "pydoc": "Python docs"}
+RULES = ("none held", "q held", "k held", "v held", "outlier", "perplexity", "attention")
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -37,20 +38,57 @@ def quality() -> str:
     """Perplexity on WikiText-2 test by method and target, one half of the columns for each calibration text."""
     rows = read("smollm2_quality.csv")
     targets = ["0.5", "0.6", "0.7", "2:4"]
-    texts = ["wikitext2-valid", "pydoc"]
-    value = {(r["method"], r["non_updated"], r["target"], r["calibration"]): r["test_perplexity"] for r in rows}
-    lines = []
-    for method, held in METHODS:
-        name = method if method != "d2prune" else f"d2prune, {held} held"
-        lines.append([name, *(shown(value[method, held, target, text]) for text in texts for target in targets)])
-    first, dense = rows[0], value["dense", "none", "0.0", "pydoc"]
-    note = (
-        f"SmolLM2-135M-Instruct ({first['dtype']}, dense {shown(dense)}), {first['samples']} x {first['seq_len']} calibration "
-        f"tokens, seed {first['seed']}, one {first['hardware']}, torch {first['torch']}, transformers {first['transformers']}, "
-        "lightning " + first["lightning"] + "."
+    value = {(r["method"], r["target"], r["calibration"]): r["test_perplexity"] for r in rows if r["non_updated"] == "none"}
+    value |= {
+        ("d2prune", r["target"], r["calibration"]): r["test_perplexity"]
+        for r in read("update_rules.csv")
+        if (r["rule"], r["seed"]) == ("attention", rows[0]["seed"])
+    }
+    lines = [
+        [method, *(shown(value[method, target, text]) for text in TEXTS for target in targets)]
+        for method in (*METHODS, "d2prune")
+    ]
+    header = ["calibrated on", *(f"{name}, {target}" for name in TEXTS.values() for target in targets)]
+    return f"{table(header, lines)}\n\n{setting(rows[0], shown(value['dense', '0.0', 'pydoc']))}, seed {rows[0]['seed']}."
+
+
+def setting(row: dict[str, str], dense: str) -> str:
+    """What a table of perplexities was measured with."""
+    return (
+        f"SmolLM2-135M-Instruct ({row['dtype']}, dense {dense}), {row['samples']} x {row['seq_len']} calibration tokens, one "
+        f"{row['hardware']}, torch {row['torch']}, transformers {row['transformers']}, lightning {row['lightning']}"
     )
-    header = ["calibrated on", *(f"{name}, {target}" for name in ("WikiText-2 valid", "Python docs") for target in targets)]
-    return f"{table(header, lines)}\n\n{note}"
+
+
+def rules(column: str = "test_perplexity") -> str:
+    """Mean and standard deviation over seeds by rule and target, a table for each calibration text.
+
+    The perplexity rule's row is found in those of q, k and v held: its result is, bit for bit, the one of them with the lowest
+    held-out perplexity.
+    """
+    rows = read("update_rules.csv")
+    found = {(r["rule"], r["target"], r["calibration"], r["seed"]): r for r in rows}
+    seeds = sorted({r["seed"] for r in rows})
+    tables = []
+    for text, name in TEXTS.items():
+        targets = sorted({r["target"] for r in rows if r["calibration"] == text})
+        for target, seed in itertools.product(targets, seeds):
+            runs = [found[f"{held} held", target, text, seed] for held in "qkv"]
+            found["perplexity", target, text, seed] = min(runs, key=lambda row: float(row["heldout_perplexity"]))
+        lines = [
+            [rule, *(spread([found[rule, target, text, seed][column] for seed in seeds]) for target in targets)]
+            for rule in RULES
+        ]
+        tables.append(table([f"calibrated on {name}", *targets], lines))
+    note = f"{setting(rows[0], '21.97')}; mean ± standard deviation of seeds {', '.join(seeds)}."
+    return "\n\n".join([*tables, note])
+
+
+def spread(values: list[str]) -> str:
+    """Mean ± standard deviation over seeds."""
+    numbers = list(map(float, values))
+    mean, deviation = statistics.mean(numbers), statistics.stdev(numbers)
+    return f"{mean:,.0f} ± {deviation:,.0f}" if mean >= 1000 else f"{mean:.1f} ± {deviation:.1f}"
 
 
 def defaults() -> str:
@@ -72,30 +110,23 @@ def defaults() -> str:
     return table(header, lines)
 
 
-def held() -> str:
-    """Held-out perplexity with and without the activation term, and with each projection held; and the geometric mean.
+def activation() -> str:
+    """Held-out perplexity with and without the activation term, and the geometric mean.
 
     WikiText-2 only: what the rows of pydoc held out was in part contained in what they calibrated on (results/README.md).
     """
     rows = [row for row in read("smollm2_quality.csv") if row["calibration"] == "wikitext2-valid"]
-    names = {
-        ("sparsegpt", "none"): "λ1 = 0, none held (SparseGPT)",
-        ("d2_sparsegpt", "none"): "λ1 = 1, none held",
-        ("d2prune", "q"): "λ1 = 1, q held",
-        ("d2prune", "k"): "λ1 = 1, k held",
-        ("d2prune", "v"): "λ1 = 1, v held",
-    }
     lines, header = [], []
-    for (method, role), name in names.items():
-        chosen = [row for row in rows if (row["method"], row["non_updated"]) == (method, role)]
-        header = ["", *(f"{row['calibration']}, {row['target']}" for row in chosen), "geometric mean"]
+    for method, name in {"sparsegpt": "λ1 = 0 (SparseGPT)", "d2_sparsegpt": "λ1 = 1"}.items():
+        chosen = [row for row in rows if row["method"] == method]
+        header = ["none held", *(f"{row['calibration']}, {row['target']}" for row in chosen), "geometric mean"]
         values = [float(row["heldout_perplexity"]) for row in chosen]
         mean = math.exp(sum(map(math.log, values)) / len(values))
         lines.append([name, *map(shown, map(str, values)), shown(str(mean))])
     return table(header, lines)
 
 
-TABLES = {"quality": quality, "held": held, "defaults": defaults}
+TABLES = {"quality": quality, "rules": rules, "activation": activation, "defaults": defaults}
 
 
 def filled(text: str) -> str:
