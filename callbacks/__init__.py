@@ -2,8 +2,13 @@
 
 from importlib import import_module
 
-_HOME = {"BlockProgressBar": "progress", "BlockwisePruning": "blockwise_pruning"}
-__all__ = ["BlockProgressBar", "BlockwisePruning"]
+_HOME = {
+    "AttentionImages": "attention_images",
+    "BlockProgressBar": "progress",
+    "BlockwisePruning": "blockwise_pruning",
+    "SaveModel": "save_model",
+}
+__all__ = ["AttentionImages", "BlockProgressBar", "BlockwisePruning", "SaveModel"]
 
 
 def __getattr__(name: str):

@@ -27,7 +27,7 @@ from typing_extensions import override
 from callbacks.attention_probe import Reference
 from callbacks.attention_step import AttentionStep
 from callbacks.collector import StatisticsCollector
-from callbacks.held_runs import JUDGE, HeldRuns
+from callbacks.held_runs import HeldRuns
 from callbacks.progress import BlockProgressBar, use_block_progress_bar
 from callbacks.report import BlockRecord, environment, log_scalars, peak_memory_gib, sparsity_of, write_json
 from callbacks.result import REPORT, check_output, print_summary, save_result
@@ -181,10 +181,10 @@ class BlockwisePruning(Callback):
         self.metrics["dense"] = self._evaluate(trainer)
         log_scalars(trainer.loggers, self.metrics["dense"], step=0)
         if self.settings.rule == "perplexity":
-            if JUDGE not in self.metrics["dense"]:
+            if pl_module.judge not in self.metrics["dense"]:
                 raise ValueError(
-                    f"`update_rule` = 'perplexity' chooses by {JUDGE} on held-out data, but there is none. Hold some out "
-                    "(data.num_heldout), leave limit_val_batches alone, or use another rule."
+                    f"`update_rule` = 'perplexity' chooses by {pl_module.judge} on held-out data, but there is none. Hold some "
+                    "out (data.num_heldout), leave limit_val_batches alone, or use another rule."
                 )
             rank_zero_info(f"update_rule perplexity: pruning {self._num_runs} times, with {', '.join(HeldRuns.held)} held.")
             self._runs = HeldRuns(pl_module, self._plan)
@@ -278,7 +278,7 @@ class BlockwisePruning(Callback):
         tagged = {f"hold_{self._held}/{name}": value for name, value in metrics.items()}
         log_scalars(trainer.loggers, tagged, step=len(self._blocks))
         self._runs.add(self._held, metrics, self.records)
-        rank_zero_info(f"{self._held} held: {JUDGE} {metrics[JUDGE]:.4f}")
+        rank_zero_info(f"{self._held} held: {self._runs.judge} {metrics[self._runs.judge]:.4f}")
 
     def _choose(self, trainer: Trainer, pl_module: PrunableModule, record: BlockRecord) -> dict[str, tuple[PruneResult, str]]:
         """Ask the update rule: name of a linear -> (result, method) where a rule has decided on a result already."""

@@ -16,9 +16,6 @@ from callbacks.settings import Plan
 from callbacks.update_rules import ROLES
 from lightning_modules.prunable import PrunableModule
 
-JUDGE = "val/loss"
-"""The metric that is minimised."""
-
 
 @dataclass
 class Run:
@@ -40,6 +37,11 @@ class HeldRuns:
 
     held = ROLES
 
+    @property
+    def judge(self) -> str:
+        """The metric that is minimised."""
+        return self._module.judge
+
     def __init__(self, module: PrunableModule, plan: Plan) -> None:
         self._module, self._plan = module, plan
         self._dense = self._copy()
@@ -53,7 +55,7 @@ class HeldRuns:
     def add(self, held: str, metrics: dict[str, float], records: list[BlockRecord]) -> None:
         """Judge the run that the model holds now; its weights are kept if no earlier run was better."""
         self.metrics[held] = metrics
-        if self.best is None or _loss(metrics) < _loss(self.best.metrics):
+        if self.best is None or self._loss(metrics) < self._loss(self.best.metrics):
             self.best = Run(held, metrics, records, self._copy())
 
     def finish(self) -> Run:
@@ -63,8 +65,10 @@ class HeldRuns:
             RuntimeError: If no run had a finite loss.
         """
         best, self.best = self.best, None
-        if best is None or _loss(best.metrics) == math.inf:
-            raise RuntimeError(f"None of the runs with {', '.join(self.metrics)} held had a finite {JUDGE}: {self.metrics}.")
+        if best is None or self._loss(best.metrics) == math.inf:
+            raise RuntimeError(
+                f"None of the runs with {', '.join(self.metrics)} held had a finite {self.judge}: {self.metrics}."
+            )
         self._write(best.weights)
         self._dense = {}
         return best
@@ -86,7 +90,6 @@ class HeldRuns:
         for name, weight in self._weights().items():
             weight.copy_(values[name])
 
-
-def _loss(metrics: dict[str, float]) -> float:
-    loss = metrics[JUDGE]
-    return loss if math.isfinite(loss) else math.inf
+    def _loss(self, metrics: dict[str, float]) -> float:
+        loss = metrics[self.judge]
+        return loss if math.isfinite(loss) else math.inf

@@ -65,6 +65,11 @@ def print_summary(
         rows.append(("logs", f"{python_command()} -m tensorboard.main --logdir {shlex.quote(trainer.log_dir)}"))
         config = Path(trainer.log_dir) / "config.yaml"
         if config.is_file():
-            options = ["--config", str(config), "--model.model_name_or_path", str(output)]
+            arguments = trainer.lightning_module.load_arguments(output)
+            options = [
+                "--config",
+                str(config),
+                *(word for key, value in arguments.items() for word in (f"--model.{key}", value)),
+            ]
             rows.append(("validate again", f"{python_command()} train.py validate {shlex.join(options)}"))
     print_table(title, rows)

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-_MODULES = {"TextDataModule": "datamodules.text"}
+_MODULES = {"ImageDataModule": "datamodules.images", "TextDataModule": "datamodules.text"}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,8 @@
 
 from importlib import import_module
 
-_HOME = {"CausalLM": "causal_lm", "PrunableModule": "prunable"}
-__all__ = ["CausalLM", "PrunableModule"]
+_HOME = {"CausalLM": "causal_lm", "ImageClassifier": "image_classifier", "PrunableModule": "prunable"}
+__all__ = ["CausalLM", "ImageClassifier", "PrunableModule"]
 
 
 def __getattr__(name: str):

@@ -4,7 +4,7 @@ A new family is one entry here and nothing else: no forward is copied. Keys are 
 and vision_transformer for timm.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -77,13 +77,28 @@ VISION_TRANSFORMER = Architecture(  # of timm
     attention="attn",
     fused={"attn.qkv": ("q", "k", "v")},
 )
+TRANSFORMERS_VIT = Architecture(
+    blocks="vit.layers",
+    linears=(
+        "attention.q_proj",
+        "attention.k_proj",
+        "attention.v_proj",
+        "attention.o_proj",
+        "mlp.fc1",
+        "mlp.fc2",
+    ),
+    projections={role: f"attention.{role}_proj" for role in "qkvo"},
+    attention="attention",
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "deit": replace(TRANSFORMERS_VIT, blocks="deit.layers"),
     "llama": LLAMA,
     "mistral": LLAMA,
     "opt": OPT,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "vit": TRANSFORMERS_VIT,
     "vision_transformer": VISION_TRANSFORMER,
 }
 

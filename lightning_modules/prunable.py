@@ -23,6 +23,8 @@ class PrunableModule(LightningModule):
 
     model: nn.Module
     architecture: Architecture
+    judge = "val/loss"
+    """The logged metric, lower is better, by which a choice among pruned models may be made: never one of test data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,3 +79,7 @@ class PrunableModule(LightningModule):
     @abstractmethod
     def save(self, directory: Path) -> None:
         """Write the model so that its own library loads it again."""
+
+    def load_arguments(self, directory: Path) -> dict[str, str]:
+        """Arguments of this class, as on a command line, that load what `save` wrote in place of the present model."""
+        return {"model_name_or_path": str(directory)}

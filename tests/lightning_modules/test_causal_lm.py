@@ -83,7 +83,7 @@ def test_an_unknown_architecture_lists_the_known_ones(tmp_path):
     config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=8, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"'gpt2' is not in ARCHITECTURES, which has llama, mistral, opt, qwen2, qwen3.*paths of the"
+        ValueError, match=r"'gpt2' is not in ARCHITECTURES, which has deit, llama, mistral, opt, qwen2, qwen3.*paths of the"
     ):
         CausalLM(str(tmp_path)).configure_model()
 

@@ -1,0 +1,45 @@
+"""SaveModel: writes the trained model in its own library's format, so that pruning and other tools load it by its directory."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_modules.prunable import PrunableModule
+
+
+class SaveModel(Callback):
+    """Write the model at the end of `fit`.
+
+    Every file is written beside its place and renamed, so a reader finds an old file or a new one. Files of other names in
+    the directory stay.
+
+    Args:
+        output_dir: Where to; `model` in the log directory when None.
+    """
+
+    def __init__(self, output_dir: str | None = None) -> None:
+        self.output_dir = output_dir
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if not isinstance(pl_module, PrunableModule):
+            raise TypeError(f"SaveModel needs a module with a `save`, such as CausalLM, but got {type(pl_module).__name__}.")
+        if self.output_dir is not None and Path(self.output_dir).expanduser().is_file():
+            raise ValueError(f"Argument `output_dir` = {self.output_dir!r} is a file. Give a directory.")
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        target = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "model").expanduser()
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+            pl_module.save(Path(scratch))
+            for file in sorted(Path(scratch).iterdir()):
+                os.replace(file, target / file.name)
+        rank_zero_info(f"Model written to {target}.")

@@ -1,0 +1,367 @@
+"""Images for training, pruning and validating vision transformers: calibration, held-out, training and validation images.
+
+Calibration and held-out images are drawn from the training images, as evenly over the classes as possible, and never meet: one
+part is drawn from the front of each shuffled class, the other from its end. Neither is augmented. All draws come from `seed`;
+the global random state is neither used nor changed by them.
+
+Labels are indices into a class map that does not depend on which folders happen to be present. Size, mean, std and
+interpolation are those of the model, which is asked when a dataloader is made, since it does not exist earlier.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.image_sources import (
+    ACCEPTED_ROOTS,
+    HUB_ID,
+    Collate,
+    DigitImages,
+    FolderImages,
+    HubImages,
+    ImageDataset,
+    Images,
+    LooseImages,
+    Pool,
+    UnreadableImage,
+    class_folders,
+    import_needed,
+    map_labels,
+    read_classes,
+)
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+STAGES = ("fit", "validate", "predict")
+NO_AUGMENTATION = (
+    "input_size",
+    "is_training",
+    "mean",
+    "std",
+    "crop_pct",
+    "crop_mode",
+    "crop_border_pixels",
+    "tf_preprocessing",
+)
+NO_TENSOR = ("use_prefetcher", "normalize", "separate", "naflex", "patch", "max_seq_len")
+"""Beginnings of the names of arguments with which timm's transform returns something else than one normalised image."""
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+class ImageDataModule(LightningDataModule):
+    """Training images for `fit`, or calibration images when the module is armed for pruning; validation and held-out images.
+
+    A batch is ``{"image": (samples, 3, height, width), "label": LongTensor (samples,), "index": LongTensor (samples,)}``;
+    `index` is the position in the dataset. With `on_corrupt` = skip, batches for training, validation and prediction have fewer
+    samples, maybe none, where images could not be read, and ``"skipped"``, a LongTensor (), says how many.
+
+    Args:
+        root: digits (scikit-learn's scans of handwritten digits, 8 x 8; always the same fifth of them is for validation), a
+            folder with <train>/<class>/ and <val>/<class>/, or a dataset on the hub, owner/name[:config].
+        train: Name of the folder or split of training images; of no effect on digits.
+        val: Name of the folder or split of validation images; of no effect on digits.
+        classes: Names of all classes in the order of the model's outputs: imagenet, or a text file with one class a line,
+            `name` or `index<TAB>name`. null takes the sorted folders of `train`, or the dataset's own class names.
+        num_calibration: Number of calibration images.
+        num_heldout: Number of held-out images of `train`, a second validation set by which choices may be made; 0 for none.
+        seed: Seed of the draws of calibration and held-out images.
+        batch_size: Images a batch.
+        num_workers: Worker processes of each dataloader.
+        image_size: Height and width; null takes the model's.
+        mean: Of the three channels, for normalisation; null takes the model's.
+        std: Of the three channels, for normalisation; null takes the model's.
+        interpolation: How images are resized; null takes the model's.
+        crop_pct: Share of the resized image's edge that is kept in evaluation; null takes the model's.
+        augmentation: Further arguments of `timm.data.create_transform` for training: hflip, scale, auto_augment, re_prob and
+            others.
+        on_corrupt: What an image that cannot be read does. error: end the run. skip: be left out, or replaced among calibration
+            and held-out images, and counted.
+    """
+
+    def __init__(
+        self,
+        root: str = "digits",
+        train: str = "train",
+        val: str = "val",
+        classes: str | None = None,
+        num_calibration: int = 128,
+        num_heldout: int = 0,
+        seed: int = 0,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        image_size: int | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        interpolation: Interpolation | None = None,
+        crop_pct: float | None = None,
+        augmentation: dict[str, Any] | None = None,
+        on_corrupt: Literal["error", "skip"] = "error",
+    ) -> None:
+        super().__init__()
+        for name, value in (("root", root), ("train", train), ("val", val), ("classes", classes)):
+            if value == "":
+                raise ValueError(f"Argument `{name}` expected to be a name but got ''; give one or leave it out.")
+        _check_int("num_calibration", num_calibration, 1)
+        _check_int("num_heldout", num_heldout, 0)
+        _check_int("seed", seed, 0)
+        _check_int("batch_size", batch_size, 1)
+        _check_int("num_workers", num_workers, 0)
+        if image_size is not None:
+            _check_int("image_size", image_size, 1)
+        for name, value in (("mean", mean), ("std", std)):
+            if value is not None and (len(value) != 3 or (name == "std" and min(value) <= 0)):
+                raise ValueError(f"Argument `{name}` expected a number for R, G and B but got {value}; null takes the model's.")
+        if interpolation is not None and interpolation not in get_args(Interpolation):
+            raise ValueError(
+                f"Argument `interpolation` expected one of {', '.join(get_args(Interpolation))} but got {interpolation!r}; "
+                "null takes the model's."
+            )
+        if crop_pct is not None and not 0 < crop_pct <= 1:
+            raise ValueError(f"Argument `crop_pct` expected to be in (0, 1] but got {crop_pct}; 1 keeps the whole edge.")
+        if on_corrupt not in ("error", "skip"):
+            raise ValueError(f"Argument `on_corrupt` expected error or skip but got {on_corrupt!r}; skip leaves images out.")
+        if augmentation:
+            _check_augmentation(augmentation)
+        self.save_hyperparameters()
+        self.classes: list[str] = []
+        """Names of the classes in the order of their indices; empty before `setup`."""
+        self._sources: dict[str, Images] = {}
+        self._labels: dict[str, list[int]] = {}
+        self._pool: Pool | None = None
+        self._drawn: dict[str, list[int]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Find the images that the stage needs and that no earlier stage has found.
+
+        Raises:
+            ValueError: If `root` or a part of it is missing or empty, or has classes that the class map does not have.
+        """
+        if stage not in STAGES:
+            raise ValueError(
+                f"Argument `stage` expected one of {', '.join(STAGES)} but got {stage!r}; validate measures accuracy."
+            )
+        needs_train = stage == "fit" or (stage == "validate" and self.hparams.num_heldout > 0)
+        missing = [part for part in ("train", "val") if part not in self._sources and (part == "val" or needs_train)]
+        if not missing:
+            return
+        found = {part: self._find(part) for part in missing}
+        classes = self.classes or self._class_map(found)
+        hint = (
+            "`classes` is null, so the classes are those of the training images: give data.classes, or remove them."
+            if self.hparams.classes is None
+            else f"`classes` = {self.hparams.classes!r} names {len(classes)} others: add these, or give another map."
+        )
+        self._labels |= {part: map_labels(source, classes, hint) for part, source in found.items()}
+        self._sources |= found
+        self.classes = classes
+        sizes = ", ".join(f"{len(source):,} in {source.where}" for source in found.values())
+        rank_zero_info(f"Images: {sizes}; {len(classes)} classes; seed {self.hparams.seed}")
+
+    def _find(self, part: Literal["train", "val"]) -> Images:
+        root, name = self.hparams.root, self.hparams[part]
+        if root == "digits":
+            return DigitImages(part)
+        if (folder := Path(root).expanduser()).is_dir():
+            return FolderImages(folder / name)
+        if not HUB_ID.fullmatch(root):
+            raise ValueError(
+                f"Argument `root` expected {ACCEPTED_ROOTS}, but got {root!r}, which does not exist; check the path."
+            )
+        return HubImages(root, name)
+
+    def _class_map(self, found: dict[str, Images]) -> list[str]:
+        if self.hparams.classes is not None:
+            return read_classes(self.hparams.classes)
+        source = found.get("train") or found["val"]
+        if not isinstance(source, FolderImages) or "train" in found:
+            return source.names
+        folder = Path(self.hparams.root).expanduser() / self.hparams.train
+        try:
+            return class_folders(folder)
+        except ValueError as error:
+            raise ValueError(f"Argument `classes` is null, so the folders of `train` would be the classes: {error}") from error
+
+    def train_dataloader(self) -> DataLoader:
+        """The calibration images, in a fixed order, if the module is armed for pruning; else all training images, shuffled."""
+        if getattr(self._module, "calibration_step", None) is not None:
+            return self.calibration_dataloader()
+        return self._dataloader("train", training=True)
+
+    def calibration_dataloader(self) -> DataLoader:
+        """Calibration images; the same image has the same index in every epoch."""
+        return self._dataloader("train", self._draw("calibration"))
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Validation images, and as a second dataloader held-out images if there are any."""
+        loader = self._dataloader("val")
+        return [loader, self._dataloader("train", self._draw("heldout"))] if self.hparams.num_heldout else loader
+
+    def predict_dataloader(self) -> DataLoader:
+        """Validation images."""
+        return self._dataloader("val")
+
+    def rule_dataloader(self, source: str | list[str], count: int) -> DataLoader:
+        """Images at random from other folders, drawn with the same seed: what an update rule may look at. Their labels are -1.
+
+        Args:
+            source: A folder, or several, with images at any depth.
+            count: Number of images.
+
+        Raises:
+            ValueError: If a folder has no images or together they have fewer than `count` that can be read.
+        """
+        _check_int("count", count, 1)
+        try:
+            images = LooseImages([source] if isinstance(source, str) else source)
+        except ValueError as error:
+            raise ValueError(f"Argument `rule_source` {error}") from error
+        positions = self._take(Pool(images.labels, self.hparams.seed), images, "rule", count, "first")
+        return self._make_loader(images, images.labels, positions)
+
+    def _draw(self, part: Literal["calibration", "heldout"]) -> list[int]:
+        """Positions of a part among the training images; the held-out part comes first, whichever is asked for first."""
+        if part == "calibration" and self.hparams.num_heldout:
+            self._draw("heldout")
+        if part not in self._drawn:
+            source, options = self._sources["train"], self.hparams
+            wanted = options.num_heldout + (options.num_calibration if part == "calibration" else 0)
+            if wanted > len(source):
+                raise ValueError(
+                    f"Arguments `num_calibration` = {options.num_calibration} and `num_heldout` = {options.num_heldout} "
+                    f"expected at most {len(source)} images together, those in {source.where}; lower one or give more images."
+                )
+            if self._pool is None:
+                self._pool = Pool(self._labels["train"], options.seed)
+            end = "last" if part == "heldout" else "first"
+            self._drawn[part] = self._take(self._pool, source, part, options[f"num_{part}"], end)
+        return self._drawn[part]
+
+    def _take(self, pool: Pool, source: Images, part: str, count: int, end: Literal["first", "last"]) -> list[int]:
+        """Draw images that can be read; each is opened."""
+        unreadable: list[int] = []
+
+        def accept(position: int) -> bool:
+            try:
+                source.read(position)
+            except UnreadableImage:
+                if self.hparams.on_corrupt == "error":
+                    raise
+                unreadable.append(position)
+                return False
+            return True
+
+        taken = pool.take(count, end, accept)
+        skipped = f", {len(unreadable)} that could not be read replaced" if unreadable else ""
+        if len(taken) < count:
+            raise ValueError(
+                f"The {part} images expected to be {count} but only {len(taken)} could be drawn from {source.where} "
+                f"({len(unreadable)} could not be read); ask for fewer or give more images."
+            )
+        rank_zero_info(f"Images, {part}: {count} drawn from {source.where}, seed {self.hparams.seed}{skipped}")
+        return taken
+
+    def _dataloader(
+        self, part: Literal["train", "val"], positions: Sequence[int] | None = None, training: bool = False
+    ) -> DataLoader:
+        self._check_num_classes()
+        return self._make_loader(self._sources[part], self._labels[part], positions, training)
+
+    def _make_loader(
+        self, source: Images, labels: list[int], positions: Sequence[int] | None = None, training: bool = False
+    ) -> DataLoader:
+        """All images, or those at `positions`, which were opened before: should one of them fail now, that is an error."""
+        options, config = self.hparams, self._data_config()
+        skip = options.on_corrupt == "skip" and positions is None
+        positions = range(len(source)) if positions is None else positions
+        transform = make_transform(config, options.augmentation or {} if training else None)
+        return DataLoader(
+            ImageDataset(source, positions, labels, transform, skip),
+            batch_size=options.batch_size,
+            shuffle=training,
+            num_workers=options.num_workers,
+            collate_fn=Collate(config["input_size"], skip),
+        )
+
+    @property
+    def _module(self) -> Any:
+        return getattr(self.trainer, "lightning_module", None)
+
+    def _check_num_classes(self) -> None:
+        outputs, count = getattr(self._module, "num_classes", None), len(self.classes)
+        if not isinstance(outputs, int) or outputs == count or (self.hparams.classes is not None and count < outputs):
+            return
+        if self.hparams.classes is not None:
+            raise ValueError(
+                f"Argument `classes` = {self.hparams.classes!r} expected to name at most as many classes as the model has, "
+                f"{outputs}, but got {count}; give the map that the model was trained with."
+            )
+        raise ValueError(
+            f"Argument `classes` is null, so that the classes are the {count} of {self.hparams.root!r}, but the model has "
+            f"{outputs}: a map made of the classes that are present would give wrong labels. Give "
+            f"data.classes (imagenet, or a file with one class a line), or a model with {count} classes."
+        )
+
+    def _data_config(self) -> dict[str, Any]:
+        """Arguments of `create_transform`: the model's, where this module's are not given."""
+        options, own = self.hparams, getattr(self._module, "data_config", None)
+        if own is None:
+            if options.image_size is None:
+                raise ValueError("Argument `image_size` is null and there is no model to ask; give it, or run with a Trainer.")
+            own = import_needed("timm.data", "images", "timm").resolve_data_config({"img_size": options.image_size})
+        size = own["input_size"] if options.image_size is None else (own["input_size"][0], *2 * (options.image_size,))
+        if size[0] != 3:
+            raise ValueError(f"Images have 3 channels, but the model expected {size[0]}; make it with in_chans = 3.")
+        names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        config = {name: own[name] for name in names if name in own}
+        return config | {name: options[name] for name in names if options.get(name) is not None} | {"input_size": tuple(size)}
+
+
+def make_transform(config: dict[str, Any], augmentation: dict[str, Any] | None) -> Transform:
+    """A transform of timm's, from an RGB image to a normalised float tensor (3, height, width); tried on one image.
+
+    Args:
+        config: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        augmentation: Further arguments for training; None for evaluation.
+
+    Raises:
+        ValueError: If timm does not accept these arguments.
+    """
+    timm_data = import_needed("timm.data", "images", "timm")
+    options = {**config, **(augmentation or {})}
+    try:
+        transform = timm_data.create_transform(is_training=augmentation is not None, **options)
+        with isolate_rng():
+            tensor = transform(Image.new("RGB", (2 * config["input_size"][2], 2 * config["input_size"][1])))
+    except Exception as error:  # timm asserts, and hands values on to torchvision and Pillow
+        argument = f"`augmentation` = {augmentation}" if augmentation else f"Image settings {config}"
+        raise ValueError(f"{argument} was not accepted by timm ({type(error).__name__}: {error}); correct it.") from error
+    if tuple(tensor.shape) != tuple(config["input_size"]) or not tensor.is_floating_point():
+        raise ValueError(
+            f"Argument `augmentation` expected to give float images {config['input_size']} but got {tensor.dtype} "
+            f"{tuple(tensor.shape)}; leave out what changes the form of images."
+        )
+    return transform
+
+
+def _check_augmentation(augmentation: dict[str, Any]) -> None:
+    parameters = inspect.signature(import_needed("timm.data", "images", "timm").create_transform).parameters
+    accepted = [name for name in parameters if name not in NO_AUGMENTATION and not name.startswith(NO_TENSOR)]
+    unknown = sorted(set(augmentation) - set(accepted))
+    if unknown:
+        raise ValueError(
+            f"Argument `augmentation` expected arguments of timm.data.create_transform but got "
+            f"{', '.join(map(repr, unknown))}; accepted are {', '.join(accepted)}."
+        )
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Argument `{name}` must be an integer of at least {least}, got {value!r}.")

@@ -1,0 +1,195 @@
+"""ImageClassifier: a vision transformer of timm or transformers with top-1 and top-5 accuracy, prunable block by block."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_modules import vision_models
+from lightning_modules.architectures import find_architecture
+from lightning_modules.prunable import PrunableModule
+
+SPLITS = ("val", "heldout")
+"""Names of the validation dataloaders, in their order."""
+
+
+class ImageClassifier(PrunableModule):
+    """A DeiT or ViT for training, pruning and evaluation.
+
+    Weights are made or loaded when a run starts, not when the object is made. A batch is
+    ``{"image": (samples, channels, height, width), "label": (samples,), "index": (samples,)}``.
+
+    Args:
+        model_name_or_path: A name of timm's such as deit_tiny_patch16_224, `hf-hub:owner/name`, a hub id of transformers, or
+            a directory that either library, or a run of this module, wrote.
+        pretrained: Whether to download the weights of a name.
+        checkpoint: A .safetensors file for a model of timm.
+        model_args: Further arguments of `timm.create_model`, such as img_size, patch_size, num_classes, drop_path_rate.
+        learning_rate: Largest learning rate of AdamW.
+        weight_decay: Of matrices; biases and norms have none.
+        warmup: Share of the training steps in which the learning rate rises; then it falls as a cosine, to zero.
+        label_smoothing: Probability that goes to all classes alike, in training.
+        mixup: α of mixup; 0 turns it off.
+        cutmix: α of CutMix; 0 turns it off.
+    """
+
+    judge = "heldout/loss"
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        model_args: dict[str, Any] | None = None,
+        learning_rate: float = 5e-4,
+        weight_decay: float = 0.05,
+        warmup: float = 0.1,
+        label_smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, value, below in (("warmup", warmup, 1), ("label_smoothing", label_smoothing, 1)):
+            if not 0 <= value < below:
+                raise ValueError(f"Argument `{name}` expected to be in [0, {below}) but got {value}.")
+        for name, value in (("mixup", mixup), ("cutmix", cutmix), ("learning_rate", learning_rate)):
+            if value < 0:
+                raise ValueError(f"Argument `{name}` expected to be at least 0 but got {value}.")
+        self.save_hyperparameters()
+        self.model: nn.Module | None = None
+        self.metrics = nn.ModuleDict()
+
+    def configure_model(self) -> None:
+        """Make the model or load it, once."""
+        if self.model is not None:
+            return
+        options = self.hparams
+        model = vision_models.make_model(options.model_name_or_path, options.pretrained, options.checkpoint, options.model_args)
+        self.architecture = find_architecture(vision_models.model_type(model))
+        self.model = model
+        self.num_classes = vision_models.num_classes(model)
+        accuracies = {
+            f"top{k}": MulticlassAccuracy(self.num_classes, top_k=k, average="micro") for k in (1, 5) if k <= self.num_classes
+        }
+        metrics = MetricCollection({"loss": MeanMetric(), **accuracies}, compute_groups=False)
+        self.metrics.update({split: metrics.clone() for split in SPLITS})
+        self._mixup = None
+        if options.mixup or options.cutmix:
+            from timm.data import Mixup
+
+            self._mixup = Mixup(
+                options.mixup, options.cutmix, label_smoothing=options.label_smoothing, num_classes=self.num_classes
+            )
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """How the model wants its images; data modules ask for it."""
+        return vision_models.data_config(self.model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, (samples, classes)."""
+        return vision_models.logits(self.model, images)
+
+    def pictures(self, batch: dict[str, Tensor]) -> Tensor:
+        """The images of a batch to look at, (samples, channels, height, width) in [0, 1]."""
+        return vision_models.denormalised(batch["image"], self.data_config)
+
+    def patch_grid(self, batch: dict[str, Tensor]) -> tuple[int, int]:
+        """Rows and columns of patches; they are the last tokens of the blocks."""
+        return vision_models.patch_grid(self.model, batch["image"])
+
+    def training_loss(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
+        """Cross-entropy against smoothed, and maybe mixed, labels; None for a batch without images."""
+        images, labels, smoothing = batch["image"], batch["label"], self.hparams.label_smoothing
+        if not len(images):
+            return None
+        if self._mixup is not None and len(images) > 1:
+            even = len(images) // 2 * 2  # images are mixed in pairs
+            images, labels = self._mixup(images[:even], labels[:even])
+            smoothing = 0.0  # the mixed labels are smooth already
+        loss = nn.functional.cross_entropy(self(images), labels, label_smoothing=smoothing)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def calibration_forward(self, batch: dict[str, Tensor]) -> None:
+        """Run the model on a batch of images."""
+        self(batch["image"])
+
+    def sample_positions(self, batch: dict[str, Tensor]) -> Tensor:
+        """Positions of the images in the calibration set."""
+        return batch["index"]
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add the losses and hits of a batch."""
+        split = SPLITS[dataloader_idx]
+        self._skipped[split] = self._skipped.get(split, 0) + int(batch.get("skipped", 0))
+        if not len(batch["image"]):
+            return
+        predicted = self(batch["image"]).float()
+        for name, metric in self.metrics[split].items():
+            if name == "loss":
+                metric.update(nn.functional.cross_entropy(predicted, batch["label"], reduction="none"))
+            else:
+                metric.update(predicted, batch["label"])
+
+    def on_validation_epoch_start(self) -> None:
+        """Start at zero; here, since a state made in inference mode could not be used by a later `fit`."""
+        self._skipped: dict[str, int] = {}
+        for metrics in self.metrics.values():
+            metrics.reset()
+            for metric in metrics.values():
+                metric.set_dtype(torch.float32)  # not that of a trainer with precision bf16-true
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, top-1 and top-5 of each dataloader, and how many images could not be read."""
+        for split, metrics in self.metrics.items():
+            if not metrics["loss"].update_called:
+                continue
+            values = {f"{split}/{name}": value for name, value in metrics.compute().items()}
+            if self._skipped[split]:
+                rank_zero_info(f"{split}: {self._skipped[split]} images could not be read and are in no metric.")
+                values[f"{split}/skipped"] = float(self._skipped[split])
+            # A pruning run logs by block; the trainer's step would be the number of calibration batches.
+            self.log_dict(values, prog_bar=self.calibration_step is None, logger=self.calibration_step is None)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """The five most probable classes of each image, and their probabilities; the first is printed."""
+        probabilities, classes = self(batch["image"]).float().softmax(-1).topk(min(5, self.num_classes))
+        names = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
+        for index, best, probability in zip(batch["index"].tolist(), classes[:, 0].tolist(), probabilities[:, 0], strict=True):
+            self.print(f"[{index}] {names[best] if names else best} {probability:.1%}")
+        return {"index": batch["index"], "classes": classes, "probabilities": probabilities}
+
+    def configure_optimizers(self) -> dict[str, Any] | None:
+        """AdamW with warm-up and cosine by step, or nothing while pruning."""
+        if self.calibration_step is not None:
+            return None
+        options, steps = self.hparams, max(int(self.trainer.estimated_stepping_batches), 2)
+        groups = vision_models.decayed_and_not(self.model, options.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=options.learning_rate)
+        rising = min(max(round(options.warmup * steps), 1), steps - 1)
+        schedule = torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [
+                torch.optim.lr_scheduler.LinearLR(optimizer, 1 / rising, total_iters=max(rising - 1, 1)),
+                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - rising),
+            ],
+            milestones=[rising],
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def save(self, directory: Path) -> None:
+        """The format of the model's own library: safetensors and config.json."""
+        options = self.hparams
+        vision_models.save_model(
+            self.model, directory, vision_models.loaded_args(options.model_name_or_path, options.model_args)
+        )
+
+    def load_arguments(self, directory: Path) -> dict[str, str]:
+        """Beside the directory: nothing else may say where weights come from."""
+        emptied = {name: "null" for name in ("checkpoint", "model_args") if self.hparams[name] is not None}
+        return super().load_arguments(directory) | emptied | ({"pretrained": "false"} if self.hparams.pretrained else {})
