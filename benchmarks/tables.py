@@ -91,6 +91,40 @@ def spread(values: list[str]) -> str:
     return f"{mean:,.0f} ± {deviation:,.0f}" if mean >= 1000 else f"{mean:.1f} ± {deviation:.1f}"
 
 
+DEIT = (
+    "magnitude", "wanda", "sparsegpt", "d2_sparsegpt", "d2prune, q held", "d2prune, k held", "d2prune, v held",
+    "d2prune, outlier", "d2prune, attention", "d2prune, perplexity",
+)  # fmt: skip
+
+
+def deit_rows(column: str = "val_top1") -> dict[tuple[str, str, str], list[float]]:
+    """(row, target, calibration images) -> one value a seed; the perplexity rule's found as in `rules`."""
+    rows = read("deit_tiny_imagenet.csv")
+    found = {(r["row"], r["target"], r["images"], r["seed"]): r for r in rows}
+    for target, images, seed in sorted({key[1:] for key in found}):
+        runs = [found[f"d2prune, {held} held", target, images, seed] for held in "qkv"]
+        found["d2prune, perplexity", target, images, seed] = min(runs, key=lambda row: float(row["heldout_loss"]))
+    values: dict[tuple[str, str, str], list[float]] = {}
+    for key, row in sorted(found.items()):
+        values.setdefault(key[:3], []).append(float(row[column]))
+    return values
+
+
+def deit() -> str:
+    """Top-1 in per cent, mean ± standard deviation over seeds, by method and target, a table for 128 and 1024 images."""
+    rows, values, tables = read("deit_tiny_imagenet.csv"), deit_rows(), []
+    targets = sorted({target for _, target, _ in values})
+    for images in ("128", "1024"):
+        lines = [[name, *(spread([str(100 * x) for x in values[name, target, images]]) for target in targets)] for name in DEIT]
+        tables.append(table([f"{images} calibration images", *targets], lines))
+    first = rows[0]
+    note = (
+        f"DeiT-Tiny of 64 x 64 images ({first['seq_len']} tokens, float32, dense 47.7 %), one {first['hardware']}, torch "
+        f"{first['torch']}, lightning {first['lightning']}; mean ± standard deviation of seeds 0, 1, 2."
+    )
+    return "\n\n".join([*tables, note])
+
+
 def defaults() -> str:
     """Held-out perplexity by norms and λ, one column a study."""
     rows = read("smollm2_defaults.csv")
@@ -126,7 +160,7 @@ def activation() -> str:
     return table(header, lines)
 
 
-TABLES = {"quality": quality, "rules": rules, "activation": activation, "defaults": defaults}
+TABLES = {"quality": quality, "rules": rules, "activation": activation, "deit": deit, "defaults": defaults}
 
 
 def filled(text: str) -> str:
