@@ -9,21 +9,14 @@ import torch
 from train import main
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs/deit").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_is_accepted(config):
-    cli = main(["--config", str(config)], run=False)
-    assert type(cli.model).__name__ == "ImageClassifier" and type(cli.datamodule).__name__ == "ImageDataModule"
 
 
 def test_train_then_prune_then_validate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    cli = main(["fit", "--config", str(ROOT / "configs/deit/digits.yaml"), *quiet, "--trainer.max_epochs", "6"])
+    cli = main(["fit", "--config", str(ROOT / "configs/deit/digits.yaml"), *quiet, "--trainer.max_epochs", "15"])
     dense = float(cli.trainer.callback_metrics["val/top1"])
-    assert dense > 0.5  # six epochs of 45; chance is 0.1
+    assert dense > 0.7  # after a third of the 45 epochs; chance is 0.1
     cli = main(["fit", "--config", str(ROOT / "configs/deit/prune_digits.yaml"), *quiet])
     pruned = Path("logs/prune_digits/version_0/pruned")
     report = json.loads((pruned / "pruning.json").read_text())
