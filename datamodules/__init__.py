@@ -3,7 +3,11 @@
 from importlib import import_module
 from typing import Any
 
-_MODULES = {"ImageDataModule": "datamodules.images", "TextDataModule": "datamodules.text"}
+_MODULES = {
+    "GraphDataModule": "datamodules.graphs",
+    "ImageDataModule": "datamodules.images",
+    "TextDataModule": "datamodules.text",
+}
 
 
 def __getattr__(name: str) -> Any:

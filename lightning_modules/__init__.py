@@ -2,8 +2,16 @@
 
 from importlib import import_module
 
-_HOME = {"CausalLM": "causal_lm", "ImageClassifier": "image_classifier", "PrunableModule": "prunable"}
-__all__ = ["CausalLM", "ImageClassifier", "PrunableModule"]
+_HOME = {
+    "CSG2L": "csg2l",
+    "CausalLM": "causal_lm",
+    "DGI": "graph_baselines",
+    "GRACE": "graph_baselines",
+    "ImageClassifier": "image_classifier",
+    "NodeClassifier": "graph_baselines",
+    "PrunableModule": "prunable",
+}
+__all__ = ["CSG2L", "DGI", "GRACE", "CausalLM", "ImageClassifier", "NodeClassifier", "PrunableModule"]
 
 
 def __getattr__(name: str):

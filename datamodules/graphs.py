@@ -1,0 +1,261 @@
+"""Graphs for node classification, supervised or contrastive: the whole graph as one batch, or subgraphs around seed nodes.
+
+All draws come from `seed`, in streams of their own for the split, the noise and the neighbours: more noise leaves the split as
+it was. The global random state is neither used nor changed.
+
+Legend: N nodes, E directed edges (each undirected edge twice), F features.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch_geometric.data import Data
+from torch_geometric.utils import coalesce
+
+from datamodules.graph_sources import load_graph, split_nodes
+from datamodules.neighbors import NeighborSampler, SeedLoader
+
+Split = Literal["public", "random", "geom-gcn"]
+NOISE_STREAM = 1
+LARGEST_SEED = 2**32 - 1
+
+
+class GraphDataModule(LightningDataModule):
+    """A graph with training, validation and test nodes.
+
+    Without `batch_size`, each batch of each dataloader is the whole graph, `data`, one step an epoch. It is a
+    `torch_geometric.data.Data` with `x` (N, F) float32, `edge_index` (2, E) undirected, coalesced and without self-loops, `y`
+    (N,) long, `train_mask`, `val_mask` and `test_mask` (N,) disjoint, and `node_ids` (N,) = 0 to N - 1.
+
+    With it, a batch is a subgraph of the same form, whose first `num_seeds` nodes are its seeds; `node_ids` are positions in
+    the whole graph, and masks are False on nodes that are not seeds. Seeds are all nodes for training, shuffled, and for
+    prediction, in order; else the validation or the test nodes.
+
+    Args:
+        source: digits, wine or breast_cancer (scikit-learn's tables as kNN graphs of standardised features), karate
+            (featureless, so `x` is the identity), Cora, CiteSeer, PubMed, cornell, texas, wisconsin, Actor, Photo, Computers,
+            CS, Physics, WikiCS, ogbn-arxiv (needs the package ogb), or the path of a .npz file with CSR attributes, edges and
+            labels (`datamodules.graph_sources.read_npz`).
+        root: Folder in which data sets are, or to which they are downloaded; null takes data.
+        split: random: `labels_per_class` nodes of each class for training, then `num_val` and `num_test` of the others. public:
+            that of the data set; what it lacks is drawn as in random. geom-gcn: the ten splits of Pei et al. (2020).
+        labels_per_class: Training nodes of each class; null takes 20, or all that a public or geom-gcn split has. Of these
+            splits, fewer are drawn; a .npz file has its own training nodes for 20, 40 and 60.
+        num_val: Validation nodes; of no effect on splits that have them.
+        num_test: Test nodes; of no effect on splits that have them; -1 or null takes all that are left.
+        fold: Which of several public or geom-gcn splits.
+        edge_noise: Number of edges added at random between nodes that have none, as a share of the number of edges.
+        knn: Neighbours of each node of a kNN graph; of no effect on others.
+        row_normalize: Divide each node's features by their sum. Only done to words (Planetoid, WebKB, Actor, Amazon, Coauthor,
+            .npz files without negative values), never to standardised features, embeddings or the identity.
+        batch_size: Seeds a batch; null takes the whole graph as one batch.
+        fanout: Neighbours drawn of each node, a hop; -1 takes all. Of no effect without `batch_size`.
+        seed: Seed of the split, the noise, the order of seeds and their neighbours.
+    """
+
+    def __init__(
+        self,
+        source: str = "digits",
+        root: str | None = None,
+        split: Split = "random",
+        labels_per_class: int | None = None,
+        num_val: int = 500,
+        num_test: int | None = 1000,
+        fold: int = 0,
+        edge_noise: float = 0.0,
+        knn: int = 10,
+        row_normalize: bool = True,
+        batch_size: int | None = None,
+        fanout: list[int] | tuple[int, ...] = (10, 10),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, hint in (
+            ("source", source, "digits needs no download"),
+            ("root", "data" if root is None else root, "null takes data"),
+        ):
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"Argument `{name}` expected to be a name but got {value!r}; {hint}.")
+        if split not in get_args(Split):
+            accepted = ", ".join(get_args(Split))
+            raise ValueError(f"Argument `split` expected to be one of {accepted} but got {split!r}; random suits every source.")
+        if labels_per_class is not None:
+            _check_int("labels_per_class", labels_per_class, 1, "null takes 20, or what the split has")
+        _check_int("num_val", num_val, 1, "choices need validation nodes")
+        if num_test is not None and num_test != -1:
+            _check_int("num_test", num_test, 1, "-1 takes all nodes that are left")
+        _check_int("fold", fold, 0, "0 is the first split")
+        if split == "random" and fold:
+            raise ValueError(f"Argument `fold` expected to be 0 with split = random but got {fold}; vary `seed` instead.")
+        if isinstance(edge_noise, bool) or not isinstance(edge_noise, int | float) or not 0 <= edge_noise < math.inf:
+            raise ValueError(
+                f"Argument `edge_noise` expected to be a number of at least 0 but got {edge_noise!r}; 0.1 adds a tenth of the "
+                "edges."
+            )
+        _check_int("knn", knn, 1, "10 is usual")
+        if not isinstance(row_normalize, bool):
+            raise ValueError(f"Argument `row_normalize` expected to be true or false but got {row_normalize!r}; choose one.")
+        if batch_size is not None:
+            _check_int("batch_size", batch_size, 1, "null takes the whole graph")
+        if not isinstance(fanout, list | tuple) or not fanout:
+            raise ValueError(f"Argument `fanout` expected to be a list of integers but got {fanout!r}; give one for each hop.")
+        for count in fanout:
+            if count != -1 or isinstance(count, bool):
+                _check_int("fanout", count, 1, "-1 takes all neighbours")
+        _check_int("seed", seed, 0, "0 is as good as any")
+        if seed > LARGEST_SEED:
+            raise ValueError(f"Argument `seed` expected to be at most {LARGEST_SEED} but got {seed}; lower it.")
+        self.save_hyperparameters()
+        self.data: Data | None = None
+        """The whole graph on the CPU; None before `setup`, as are the next five."""
+        self.num_classes: int | None = None
+        self.num_features: int | None = None
+        self.classes: list[str] | None = None
+        """Names of the classes; None too if the source has none."""
+        self.split_name: str | None = None
+        """What the split is, for logs and tables."""
+        self._neighbors: NeighborSampler | None = None
+        self._on_device: tuple[torch.device, Data] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the graph, split its nodes and add noise, all once.
+
+        Raises:
+            ValueError: If the source is unknown or cannot be had, has no such split, too few nodes for it, or too few pairs of
+                nodes without an edge for the noise.
+            ModuleNotFoundError: If a package is missing.
+        """
+        if self.data is not None:
+            return
+        options = self.hparams
+        graph = load_graph(options.source, options.root or "data", options.split, options.knn)
+        num_test = None if options.num_test == -1 else options.num_test
+        (train, val, test), self.split_name = split_nodes(
+            graph, options.split, options.labels_per_class, options.num_val, num_test, options.fold, options.seed
+        )
+        x, edge_index = graph.x, graph.edge_index
+        normalize = options.row_normalize and graph.bag_of_words and bool((x >= 0).all())
+        if normalize:
+            total = x.sum(dim=1, keepdim=True)
+            x = x / total.where(total > 0, 1)  # rows without a word stay zero
+        edge_index = add_edges(edge_index, len(x), options.edge_noise, options.seed)
+        self.num_classes, self.num_features, self.classes = graph.num_classes, x.shape[1], graph.classes
+        self.data = Data(
+            x=x,
+            edge_index=edge_index,
+            y=graph.y,
+            train_mask=train,
+            val_mask=val,
+            test_mask=test,
+            node_ids=torch.arange(len(x)),
+        )
+        added = (edge_index.shape[1] - graph.edge_index.shape[1]) // 2
+        sizes = " / ".join(f"{int(mask.sum()):,}" for mask in (train, val, test))
+        rank_zero_info(
+            f"Graph {graph.name}: {len(x):,} nodes, {edge_index.shape[1] // 2:,} edges"
+            f"{f' ({added:,} of them noise)' * bool(added)}, {self.num_classes} classes, {self.num_features:,} features"
+            f"{', rows sum to 1' * normalize}; split: {self.split_name} ({sizes} nodes)"
+        )
+
+    def train_dataloader(self) -> "WholeGraph | SeedLoader":
+        """The whole graph, or subgraphs around all nodes, labelled or not, in an order that depends on seed and epoch."""
+        return self._loader(shuffle=True)
+
+    def val_dataloader(self) -> "WholeGraph | SeedLoader":
+        """The whole graph, or subgraphs around validation nodes, the same in each epoch."""
+        return self._loader("val_mask")
+
+    def test_dataloader(self) -> "WholeGraph | SeedLoader":
+        """The whole graph, or subgraphs around test nodes."""
+        return self._loader("test_mask")
+
+    def predict_dataloader(self) -> "WholeGraph | SeedLoader":
+        """The whole graph, or subgraphs around all nodes in order."""
+        return self._loader()
+
+    def _loader(self, mask: str | None = None, shuffle: bool = False) -> "WholeGraph | SeedLoader":
+        if self.data is None:
+            raise RuntimeError("The graph expected `setup` to be called before its dataloaders are; call it, or use a Trainer.")
+        if getattr(self.trainer, "world_size", 1) > 1:
+            raise ValueError(
+                f"GraphDataModule expected one process but got {self.trainer.world_size}, each of which would see the same "
+                "nodes; run with trainer.devices = 1."
+            )
+        if self.hparams.batch_size is None:
+            return WholeGraph(self.data)
+        if self._neighbors is None:
+            self._neighbors = NeighborSampler(self.data, self.hparams.fanout)
+        seeds = self.data.node_ids if mask is None else self.data.node_ids[self.data[mask]]
+        return SeedLoader(self._neighbors, seeds, self.hparams.batch_size, self.hparams.seed, shuffle)
+
+    def transfer_batch_to_device(self, batch: Data, device: torch.device, dataloader_idx: int) -> Data:
+        """Copy a subgraph to the device; the whole graph is copied once and kept there until another device is asked for."""
+        if batch is not self.data:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if device == self.data.x.device:
+            return self.data
+        if self._on_device is None or self._on_device[0] != device:
+            self._on_device = (device, copy.copy(self.data).to(device))  # Data.to moves the object itself, so move a copy
+        return self._on_device[1]
+
+
+class WholeGraph:
+    """A dataloader with one batch: the graph itself."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Data]:
+        yield self.data
+
+
+def add_edges(edge_index: Tensor, num_nodes: int, share: float, seed: int) -> Tensor:
+    """Add undirected edges between distinct pairs of nodes that have none, each set of pairs as likely as another.
+
+    Pairs i < j are numbered j(j - 1)/2 + i. With the numbers of the edges sorted, e_0 < e_1 < ..., the r-th pair without an
+    edge is r + #{k: e_k - k ≤ r}: drawing ranks needs neither trials nor a list of all pairs.
+
+    Args:
+        edge_index: (2, E), undirected, coalesced, without self-loops.
+        num_nodes: N.
+        share: Number of edges to add, in relation to the E / 2 that there are; rounded.
+        seed: Seed of the draw.
+
+    Returns:
+        (2, E + 2 round(share E / 2)), undirected and coalesced; the old edges are among them.
+
+    Raises:
+        ValueError: If there are fewer pairs without an edge.
+    """
+    low, high = edge_index[:, edge_index[0] < edge_index[1]].numpy()
+    pairs, count = num_nodes * (num_nodes - 1) // 2, round(share * len(low))
+    if count == 0:
+        return edge_index
+    if count > pairs - len(low):
+        raise ValueError(
+            f"Argument `edge_noise` expected to add at most {pairs - len(low):,} edges, the pairs of nodes that have none, but "
+            f"{share} of {len(low):,} edges is {count:,}; use at most {(pairs - len(low)) / len(low):.4g}."
+        )
+    taken = np.sort(high * (high - 1) // 2 + low)
+    ranks = np.random.default_rng([seed, NOISE_STREAM]).choice(pairs - len(low), count, replace=False, shuffle=False)
+    numbers = ranks + np.searchsorted(taken - np.arange(len(taken)), ranks, side="right")
+    j = ((1 + np.sqrt(1 + 8 * numbers.astype(np.float64))) / 2).astype(np.int64)
+    j += (j + 1) * j // 2 <= numbers  # the root is rounded
+    j -= j * (j - 1) // 2 > numbers
+    added = torch.from_numpy(np.stack([numbers - j * (j - 1) // 2, j]))
+    return coalesce(torch.cat([edge_index, added, added.flip(0)], dim=1), num_nodes=num_nodes)
+
+
+def _check_int(name: str, value: object, least: int, hint: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Argument `{name}` expected to be an integer of at least {least} but got {value!r}; {hint}.")

@@ -1,0 +1,116 @@
+"""Subgraphs around seed nodes, for graphs that do not fit a device: a neighbour sampler in plain torch (Hamilton et al. 2017,
+section 3.1), and the batches of an epoch.
+
+PyG's NeighborLoader needs compiled extensions, which are not installed everywhere; this one needs none.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+from torch_geometric.utils import to_undirected
+
+SAMPLING_STREAM = 2  # the split and the noise take the streams 0 and 1 of the same seed
+
+
+class NeighborSampler:
+    """Draws neighbours of nodes, those of these, and so on, uniformly and without replacement.
+
+    A node is expanded once, in the hop after the one in which it was reached, so it has at most as many drawn neighbours as
+    that hop allows.
+
+    Args:
+        data: The graph, with `x` (N, F), `y` (N,), the three masks (N,) and `edge_index` (2, E), undirected and coalesced.
+        fanout: Neighbours of each node, a hop; -1 takes all.
+    """
+
+    def __init__(self, data: Data, fanout: Sequence[int]) -> None:
+        self.data, self.fanout = data, tuple(fanout)
+        source, self.target = data.edge_index
+        self.degree = torch.bincount(source, minlength=data.num_nodes)
+        self.start = self.degree.cumsum(0) - self.degree
+        self._place = torch.full((data.num_nodes,), -1)  # in the subgraph; -1 everywhere between calls
+
+    def sample(self, seeds: Tensor, generator: torch.Generator) -> Data:
+        """The subgraph of the edges drawn around `seeds`, undirected, coalesced and without self-loops as the whole graph is.
+
+        Nodes at its border have fewer neighbours in it than in the graph.
+
+        Args:
+            seeds: Distinct nodes (S,).
+            generator: Source of all draws.
+
+        Returns:
+            `x`, `y`, masks and `node_ids` (n,) of its nodes, the first `num_seeds` of which are the seeds, and `edge_index`
+            (2, e). Masks are False on nodes that are not seeds; `node_ids` are positions in the whole graph.
+        """
+        nodes = frontier = seeds
+        self._place[seeds] = torch.arange(len(seeds))
+        edges = []
+        for fanout in self.fanout:
+            position, neighbors = self.expand(frontier, fanout, generator)
+            edges.append(torch.stack([frontier[position], neighbors]))
+            frontier = neighbors[self._place[neighbors] < 0].unique()
+            self._place[frontier] = torch.arange(len(nodes), len(nodes) + len(frontier))
+            nodes = torch.cat([nodes, frontier])
+        edge_index = to_undirected(self._place[torch.cat(edges, dim=1)], num_nodes=len(nodes))
+        self._place[nodes] = -1
+        is_seed = torch.arange(len(nodes)) < len(seeds)
+        masks = {name: self.data[name][nodes] & is_seed for name in ("train_mask", "val_mask", "test_mask")}
+        whole = self.data
+        return Data(x=whole.x[nodes], edge_index=edge_index, y=whole.y[nodes], node_ids=nodes, num_seeds=len(seeds), **masks)
+
+    def expand(self, nodes: Tensor, fanout: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """At most `fanout` distinct neighbours of each node: positions in `nodes` (e,) and the neighbours (e,)."""
+        degree = self.degree[nodes]
+        owner = torch.repeat_interleave(degree)
+        first = degree.cumsum(0) - degree
+        rank = torch.arange(len(owner)) - first[owner]
+        edge = self.start[nodes][owner] + rank
+        if fanout < 0 or not len(degree) or fanout >= degree.max():
+            return owner, self.target[edge]
+        mixed = torch.randperm(len(owner), generator=generator)
+        edge = edge[mixed[owner[mixed].argsort(stable=True)]]  # each node's edges in random order; owner and rank still hold
+        return owner[rank < fanout], self.target[edge[rank < fanout]]
+
+
+class SeedLoader:
+    """Subgraphs whose seeds are the given nodes, each once an epoch.
+
+    Shuffled, order and neighbours follow from seed and epoch; in order, they follow from the seed alone, so that validation
+    sees the same subgraphs in every epoch.
+
+    Args:
+        neighbors: Makes the subgraphs.
+        seeds: Distinct nodes (S,).
+        batch_size: Seeds a subgraph; the last has what is left.
+        seed: Seed of all draws.
+        shuffle: Whether the order is drawn anew each epoch.
+    """
+
+    def __init__(self, neighbors: NeighborSampler, seeds: Tensor, batch_size: int, seed: int, shuffle: bool) -> None:
+        self.neighbors, self.seeds, self.batch_size = neighbors, seeds, batch_size
+        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+
+    batch_sampler = None  # Lightning reads it of whatever has a sampler
+
+    @property
+    def sampler(self) -> "SeedLoader":
+        """Itself: Lightning calls `set_epoch` of a loader's sampler before each epoch."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.seeds) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Data]:
+        entropy = np.random.SeedSequence([self.seed, SAMPLING_STREAM, self.epoch if self.shuffle else 0])
+        generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        seeds = self.seeds[torch.randperm(len(self.seeds), generator=generator)] if self.shuffle else self.seeds
+        for part in seeds.split(self.batch_size):
+            yield self.neighbors.sample(part, generator)

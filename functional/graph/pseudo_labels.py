@@ -1,0 +1,69 @@
+"""Pseudo-labels of the nodes and which of them to trust (csg2l: labels for the reweighting function R).
+
+Shapes: N nodes, C classes.
+"""
+
+import torch
+from torch import Tensor
+
+
+def pseudo_labels(logits: Tensor, labels: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Most probable class, and its probability; on nodes whose label is known that label, and 1.
+
+    Args:
+        logits: (N, C).
+        labels: (N,), read where known only.
+        known: (N,) bool, the training nodes.
+
+    Returns:
+        Labels (N,) and confidence (N,) in [0, 1], without gradient.
+    """
+    confidence, predicted = logits.detach().float().softmax(-1).max(-1)
+    return torch.where(known, labels, predicted), torch.where(known, 1.0, confidence)
+
+
+def confident_share(confidence: Tensor, labels: Tensor, share: float) -> Tensor:
+    """The `share` of the nodes of each label with the highest confidence, rounded up.
+
+    By class, since a threshold on probabilities leaves out classes that are hard while labels are few.
+
+    Args:
+        confidence: (N,).
+        labels: (N,) from 0.
+        share: In [0, 1].
+
+    Returns:
+        (N,) bool. Among equal confidence earlier nodes come first.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"Argument `share` expected to be in [0, 1] but got {share}.")
+    order = confidence.argsort(descending=True, stable=True)
+    order = order[labels[order].argsort(stable=True)]  # by label, within a label by confidence
+    counts = torch.bincount(labels)
+    first = counts.cumsum(0) - counts
+    sorted_labels = labels[order]
+    position = torch.arange(len(labels), device=labels.device) - first[sorted_labels]
+    chosen = torch.zeros_like(labels, dtype=torch.bool)
+    chosen[order] = position < (counts[sorted_labels] * share).ceil()
+    return chosen
+
+
+def cluster(embeddings: Tensor, num_clusters: int, seed: int) -> tuple[Tensor, Tensor]:
+    """k-means labels in the place of pseudo-labels where no label is known, and closeness to the own centroid.
+
+    Args:
+        embeddings: (N, D).
+        num_clusters: At most N are made.
+        seed: Of k-means++.
+
+    Returns:
+        Labels (N,) and closeness (N,) = 1 / (1 + distance), on the embeddings' device.
+    """
+    from sklearn.cluster import KMeans
+
+    points = embeddings.detach().float().cpu().numpy()
+    means = KMeans(min(num_clusters, len(points)), n_init=3, random_state=seed).fit(points)
+    centroids = torch.as_tensor(means.cluster_centers_, dtype=torch.float32)
+    labels = torch.as_tensor(means.labels_, dtype=torch.long)
+    distance = (torch.as_tensor(points) - centroids[labels]).norm(dim=1)
+    return labels.to(embeddings.device), (1 / (1 + distance)).to(embeddings.device)

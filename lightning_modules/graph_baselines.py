@@ -1,0 +1,188 @@
+"""What CSG2L is compared with, on the same data, encoders and measures: supervised GNN, pseudo-labels, DGI, GRACE."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.nn import DeepGraphInfomax
+from torch_geometric.utils import dropout_edge
+
+from functional.graph import confident_share, pseudo_labels, reweighted_info_nce
+from lightning_modules.graph_encoders import GraphEncoder
+from lightning_modules.node_module import NodeModule
+
+
+class _Encoded(NodeModule):
+    """One encoder and one view."""
+
+    def __init__(self, learning_rate: float, weight_decay: float) -> None:
+        super().__init__(learning_rate, weight_decay)
+
+    def build(self, data: Data, num_classes: int) -> None:
+        """The encoder; with logits where supervised."""
+        options, classes = self.hparams, num_classes if self.supervised else 0
+        self.encoder = GraphEncoder(
+            options.encoder,
+            data.x.shape[1],
+            options.hidden_channels,
+            classes,
+            options.num_layers,
+            options.dropout,
+            options.encoder_args,
+        )
+
+    def encode(self, batch: Data) -> tuple[Tensor, Tensor | None]:
+        """Hidden layer and logits."""
+        return self.encoder(batch.x, batch.edge_index)
+
+
+class NodeClassifier(_Encoded):
+    """A GNN trained on the labelled nodes; optionally with cross-entropy on its own confident predictions (Lee, 2013).
+
+    Args:
+        encoder: As for CSG2L, like the next four.
+        hidden_channels: Width.
+        num_layers: Of the encoder.
+        dropout: Of features and hidden layer.
+        encoder_args: Further arguments of the encoder.
+        pseudo_weight: Weight of the cross-entropy on pseudo-labels; 0 for none.
+        confident: Share of the nodes of every pseudo-class that is trusted.
+        warmup_epochs: Epochs without pseudo-labels.
+        learning_rate: Of Adam.
+        weight_decay: Of Adam.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "gcn",
+        hidden_channels: int = 64,
+        num_layers: int = 2,
+        dropout: float = 0.5,
+        encoder_args: dict[str, Any] | None = None,
+        pseudo_weight: float = 0.0,
+        confident: float = 0.8,
+        warmup_epochs: int = 50,
+        learning_rate: float = 0.01,
+        weight_decay: float = 5e-4,
+    ) -> None:
+        super().__init__(learning_rate, weight_decay)
+        self.save_hyperparameters()
+
+    def training_step(self, batch: Data, batch_idx: int) -> Tensor | None:
+        """Cross-entropy on labelled and, after the warm-up, on confident nodes."""
+        if not batch.train_mask.any():
+            return None
+        logits = self.encode(batch)[1]
+        loss = nn.functional.cross_entropy(logits[batch.train_mask], batch.y[batch.train_mask])
+        self.log("train/cross_entropy", loss, batch_size=1)
+        if self.hparams.pseudo_weight and self.current_epoch >= self.hparams.warmup_epochs:
+            labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask)
+            trusted = confident_share(confidence, labels, self.hparams.confident) & ~batch.train_mask
+            if trusted.any():
+                pseudo = nn.functional.cross_entropy(logits[trusted], labels[trusted])
+                self.log("train/pseudo_cross_entropy", pseudo, batch_size=1)
+                loss = loss + self.hparams.pseudo_weight * pseudo
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
+        return loss
+
+
+class DGI(_Encoded):
+    """Deep Graph Infomax (ICLR 2019) with torch-geometric's objective: nodes against shuffled features, by their mean.
+
+    Args: as for NodeClassifier.
+    """
+
+    supervised = False
+
+    def __init__(
+        self,
+        encoder: str = "gcn",
+        hidden_channels: int = 512,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        encoder_args: dict[str, Any] | None = None,
+        learning_rate: float = 0.001,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(learning_rate, weight_decay)
+        self.save_hyperparameters()
+
+    def build(self, data: Data, num_classes: int) -> None:
+        super().build(data, num_classes)
+        self.infomax = DeepGraphInfomax(
+            self.hparams.hidden_channels,
+            _Hidden(self.encoder),
+            summary=lambda z, *args: z.mean(dim=0).sigmoid(),
+            corruption=lambda x, edge_index: (x[torch.randperm(len(x), device=x.device)], edge_index),
+        )
+
+    def training_step(self, batch: Data, batch_idx: int) -> Tensor:
+        """Binary cross-entropy of nodes and of corrupted nodes."""
+        loss = self.infomax.loss(*self.infomax(batch.x, batch.edge_index))
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
+        return loss
+
+
+class GRACE(_Encoded):
+    """Deep Graph Contrastive Representation Learning (2020): two views with dropped edges and features, InfoNCE between all.
+
+    Args:
+        encoder: As for CSG2L, like the next four.
+        hidden_channels: Width.
+        num_layers: Of the encoder.
+        dropout: Of features and hidden layer.
+        encoder_args: Further arguments of the encoder.
+        drop_edges: Shares of edges left out of the two views.
+        drop_features: Shares of features set to zero in the two views.
+        temperature: τ.
+        head_channels: Width of the projection head.
+        learning_rate: Of Adam.
+        weight_decay: Of Adam.
+    """
+
+    supervised = False
+
+    def __init__(
+        self,
+        encoder: str = "gcn",
+        hidden_channels: int = 256,
+        num_layers: int = 3,
+        dropout: float = 0.0,
+        encoder_args: dict[str, Any] | None = None,
+        drop_edges: tuple[float, float] = (0.2, 0.4),
+        drop_features: tuple[float, float] = (0.3, 0.4),
+        temperature: float = 0.4,
+        head_channels: int = 256,
+        learning_rate: float = 5e-4,
+        weight_decay: float = 1e-5,
+    ) -> None:
+        super().__init__(learning_rate, weight_decay)
+        self.save_hyperparameters()
+
+    def build(self, data: Data, num_classes: int) -> None:
+        super().build(data, num_classes)
+        width = self.hparams.head_channels
+        self.head = nn.Sequential(nn.Linear(self.hparams.hidden_channels, width), nn.ELU(), nn.Linear(width, width))
+
+    def training_step(self, batch: Data, batch_idx: int) -> Tensor:
+        """InfoNCE with the pairs of both views as negatives."""
+        projected = []
+        for edges, features in zip(self.hparams.drop_edges, self.hparams.drop_features, strict=True):
+            kept = dropout_edge(batch.edge_index, edges, force_undirected=True)[0]
+            mask = torch.rand(batch.x.shape[1], device=batch.x.device) >= features
+            projected.append(nn.functional.normalize(self.head(self.encoder(batch.x * mask, kept)[0])))
+        loss = reweighted_info_nce(*projected, temperature=self.hparams.temperature, intra_view=True)
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
+        return loss
+
+
+class _Hidden(nn.Module):
+    """The hidden layer of an encoder alone, as torch-geometric's objectives want it."""
+
+    def __init__(self, encoder: GraphEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.encoder(x, edge_index)[0]

@@ -1,0 +1,176 @@
+"""Graph encoders of torch-geometric, each with a global view: its own layers, with another propagation.
+
+A layer that aggregates linearly (GCN, APPNP, SGC: normalised sum; GraphSAGE: mean; GIN: sum; GAT: weighted mean) has its
+aggregation replaced, by torch-geometric's propagate hook, by P_g. The factors reconstruct the symmetric Ã, so that mean and sum
+follow by rescaling: D̃^-½ P_g D̃^½ and D̃^½ P_g D̃^½. Other layers (PNA, EdgeCNN) run on the graph of P_g's strongest edges.
+"""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn import conv
+from torch_geometric.nn.models import GAT, GCN, GIN, PNA, EdgeCNN, GraphSAGE
+from torch_geometric.nn.models.basic_gnn import BasicGNN
+
+from functional.graph import Factors, normalized_adjacency, propagate, strongest_edges
+
+SYMMETRIC = (conv.GCNConv, conv.SGConv, conv.APPNP, conv.TAGConv, conv.SSGConv, conv.GCN2Conv, conv.ARMAConv)
+MEAN = (conv.GATConv, conv.GATv2Conv, conv.TransformerConv)
+STRONGEST = 10
+"""Edges a node of the graph on which layers without a linear aggregation see the global view."""
+
+
+class Diffusion(nn.Module):
+    """Two layers around one propagation: APPNP (ReLU before it) and SGC (linear)."""
+
+    def __init__(self, in_channels: int, hidden_channels: int, dropout: float, propagation: nn.Module, nonlinear: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_channels, hidden_channels)
+        self.propagation, self.nonlinear = propagation, nonlinear
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        hidden = self.linear(x)
+        return self.propagation(self.dropout(hidden.relu()) if self.nonlinear else hidden, edge_index)
+
+
+BASIC = {"gcn": GCN, "gat": GAT, "graphsage": GraphSAGE, "sage": GraphSAGE, "gin": GIN, "pna": PNA, "edgecnn": EdgeCNN}
+ENCODERS = (*BASIC, "appnp", "sgc")
+
+
+class GlobalOperator:
+    """P_g(H) = (1 − μ)·Ã H + μ·U(s ⊙ VᵀH) on the nodes of one batch, and the strongest edges of its low-rank part.
+
+    Args:
+        edge_index: (2, E), of the batch.
+        factors: Rows of the batch's nodes. With some nodes of a graph only, sums run over these.
+        mix: μ in [0, 1].
+    """
+
+    def __init__(self, edge_index: Tensor, factors: Factors, mix: float) -> None:
+        self.factors, self.mix = factors, mix
+        self.adjacency = normalized_adjacency(edge_index, len(factors.u)).to(factors.u.dtype) if mix < 1 else None
+        degree = torch.bincount(edge_index[1], minlength=len(factors.u)).to(factors.u.dtype) + 1
+        self.root = degree.sqrt()[:, None]
+        self._edges: Tensor | None = None
+
+    def __call__(self, hidden: Tensor, kind: str = "symmetric") -> Tensor:
+        """(N, …) -> (N, …); `kind` is symmetric, mean or sum."""
+        x = hidden.flatten(1)
+        x = x if kind == "symmetric" else x * self.root
+        if self.adjacency is None:
+            x = propagate(self.factors, x)
+        elif self.mix == 0:
+            x = self.adjacency @ x
+        else:
+            x = (1 - self.mix) * (self.adjacency @ x) + self.mix * propagate(self.factors, x)
+        x = x / self.root if kind == "mean" else x * self.root if kind == "sum" else x
+        return x.view_as(hidden)
+
+    @property
+    def edges(self) -> Tensor:
+        """(2, E_g), computed on first use."""
+        if self._edges is None:
+            self._edges = strongest_edges(self.factors, STRONGEST)
+        return self._edges
+
+
+class GraphEncoder(nn.Module):
+    """Hidden representations and logits of the nodes, from the local or from the global view.
+
+    Args:
+        name: One of ENCODERS, or the path of a class that takes (in_channels, hidden_channels, num_layers, dropout=…) and whose
+            forward is (x, edge_index); its logits come from a linear layer on top.
+        in_channels: Number of features.
+        hidden_channels: Width of the hidden representation.
+        out_channels: Number of classes; 0 for no logits.
+        num_layers: Message passing layers in all; for APPNP and SGC, linear layers: always 2.
+        dropout: Between the layers and on the input.
+        arguments: Further arguments of the encoder, such as heads of GAT or K and alpha of APPNP.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        num_layers: int = 2,
+        dropout: float = 0.5,
+        arguments: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        arguments, kind = dict(arguments or {}), name.lower()
+        if num_layers < 2:
+            raise ValueError(
+                f"Argument `num_layers` expected to be at least 2 (hidden layers and logits) but got {num_layers}."
+            )
+        if kind == "gat":
+            arguments = {"heads": 8, **arguments}
+        self.dropout, self.act = nn.Dropout(dropout), nn.ReLU()
+        if kind in ("appnp", "sgc"):
+            default = {"K": 10, "alpha": 0.1} if kind == "appnp" else {"K": 2, "alpha": 0.0}
+            propagation = conv.APPNP(**{**default, **arguments})
+            self.body = Diffusion(in_channels, hidden_channels, dropout, propagation, nonlinear=kind == "appnp")
+            self.act = nn.Identity()  # APPNP's ReLU stands before its propagation, SGC has none
+            cls = None
+        else:
+            cls = BASIC.get(kind) or _imported(name)
+            self.body = cls(in_channels, hidden_channels, num_layers - 1, dropout=dropout, **arguments)
+        if not out_channels:
+            self.head: nn.Module | None = None
+        elif cls is not None and issubclass(cls, BasicGNN):
+            last = {**arguments, "heads": 1} if kind == "gat" else arguments
+            self.head = cls(hidden_channels, out_channels, 1, dropout=dropout, **last)
+        else:
+            self.head = nn.Linear(hidden_channels, out_channels)
+        self._operator: GlobalOperator | None = None
+        layers = [module for module in self.modules() if isinstance(module, conv.MessagePassing)]
+        self.linear = all(_kind(layer) is not None for layer in layers)
+        if self.linear:
+            for layer in layers:
+                layer.register_propagate_forward_hook(self._replace)
+
+    def forward(self, x: Tensor, edge_index: Tensor, operator: GlobalOperator | None = None) -> tuple[Tensor, Tensor | None]:
+        """Hidden (N, H) and logits (N, C) of the local view, or with an operator those of the global view."""
+        if operator is not None:
+            edge_index = edge_index[:, :0] if self.linear else operator.edges
+        self._operator = operator if self.linear else None
+        try:
+            hidden = self.act(self.body(self.dropout(x), edge_index))
+            if self.head is None:
+                return hidden, None
+            dropped = self.dropout(hidden)
+            logits = self.head(dropped) if isinstance(self.head, nn.Linear) else self.head(dropped, edge_index)
+            return hidden, logits
+        finally:
+            self._operator = None
+
+    def _replace(self, layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+        """In the global view, what a layer aggregates; its edges were left out, so that its own aggregation costs nothing."""
+        if self._operator is None:
+            return None
+        x = inputs[2]["x"]
+        return self._operator(x[0] if isinstance(x, tuple) else x, _kind(layer))
+
+
+def _kind(layer: nn.Module) -> str | None:
+    """How a layer aggregates: symmetric, mean, sum; None if not linearly."""
+    if isinstance(layer, SYMMETRIC):
+        return "symmetric" if getattr(layer, "normalize", True) else "sum"
+    if isinstance(layer, MEAN):
+        return "mean"
+    plain = type(layer).message in (conv.SAGEConv.message, conv.GINConv.message, conv.GraphConv.message)
+    return {"mean": "mean", "add": "sum", "sum": "sum"}.get(layer.aggr) if plain and isinstance(layer.aggr, str) else None
+
+
+def _imported(path: str) -> type[nn.Module]:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"Argument `encoder` expected to be one of {', '.join(ENCODERS)}, or a class's path, but got {path!r} ({error})."
+        ) from error
