@@ -83,7 +83,7 @@ def base_matrix(edge_index, n, base, steps=2, teleport=None):
 def test_best_approximation(name, options):
     """Eckart-Young: singular values are the largest, and no other matrix of the rank comes closer."""
     matrix = base_matrix(GRAPHS[name], 40, **options)
-    found = low_rank_factors(GRAPHS[name], 40, 8, **options)
+    found = low_rank_factors(GRAPHS[name], 40, 8, power_iterations=30, **options)  # singular values are close here
     full = torch.linalg.svdvals(matrix)
     torch.testing.assert_close(found.s.double(), full[:8], rtol=1e-5, atol=1e-6)
     error = (matrix - (found.u * found.s).double() @ found.v.double().T).norm()
@@ -95,12 +95,12 @@ def test_best_approximation(name, options):
 def test_singular_values_equal_those_of_scipy_and_torch():
     edge_index = edges(300, 900, 3)
     matrix = normalized_adjacency(edge_index, 300, 1.0)
-    found = low_rank_factors(edge_index, 300, 20, power_iterations=8).s.double()
+    found = low_rank_factors(edge_index, 300, 20, power_iterations=20).s.double()
     csr = csr_array((matrix.values().numpy(), matrix.col_indices().numpy(), matrix.crow_indices().numpy()), shape=(300, 300))
     exact = torch.as_tensor(sorted(svds(csr, k=20, return_singular_vectors=False, random_state=0), reverse=True))
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=0)
     torch.manual_seed(0)
-    library = torch.svd_lowrank(matrix.to_sparse_coo(), q=30, niter=8)[1][:20]
+    library = torch.svd_lowrank(matrix.to_sparse_coo(), q=30, niter=20)[1][:20]
     torch.testing.assert_close(found, library, rtol=1e-3, atol=0)
 
 
