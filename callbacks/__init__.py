@@ -6,9 +6,10 @@ _HOME = {
     "AttentionImages": "attention_images",
     "BlockProgressBar": "progress",
     "BlockwisePruning": "blockwise_pruning",
+    "GraphMonitor": "graph_monitor",
     "SaveModel": "save_model",
 }
-__all__ = ["AttentionImages", "BlockProgressBar", "BlockwisePruning", "SaveModel"]
+__all__ = ["AttentionImages", "BlockProgressBar", "BlockwisePruning", "GraphMonitor", "SaveModel"]
 
 
 def __getattr__(name: str):

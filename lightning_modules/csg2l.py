@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.utils import dropout_edge
 
-from functional.graph import Factors, cluster, confident_share, low_rank_factors, pseudo_labels, reweighted_info_nce
+from functional.graph import (
+    Factors,
+    cluster,
+    confident_share,
+    low_rank_factors,
+    pair_weights,
+    pseudo_labels,
+    reweighted_info_nce,
+)
 from functional.graph.contrast import FORMS, Form
 from functional.graph.low_rank import BASES, Base
 from lightning_modules.graph_encoders import GlobalOperator, GraphEncoder
@@ -222,6 +230,16 @@ class CSG2L(NodeModule):
             anchors,
         )
 
+    @torch.no_grad()
+    def pairs(self, batch: Data, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Similarities, weights and positives of all pairs of some nodes, (n, n) each; None without pseudo-labels."""
+        local, other = self.views(batch)
+        labels, confident = self.trusted(batch, self.fused(local, other))
+        if labels is None:
+            return None
+        z_a, z_b = (nn.functional.normalize(self.head(hidden)) for hidden in (local[0], other[0]))
+        return pair_weights(z_a[nodes], z_b[nodes], labels[nodes], confident[nodes], self.hparams.beta)
+
     def trusted(self, batch: Data, logits: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Pseudo-labels (N,) and the confident set (N,), or None for both while warming up."""
         if self.current_epoch < self.hparams.warmup_epochs:
@@ -231,7 +249,9 @@ class CSG2L(NodeModule):
         else:
             labels, confidence = self.clusters[batch.node_ids], self.closeness[batch.node_ids]
         confident = confident_share(confidence, labels, self.hparams.confident)
-        self.log("train/confident_probability", confidence[confident].mean(), batch_size=1)
+        if self.training:
+            self.log("train/confident_share", confident.float().mean(), batch_size=1)
+            self.log("train/confident_probability", confidence[confident].mean(), batch_size=1)
         return labels, confident
 
     def on_train_epoch_start(self) -> None:

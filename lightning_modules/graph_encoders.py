@@ -38,6 +38,13 @@ class Diffusion(nn.Module):
 
 BASIC = {"gcn": GCN, "gat": GAT, "graphsage": GraphSAGE, "sage": GraphSAGE, "gin": GIN, "pna": PNA, "edgecnn": EdgeCNN}
 ENCODERS = (*BASIC, "appnp", "sgc")
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gat": {"heads": 8},
+    # Sums grow with the degree. Not a batch norm: its running statistics would be those of no view.
+    "gin": {"norm": "layer_norm", "norm_kwargs": {"mode": "node"}},
+    "appnp": {"K": 10, "alpha": 0.1},
+    "sgc": {"K": 2, "alpha": 0.0},
+}
 
 
 class GlobalOperator:
@@ -107,13 +114,10 @@ class GraphEncoder(nn.Module):
             raise ValueError(
                 f"Argument `num_layers` expected to be at least 2 (hidden layers and logits) but got {num_layers}."
             )
-        if kind == "gat":
-            arguments = {"heads": 8, **arguments}
+        arguments = {**DEFAULTS.get(kind, {}), **arguments}
         self.dropout, self.act = nn.Dropout(dropout), nn.ReLU()
         if kind in ("appnp", "sgc"):
-            default = {"K": 10, "alpha": 0.1} if kind == "appnp" else {"K": 2, "alpha": 0.0}
-            propagation = conv.APPNP(**{**default, **arguments})
-            self.body = Diffusion(in_channels, hidden_channels, dropout, propagation, nonlinear=kind == "appnp")
+            self.body = Diffusion(in_channels, hidden_channels, dropout, conv.APPNP(**arguments), nonlinear=kind == "appnp")
             self.act = nn.Identity()  # APPNP's ReLU stands before its propagation, SGC has none
             cls = None
         else:

@@ -28,12 +28,15 @@ def test_every_config_is_instantiated(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     cli = main(["--config", str(config), "--trainer.accelerator", "cpu"], run=False)
-    assert cli.model.model is None  # made when the run starts
     callbacks = {type(callback).__name__ for callback in cli.trainer.callbacks}
-    if config.parent.name == "deit":
+    if config.parent.name == "csg2l":
+        assert type(cli.model).__name__ == "CSG2L" and type(cli.datamodule).__name__ == "GraphDataModule"
+        assert {"EarlyStopping", "ModelCheckpoint", "GraphMonitor"} <= callbacks
+    elif config.parent.name == "deit":
         assert type(cli.model).__name__ == "ImageClassifier" and type(cli.datamodule).__name__ == "ImageDataModule"
         assert ("SaveModel" if config.stem == "digits" else "BlockwisePruning") in callbacks
     else:
+        assert cli.model.model is None  # made when the run starts
         assert type(cli.model).__name__ == "CausalLM" and "BlockwisePruning" in callbacks
         assert cli.datamodule.hparams.tokenizer == cli.model.hparams.model_name_or_path
     commands = re.findall(r"--config (\S+\.yaml)", config.read_text())

@@ -3,7 +3,7 @@
 The paper's full text is not public to us; where its abstract is silent, the definitions here are ours and say so.
 """
 
-from functional.graph.contrast import reweighted_info_nce
+from functional.graph.contrast import pair_weights, reweighted_info_nce
 from functional.graph.low_rank import Factors, low_rank_factors, normalized_adjacency, propagate, strongest_edges
 from functional.graph.pseudo_labels import cluster, confident_share, pseudo_labels
 
@@ -13,6 +13,7 @@ __all__ = [
     "confident_share",
     "low_rank_factors",
     "normalized_adjacency",
+    "pair_weights",
     "propagate",
     "pseudo_labels",
     "reweighted_info_nce",

@@ -89,6 +89,18 @@ def reweighted_info_nce(
 
 
 @torch.no_grad()
+def pair_weights(
+    z_a: Tensor, z_b: Tensor, labels: Tensor, confident: Tensor, beta: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Similarities S, weights R and positives (j ∈ C with ŷ_i = ŷ_j) of all pairs of a few nodes, each (N, N): to look at."""
+    rows = torch.arange(len(z_a), device=z_a.device)
+    similarity = z_a @ z_b.T
+    extremes = (similarity.min(), similarity.max())
+    weights, positive = _weights(similarity, rows, extremes, labels, confident, beta, "both")
+    return similarity, weights, positive
+
+
+@torch.no_grad()
 def _extremes(own: Tensor, view: Tensor, anchors: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest similarity of the anchors' rows; within a view without the diagonal."""
     low, high = [], []

@@ -1,0 +1,204 @@
+"""CSG2L and its baselines on real small graphs: learning, resuming, measuring, writing."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+
+from callbacks import GraphMonitor
+from datamodules import GraphDataModule
+from lightning_modules import CSG2L, DGI, GRACE, NodeClassifier
+from lightning_modules.node_probes import STRENGTHS, clustering_scores, linear_probe
+
+SMALL = {"hidden_channels": 32, "warmup_epochs": 3, "head_channels": 16, "anchors": 64, "rank": 20}
+
+
+def graph(**options):
+    return GraphDataModule("wine", labels_per_class=5, num_val=40, num_test=-1, **options)
+
+
+def quiet(path, epochs=30, **options):
+    defaults = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(default_root_dir=path, max_epochs=epochs, accelerator="cpu", **{**defaults, **options})
+
+
+def trained(module, path, epochs=30, data=None, **options):
+    seed_everything(0, verbose=False)
+    trainer, data = quiet(path, epochs, **options), data or graph()
+    trainer.fit(module, datamodule=data)
+    return trainer, data
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"view": "drop"},
+        {"fusion": "local"},
+        {"fusion": "concat"},
+        {"fusion": "attention"},
+        {"form": "hsan"},
+        {"form": "negatives"},
+        {"base": "normalized", "mix": 1.0},
+        {"base": "diffused", "intra_view": True},
+        {"head_channels": 0, "anchors": 0, "encoder": "gat"},
+        {"contrast_weight": 0.0, "encoder": "graphsage"},
+        {"encoder": "gin"},
+        {"encoder": "appnp"},
+        {"encoder": "sgc"},
+    ],
+    ids=str,
+)
+def test_learns_wines(options, tmp_path):
+    module = CSG2L(**{**SMALL, **options})
+    trainer, data = trained(module, tmp_path)
+    scores = trainer.test(module, datamodule=data, verbose=False)[0]
+    assert scores["test/accuracy"] > 0.8 and scores["test/probe_accuracy"] > 0.8  # chance is 0.4
+    assert {"test/macro_f1", "test/calibration_error", "test/nmi", "test/ari", "test/loss"} <= scores.keys()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        NodeClassifier(hidden_channels=32),
+        NodeClassifier(hidden_channels=32, pseudo_weight=0.5, warmup_epochs=10),
+        DGI(hidden_channels=32),
+        GRACE(hidden_channels=32, head_channels=16, learning_rate=5e-3),
+        CSG2L(**SMALL, supervised=False, cluster_every=7),
+    ],
+    ids=["gcn", "pseudo", "dgi", "grace", "csg2l-self"],
+)
+def test_baselines_learn_wines(module, tmp_path):
+    trainer, data = trained(module, tmp_path)
+    assert trainer.callback_metrics["val/accuracy"] > 0.8
+    assert trainer.test(module, datamodule=data, verbose=False)[0]["test/accuracy"] > 0.8
+
+
+def test_loss_is_cross_entropy_plus_weighted_contrast(tmp_path):
+    module = CSG2L(**{**SMALL, "dropout": 0.0, "anchors": 0, "contrast_weight": 0.7, "warmup_epochs": 0, "confident": 0.5})
+    seen = []
+
+    class Watch(GraphMonitor):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            with torch.no_grad():
+                local, other = pl_module.views(batch)
+                logits = ((local[1] + other[1]) / 2).double()
+                train = batch.train_mask
+                expected = -(logits.log_softmax(1)[train, batch.y[train]]).mean()
+                seen.append((float(expected), float(pl_module.contrast(batch, local[0], other[0], logits.float()))))
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            expected, contrast = seen[-1]
+            assert float(outputs["loss"]) == pytest.approx(expected + 0.7 * contrast, rel=1e-5)
+
+    trained(module, tmp_path, 3, callbacks=[Watch()])
+    assert len(seen) == 3
+
+
+def test_metrics_equal_counting_by_hand(tmp_path):
+    module = NodeClassifier(hidden_channels=8)
+    trainer, data = trained(module, tmp_path, 5)
+    found = trainer.validate(module, datamodule=data, verbose=False)[0]
+    module.eval()
+    with torch.no_grad():
+        logits = module(data.data)[1][data.data.val_mask].double()
+    labels, predicted = data.data.y[data.data.val_mask], logits.argmax(1)
+    assert found["val/accuracy"] == pytest.approx((predicted == labels).double().mean().item())
+    assert found["val/macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"), rel=1e-5)
+    assert found["val/loss"] == pytest.approx(-(logits.log_softmax(1)[range(len(labels)), labels]).mean().item(), rel=1e-4)
+
+
+def test_factors_and_weights_come_back_from_a_checkpoint(tmp_path):
+    """Ten epochs, or five, stopped, and five more from the checkpoint: one result."""
+    one = CSG2L(**SMALL)
+    trained(one, tmp_path, 10)
+    half, checkpoint = CSG2L(**SMALL), ModelCheckpoint(tmp_path / "c", save_last=True)
+    trained(half, tmp_path, 5, enable_checkpointing=True, callbacks=[checkpoint])
+    stored = torch.load(tmp_path / "c/last.ckpt", weights_only=True)
+    assert {"factor_u", "factor_s", "factor_v", "clusters"} <= stored["state_dict"].keys()
+    again = CSG2L(**SMALL, seed=5)  # other factors, until those of the checkpoint are loaded
+    trainer = quiet(tmp_path, 10)
+    trainer.fit(again, datamodule=graph(), ckpt_path=tmp_path / "c/last.ckpt", weights_only=True)
+    assert torch.equal(again.factor_u, one.factor_u) and trainer.current_epoch == 10
+
+
+def test_sampled_batches(tmp_path):
+    module = CSG2L(**SMALL)
+    trainer, data = trained(module, tmp_path, 10, graph(batch_size=48, fanout=[5, 5]))
+    scores = trainer.test(module, datamodule=data, verbose=False)[0]
+    assert scores["test/accuracy"] > 0.8
+    embeddings, logits = module.embed_all()
+    assert embeddings.shape == (178, 32) and logits.shape == (178, 3)
+
+
+def test_predictions_are_written(tmp_path):
+    module = CSG2L(**SMALL)
+    trainer, data = trained(module, tmp_path, 5, logger=TensorBoardLogger(tmp_path, "run"))
+    trainer.predict(module, datamodule=data)
+    found = load_file(next(tmp_path.glob("run/*/predictions.safetensors")))
+    assert found["node_ids"].tolist() == list(range(178)) and found["embeddings"].shape == (178, 32)
+    torch.testing.assert_close(found["probabilities"].sum(1), torch.ones(178))
+
+
+def test_monitor_writes_distributions_spectrum_and_embeddings(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    module = CSG2L(**SMALL)
+    trained(module, tmp_path, 12, logger=TensorBoardLogger(tmp_path, "run"), callbacks=[GraphMonitor(5)])
+    folder = next(tmp_path.glob("run/*"))
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert {"spectrum", "embeddings"} <= set(events.Tags()["images"])
+    names = {f"{kind}/{pairs}" for kind in ("similarity", "R") for pairs in ("positives", "negatives", "own")}
+    assert names <= set(events.Tags()["histograms"])
+    assert {"train/contrast", "train/cross_entropy", "train/confident_share", "val/accuracy"} <= set(events.Tags()["scalars"])
+    assert next(folder.glob("*/nodes/metadata.tsv")).read_text().splitlines()
+
+
+def test_watching_changes_nothing(tmp_path):
+    weights = []
+    for callbacks in ([], [GraphMonitor(2)]):
+        module = CSG2L(**SMALL)
+        trained(module, tmp_path, 8, logger=TensorBoardLogger(tmp_path, "run"), callbacks=callbacks)
+        weights.append(module.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_linear_probe_and_clusters():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 4, generator=generator), torch.arange(60) % 3
+    x[torch.arange(60), y] += 1
+    train, val, test = (torch.arange(60) // 20 == part for part in range(3))
+    unit = (x / x.norm(dim=1, keepdim=True)).numpy()
+    models = [LogisticRegression(C=c, max_iter=500).fit(unit[train], y[train]) for c in STRENGTHS]
+    best = max(models, key=lambda model: model.score(unit[val], y[val]))
+    assert linear_probe(x, y, train, val, test) == pytest.approx(best.score(unit[test], y[test]))
+    separate = torch.eye(3)[y] * 10 + x
+    assert clustering_scores(separate, y, 3) == {"nmi": pytest.approx(1.0), "ari": pytest.approx(1.0)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"view": "svg"}, "`view` expected to be one of svd, drop but got 'svg'"),
+        ({"base": "a"}, "`base`"),
+        ({"form": "a"}, "`form`"),
+        ({"fusion": "a"}, "`fusion`"),
+        ({"mix": 1.5}, "`mix`"),
+        ({"rank": 0}, "`rank`"),
+        ({"learning_rate": -1.0}, "`learning_rate`"),
+        ({"supervised": False, "contrast_weight": 0.0}, "nothing is left"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        CSG2L(**options)
+
+
+def test_without_a_graph_data_module(tmp_path):
+    with pytest.raises(ValueError, match="needs a data module"):
+        quiet(tmp_path).fit(CSG2L(), [0])
