@@ -74,11 +74,12 @@ def train_once(method: str, arguments: dict[str, Any], data: dict[str, Any], see
     from datamodules import GraphDataModule
 
     class Best(Callback):
-        score, epoch, state = -1.0, -1, None
+        score, epoch, state = (-1.0, 0.0), -1, None
 
         def on_validation_end(self, trainer, module):
-            score = float(trainer.callback_metrics["val/accuracy"])
-            if not trainer.sanity_checking and score > self.score:
+            metrics = trainer.callback_metrics  # among equal accuracies the lower loss, without a loss the later epoch
+            score = (float(metrics["val/accuracy"]), -float(metrics.get("val/loss", 0.0)))
+            if score >= self.score:
                 state = {name: value.clone() for name, value in module.state_dict().items() if "factor_" not in name}
                 self.score, self.epoch, self.state = score, trainer.current_epoch, state
 
@@ -111,7 +112,7 @@ def train_once(method: str, arguments: dict[str, Any], data: dict[str, Any], see
         module.to(trainer.strategy.root_device if torch.cuda.is_available() else "cpu")
         last = test_accuracy(module)
         module.load_state_dict(best.state, strict=False)
-        found = {"val": best.score, "test": test_accuracy(module), "last_test": last}
+        found = {"val": best.score[0], "test": test_accuracy(module), "last_test": last}
     return found | {"epochs": trainer.current_epoch, "best_epoch": best.epoch, "seconds": seconds}
 
 
