@@ -22,7 +22,7 @@ from functional.graph import (
 )
 from functional.graph.contrast import FORMS, Form
 from functional.graph.low_rank import BASES, Base
-from lightning_modules.graph_encoders import GlobalOperator, GraphEncoder
+from lightning_modules.graph_encoders import GlobalOperator, GraphEncoder, drop_columns
 from lightning_modules.node_module import NodeModule
 
 Fusion = Literal["mean", "local", "concat", "attention"]
@@ -164,14 +164,14 @@ class CSG2L(NodeModule):
 
     def views(self, batch: Data) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Hidden (N, H) and logits (N, C) of the local and of the other view."""
-        local = self.encoder(batch.x, batch.edge_index)
+        x = self.features(batch)
+        local = self.encoder(x, batch.edge_index)
         if self.hparams.view == "svd":
-            return local, self.encoder(batch.x, batch.edge_index, self.operator(batch))
+            return local, self.encoder(x, batch.edge_index, self.operator(batch))
         if not self.training:
             return local, local
-        x = nn.functional.dropout1d(batch.x.T[None], self.hparams.drop_features)[0].T  # whole columns
         edges = dropout_edge(batch.edge_index, self.hparams.drop_edges, force_undirected=True)[0]
-        return local, self.encoder(x, edges)
+        return local, self.encoder(drop_columns(x, self.hparams.drop_features), edges)
 
     def fused(self, local: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> Tensor | None:
         """Logits (N, C) of both views as one."""

@@ -9,7 +9,7 @@ from torch_geometric.nn import DeepGraphInfomax
 from torch_geometric.utils import dropout_edge
 
 from functional.graph import confident_share, pseudo_labels, reweighted_info_nce
-from lightning_modules.graph_encoders import GraphEncoder
+from lightning_modules.graph_encoders import GraphEncoder, drop_columns
 from lightning_modules.node_module import NodeModule
 
 
@@ -34,7 +34,7 @@ class _Encoded(NodeModule):
 
     def encode(self, batch: Data) -> tuple[Tensor, Tensor | None]:
         """Hidden layer and logits."""
-        return self.encoder(batch.x, batch.edge_index)
+        return self.encoder(self.features(batch), batch.edge_index)
 
 
 class NodeClassifier(_Encoded):
@@ -170,8 +170,8 @@ class GRACE(_Encoded):
         projected = []
         for edges, features in zip(self.hparams.drop_edges, self.hparams.drop_features, strict=True):
             kept = dropout_edge(batch.edge_index, edges, force_undirected=True)[0]
-            mask = torch.rand(batch.x.shape[1], device=batch.x.device) >= features
-            projected.append(nn.functional.normalize(self.head(self.encoder(batch.x * mask, kept)[0])))
+            x = drop_columns(self.features(batch), features)
+            projected.append(nn.functional.normalize(self.head(self.encoder(x, kept)[0])))
         loss = reweighted_info_nce(*projected, temperature=self.hparams.temperature, intra_view=True)
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
         return loss

@@ -16,6 +16,7 @@ from torch_geometric.data import Data
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
+from lightning_modules.graph_encoders import GraphEncoder, sparse_features
 from lightning_modules.node_probes import clustering_scores, linear_probe
 
 
@@ -31,6 +32,7 @@ class NodeModule(LightningModule):
     """
 
     supervised = True
+    encoder: GraphEncoder
 
     def __init__(self, learning_rate: float, weight_decay: float) -> None:
         super().__init__()
@@ -40,6 +42,7 @@ class NodeModule(LightningModule):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.metrics = nn.ModuleDict()
         self._ready = False
+        self._sparse: tuple[Tensor, Tensor] | None = None
 
     @abstractmethod
     def build(self, data: Data, num_classes: int) -> None:
@@ -59,6 +62,14 @@ class NodeModule(LightningModule):
                 f"but got {type(module).__name__}. Give it as `trainer.fit(module, datamodule=…)` or in the config's `data`."
             )
         return module.data
+
+    def features(self, batch: Data) -> Tensor:
+        """Features of the nodes of a batch; those of the whole graph sparse where that is faster, converted once."""
+        if not self.encoder.takes_sparse or "num_seeds" in batch:
+            return batch.x
+        if self._sparse is None or self._sparse[0] is not batch.x:
+            self._sparse = batch.x, sparse_features(batch.x)
+        return self._sparse[1]
 
     def configure_model(self) -> None:
         """Build once, when the graph is known."""

@@ -126,7 +126,8 @@ def _randomized_svd(
     device: torch.device,
 ) -> Factors:
     # Drawn on the CPU, so that a seed means the same sketch on every device.
-    sketch = torch.randn(num_nodes, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    sketch = torch.randn(num_nodes, columns, generator=generator, dtype=torch.float64, device="cpu").to(device)
     basis = torch.linalg.qr(multiply(sketch)).Q
     for _ in range(power_iterations):
         basis = torch.linalg.qr(multiply_transposed(basis)).Q

@@ -5,7 +5,7 @@ import torch
 from torch_geometric.nn import GCN
 
 from functional.graph import Factors, low_rank_factors
-from lightning_modules.graph_encoders import GlobalOperator, GraphEncoder
+from lightning_modules.graph_encoders import SPARSE, GlobalOperator, GraphEncoder, drop_columns, sparse_features
 
 N = 24
 LINEAR = ("gcn", "gat", "graphsage", "gin", "appnp", "sgc")
@@ -117,3 +117,33 @@ def test_factors_of_a_part_of_the_nodes():
     found = GlobalOperator(torch.empty(2, 0, dtype=torch.long), part, 1.0)(hidden)
     whole_matrix = factors.u @ torch.diag(factors.s) @ factors.v.T
     torch.testing.assert_close(found, whole_matrix[nodes][:, nodes] @ hidden, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_features_give_the_values_and_gradients_of_dense_ones(name):
+    x, edge_index = graph()
+    x = x.repeat(1, 8) * (torch.rand(N, 40, generator=torch.Generator().manual_seed(4)) < 0.08)
+    assert sparse_features(x).layout == torch.sparse_csr and sparse_features(x + 1).layout == torch.strided
+    module = GraphEncoder(name, 40, 16, 3, dropout=0.0)
+    gradients = []
+    for features in (x, sparse_features(x)):
+        module.zero_grad()
+        hidden, logits = module(features, edge_index)
+        (hidden.sin().sum() + logits.sin().sum()).backward()
+        gradients.append([hidden, logits, *(parameter.grad for parameter in module.parameters())])
+    for dense, sparse in zip(*gradients, strict=True):
+        torch.testing.assert_close(dense, sparse, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_of_sparse_features_and_columns():
+    x = torch.ones(200, 30) * (torch.arange(30) % 15 == 0)
+    module = GraphEncoder("gcn", 30, 8, 2, dropout=0.25).train()
+    dropped = module._dropped(sparse_features(x)).to_dense()
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0.0, 4 / 3])
+    assert 0.6 < (dropped[:, ::15] > 0).float().mean() < 0.9
+    for features in (x, sparse_features(x)):
+        torch.manual_seed(0)
+        columns = drop_columns(features, 0.5)
+        columns = columns if columns.layout == torch.strided else columns.to_dense()
+        kept = torch.rand(30, generator=torch.Generator().manual_seed(0)) >= 0.5
+        assert torch.equal(columns, x * kept)
