@@ -68,7 +68,11 @@ def drop_columns(x: Tensor, share: float) -> Tensor:
     kept = (torch.rand(x.shape[1], device=x.device) >= share).to(x.dtype)
     if x.layout == torch.strided:
         return x * kept
-    return torch.sparse_csr_tensor(x.crow_indices(), x.col_indices(), x.values() * kept[x.col_indices()], x.shape)
+    return _with_values(x, x.values() * kept[x.col_indices()])
+
+
+def _with_values(x: Tensor, values: Tensor) -> Tensor:
+    return torch.sparse_csr_tensor(x.crow_indices(), x.col_indices(), values, x.shape, check_invariants=False)
 
 
 class GlobalOperator:
@@ -181,7 +185,7 @@ class GraphEncoder(nn.Module):
         """Dropout of the features; of sparse ones among those stored, the others being zero anyway."""
         if x.layout != torch.sparse_csr:
             return self.dropout(x)
-        return torch.sparse_csr_tensor(x.crow_indices(), x.col_indices(), self.dropout(x.values()), x.shape)
+        return _with_values(x, self.dropout(x.values()))
 
     def _replace(self, layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
         """In the global view, what a layer aggregates; its edges were left out, so that its own aggregation costs nothing."""
