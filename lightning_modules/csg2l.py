@@ -159,13 +159,15 @@ class CSG2L(NodeModule):
         if self._operator is None or self._operator[0] is not batch.edge_index:
             u, s, v = self.factor_u, self.factor_s, self.factor_v
             factors = Factors(u[batch.node_ids], s, v[batch.node_ids])
-            self._operator = batch.edge_index, GlobalOperator(batch.edge_index, factors, self.hparams.mix)
+            with torch.inference_mode(False):  # training uses what validation may have made
+                operator = GlobalOperator(batch.edge_index, batch.num_nodes, factors, self.hparams.mix)
+            self._operator = batch.edge_index, operator
         return self._operator[1]
 
     def views(self, batch: Data) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Hidden (N, H) and logits (N, C) of the local and of the other view."""
         x = self.features(batch)
-        local = self.encoder(x, batch.edge_index)
+        local = self.encoder(x, batch.edge_index, self.local_operator(batch))
         if self.hparams.view == "svd":
             return local, self.encoder(x, batch.edge_index, self.operator(batch))
         if not self.training:

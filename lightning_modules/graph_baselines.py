@@ -34,7 +34,7 @@ class _Encoded(NodeModule):
 
     def encode(self, batch: Data) -> tuple[Tensor, Tensor | None]:
         """Hidden layer and logits."""
-        return self.encoder(self.features(batch), batch.edge_index)
+        return self.encoder(self.features(batch), batch.edge_index, self.local_operator(batch))
 
 
 class NodeClassifier(_Encoded):

@@ -80,15 +80,15 @@ class GlobalOperator:
 
     Args:
         edge_index: (2, E), of the batch.
+        num_nodes: N, of the batch.
         factors: Rows of the batch's nodes. With some nodes of a graph only, sums run over these.
-        mix: μ in [0, 1].
+        mix: μ in [0, 1]; 0 needs no factors and is the local view.
     """
 
-    def __init__(self, edge_index: Tensor, factors: Factors, mix: float) -> None:
+    def __init__(self, edge_index: Tensor, num_nodes: int, factors: Factors | None = None, mix: float = 0.0) -> None:
         self.factors, self.mix = factors, mix
-        self.adjacency = normalized_adjacency(edge_index, len(factors.u)).to(factors.u.dtype) if mix < 1 else None
-        degree = torch.bincount(edge_index[1], minlength=len(factors.u)).to(factors.u.dtype) + 1
-        self.root = degree.sqrt()[:, None]
+        self.adjacency = normalized_adjacency(edge_index, num_nodes).float() if mix < 1 else None
+        self.root = (torch.bincount(edge_index[1], minlength=num_nodes).float() + 1).sqrt()[:, None]
         self._edges: Tensor | None = None
 
     def __call__(self, hidden: Tensor, kind: str = "symmetric") -> Tensor:
@@ -159,15 +159,19 @@ class GraphEncoder(nn.Module):
         else:
             self.head = nn.Linear(hidden_channels, out_channels)
         self.takes_sparse = kind in SPARSE
+        """Whether features may be sparse."""
         self._operator: GlobalOperator | None = None
         layers = [module for module in self.modules() if isinstance(module, conv.MessagePassing)]
         self.linear = all(_kind(layer) is not None for layer in layers)
+        """Whether every layer has a low-rank view of its own aggregation."""
+        self.symmetric = all(_aggregates_by_normalized_adjacency(layer) for layer in layers)
+        """Whether the local view is products with Ã, which an operator with mix 0 does several times faster."""
         if self.linear:
             for layer in layers:
                 layer.register_propagate_forward_hook(self._replace)
 
     def forward(self, x: Tensor, edge_index: Tensor, operator: GlobalOperator | None = None) -> tuple[Tensor, Tensor | None]:
-        """Hidden (N, H) and logits (N, C) of the local view, or with an operator those of the global view."""
+        """Hidden (N, H) and logits (N, C) of the local view, or with an operator those of its view."""
         if operator is not None:
             edge_index = edge_index[:, :0] if self.linear else operator.edges
         self._operator = operator if self.linear else None
@@ -203,6 +207,15 @@ def _kind(layer: nn.Module) -> str | None:
         return "mean"
     plain = type(layer).message in (conv.SAGEConv.message, conv.GINConv.message, conv.GraphConv.message)
     return {"mean": "mean", "add": "sum", "sum": "sum"}.get(layer.aggr) if plain and isinstance(layer.aggr, str) else None
+
+
+def _aggregates_by_normalized_adjacency(layer: nn.Module) -> bool:
+    """Whether a layer multiplies by Ã itself: loops added with weight 1, nothing dropped."""
+    if not isinstance(layer, conv.GCNConv | conv.APPNP):
+        return False
+    return (
+        layer.normalize and layer.add_self_loops and not getattr(layer, "improved", False) and not getattr(layer, "dropout", 0)
+    )
 
 
 def _imported(path: str) -> type[nn.Module]:

@@ -16,7 +16,7 @@ from torch_geometric.data import Data
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
-from lightning_modules.graph_encoders import GraphEncoder, sparse_features
+from lightning_modules.graph_encoders import GlobalOperator, GraphEncoder, sparse_features
 from lightning_modules.node_probes import clustering_scores, linear_probe
 
 
@@ -43,6 +43,7 @@ class NodeModule(LightningModule):
         self.metrics = nn.ModuleDict()
         self._ready = False
         self._sparse: tuple[Tensor, Tensor] | None = None
+        self._local: tuple[Tensor, GlobalOperator] | None = None
 
     @abstractmethod
     def build(self, data: Data, num_classes: int) -> None:
@@ -68,8 +69,18 @@ class NodeModule(LightningModule):
         if not self.encoder.takes_sparse or "num_seeds" in batch:
             return batch.x
         if self._sparse is None or self._sparse[0] is not batch.x:
-            self._sparse = batch.x, sparse_features(batch.x)
+            with torch.inference_mode(False):  # training uses what validation may have made
+                self._sparse = batch.x, sparse_features(batch.x)
         return self._sparse[1]
+
+    def local_operator(self, batch: Data) -> GlobalOperator | None:
+        """Products with Ã in the place of the layers' own, slower ones, where both are the same; made once a graph."""
+        if not self.encoder.symmetric or "num_seeds" in batch:
+            return None
+        if self._local is None or self._local[0] is not batch.edge_index:
+            with torch.inference_mode(False):
+                self._local = batch.edge_index, GlobalOperator(batch.edge_index, batch.num_nodes)
+        return self._local[1]
 
     def configure_model(self) -> None:
         """Build once, when the graph is known."""

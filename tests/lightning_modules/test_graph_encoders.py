@@ -20,7 +20,7 @@ def graph(seed=0):
 
 def whole(edge_index, base="normalized", mix=1.0):
     """An operator whose factors are of full rank: the global view is then the local operator itself."""
-    return GlobalOperator(edge_index, low_rank_factors(edge_index, N, N, base, power_iterations=2), mix)
+    return GlobalOperator(edge_index, N, low_rank_factors(edge_index, N, N, base, power_iterations=2), mix)
 
 
 def encoder(name, **options):
@@ -60,7 +60,7 @@ def test_operator_against_dense_matrices(kind, mix):
     left = {"symmetric": torch.ones(N), "mean": degree**-0.5, "sum": degree**0.5}[kind]
     right = torch.ones(N) if kind == "symmetric" else degree**0.5
     hidden = torch.randn(N, 2, 3, generator=torch.Generator().manual_seed(2))
-    found = GlobalOperator(edge_index, factors, mix)(hidden, kind)
+    found = GlobalOperator(edge_index, N, factors, mix)(hidden, kind)
     wanted = (left[:, None] * matrix * right) @ hidden.flatten(1)
     torch.testing.assert_close(found, wanted.view_as(hidden), rtol=1e-4, atol=1e-5)
 
@@ -69,7 +69,7 @@ def test_operator_against_dense_matrices(kind, mix):
 def test_global_view_sees_other_nodes_and_leaves_the_local_one_alone(name):
     x, edge_index = graph()
     module = encoder(name)
-    operator = GlobalOperator(edge_index, low_rank_factors(edge_index, N, 5), 0.5)
+    operator = GlobalOperator(edge_index, N, low_rank_factors(edge_index, N, 5), 0.5)
     before = module(x, edge_index)
     other = module(x, edge_index, operator)
     after = module(x, edge_index)
@@ -114,7 +114,7 @@ def test_factors_of_a_part_of_the_nodes():
     nodes = torch.tensor([3, 9, 1])
     part = Factors(factors.u[nodes], factors.s, factors.v[nodes])
     hidden = torch.randn(3, 2, generator=torch.Generator().manual_seed(3))
-    found = GlobalOperator(torch.empty(2, 0, dtype=torch.long), part, 1.0)(hidden)
+    found = GlobalOperator(torch.empty(2, 0, dtype=torch.long), 3, part, 1.0)(hidden)
     whole_matrix = factors.u @ torch.diag(factors.s) @ factors.v.T
     torch.testing.assert_close(found, whole_matrix[nodes][:, nodes] @ hidden, rtol=1e-4, atol=1e-6)
 
@@ -147,3 +147,21 @@ def test_dropout_of_sparse_features_and_columns():
         columns = columns if columns.layout == torch.strided else columns.to_dense()
         kept = torch.rand(30, generator=torch.Generator().manual_seed(0)) >= 0.5
         assert torch.equal(columns, x * kept)
+
+
+@pytest.mark.parametrize("name", ["gcn", "appnp", "sgc"])
+def test_the_fast_local_view_is_the_layers_own(name):
+    """Values and gradients; and it is not taken where the layer's own aggregation is another one."""
+    x, edge_index = graph()
+    module = encoder(name)
+    gradients = []
+    for operator in (None, GlobalOperator(edge_index, N)):
+        module.zero_grad()
+        hidden, logits = module(x, edge_index, operator)
+        (hidden.sin().sum() + logits.sin().sum()).backward()
+        gradients.append([hidden, logits, *(parameter.grad for parameter in module.parameters())])
+    for slow, fast in zip(*gradients, strict=True):
+        torch.testing.assert_close(slow, fast, rtol=1e-4, atol=1e-5)
+    assert module.symmetric and not encoder("gat").symmetric and not encoder("graphsage").symmetric
+    assert not encoder("gcn", arguments={"improved": True}).symmetric
+    assert not encoder("appnp", arguments={"dropout": 0.3}).symmetric
