@@ -157,9 +157,9 @@ class CSG2L(NodeModule):
     def operator(self, batch: Data) -> GlobalOperator:
         """The global view's propagation on a batch; kept for the next step on the same graph."""
         if self._operator is None or self._operator[0] is not batch.edge_index:
-            u, s, v = self.factor_u, self.factor_s, self.factor_v
-            factors = Factors(u[batch.node_ids], s, v[batch.node_ids])
             with torch.inference_mode(False):  # training uses what validation may have made
+                u, s, v = self.factor_u, self.factor_s, self.factor_v
+                factors = Factors(u[batch.node_ids], s, v[batch.node_ids])
                 operator = GlobalOperator(batch.edge_index, batch.num_nodes, factors, self.hparams.mix)
             self._operator = batch.edge_index, operator
         return self._operator[1]

@@ -136,7 +136,10 @@ def _weights(
     low, high = extremes
     # Of equal similarities none is hard or easy: norm is 0, negatives drop out and positives count in full.
     spread = torch.where(high > low, high - low, 1.0)
-    hardness = (same.to(similarity.dtype) - ((similarity - low) / spread).clamp(0, 1)).abs() ** beta
+    norm = ((similarity - low) / spread).clamp_(0, 1)
+    hardness = torch.where(same, 1 - norm, norm)
+    if beta != 1:
+        hardness.pow_(beta)
     weighed = confident[rows, None] & confident
     if reweight != "both":
         weighed = weighed & (same if reweight == "positives" else ~same)
@@ -158,7 +161,7 @@ def _block_loss(own: Tensor, views: list[Tensor], rows: Tensor, ranges: list, we
         summed = logits
         if form != "hsan" and factor is not None:
             v = torch.where(positive, 1.0, factor) if form == "multi_positive" else factor
-            summed = logits + v.clamp_min(torch.finfo(v.dtype).tiny).log()
+            summed = logits + v.clamp_min(torch.finfo(v.dtype).tiny).log_()
         if view is own:
             summed = summed.index_put(here, summed.new_tensor(float("-inf")))
         else:
