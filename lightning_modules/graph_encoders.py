@@ -72,7 +72,7 @@ def drop_columns(x: Tensor, share: float) -> Tensor:
 
 
 def _with_values(x: Tensor, values: Tensor) -> Tensor:
-    return torch.sparse_csr_tensor(x.crow_indices(), x.col_indices(), values, x.shape, check_invariants=False)
+    return torch.sparse_csr_tensor(x.crow_indices(), x.col_indices(), values, x.shape, device=x.device, check_invariants=False)
 
 
 class GlobalOperator:

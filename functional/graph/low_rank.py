@@ -51,7 +51,8 @@ def normalized_adjacency(edge_index: Tensor, num_nodes: int, regularization: flo
         degree = degree + regularization * degree.mean()
     scale = torch.where(degree > 0, degree.clamp_min(1e-300).rsqrt(), 0.0)
     values = scale[source] * scale[target]
-    return torch.sparse_coo_tensor(torch.stack([target, source]), values, (num_nodes, num_nodes)).coalesce().to_sparse_csr()
+    size = (num_nodes, num_nodes)
+    return torch.sparse_coo_tensor(torch.stack([target, source]), values, size, device=values.device).coalesce().to_sparse_csr()
 
 
 def low_rank_factors(

@@ -110,6 +110,13 @@ def test_rank_is_at_most_the_number_of_nodes():
     torch.testing.assert_close((found.u * found.s) @ found.v.T, dense(edges(6, 12, 4), 6, 1.0).float(), atol=1e-5, rtol=0)
 
 
+def test_factors_are_where_the_edges_are_whatever_the_default_device():
+    """A trainer makes its module under the accelerator as default device."""
+    with torch.device("meta"):
+        found = low_rank_factors(GRAPHS["random"], 40, 5)
+    assert all(torch.equal(a, b) for a, b in zip(found, low_rank_factors(GRAPHS["random"], 40, 5), strict=True))
+
+
 def test_one_seed_one_result():
     first, again, other = (low_rank_factors(GRAPHS["random"], 40, 5, seed=seed) for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
