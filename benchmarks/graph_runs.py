@@ -1,18 +1,20 @@
 """Train one graph method once and measure it; many of them in worker processes (graph_quality.py, graph_robust.py)."""
 
+import copy
+import functools
 import itertools
 import json
 import multiprocessing
 import os
-import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
 MAX_EPOCHS, PATIENCE = 400, 80
+PROBED_EPOCHS, PROBE_EVERY = 300, 50
 CSG2L_DEFAULT: dict[str, Any] = {"hidden_channels": 256, "head_channels": 64}
 
 COMMON = {
@@ -63,84 +65,162 @@ def configuration(method: str, number: int) -> dict[str, Any]:
 
 
 def train_once(method: str, arguments: dict[str, Any], data: dict[str, Any], seed: int, data_seed: int = 0) -> dict[str, float]:
-    """Fit with early stopping on validation accuracy; accuracies of the best epoch, and of the last one."""
+    """Train one module and measure it at its best validation epoch.
+
+    The loop is the Trainer's for one whole-graph batch an epoch (tests/benchmarks/test_graph_runs.py holds them together),
+    without its hooks, and on a GPU without Python: steps are replayed as CUDA graphs. Among equal validation accuracies the
+    lower loss wins; without logits a linear probe measures every PROBE_EVERY epochs.
+    """
+    import lightning_modules
+
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    batch, num_classes = graph_on(device, json.dumps({**data, "seed": data_seed}))
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+    module = getattr(lightning_modules, class_of(method))(**arguments)
+    module.build(batch, num_classes)
+    module.to(device).train()
+    history = probed(module, batch) if not module.supervised else evaluated(module, batch)
+    best = max(range(len(history)), key=lambda epoch: history[epoch][:2])
+    found = {"val": history[best][0], "test": history[best][2], "last_test": history[-1][2]}
+    every = 1 if module.supervised else PROBE_EVERY
+    return found | {"epochs": len(history) * every, "best_epoch": (best + 1) * every, "seconds": time.perf_counter() - start}
+
+
+def evaluated(module, batch) -> list[tuple[float, float, float]]:
+    """Validation accuracy, negative validation loss, test accuracy after each epoch; stops PATIENCE epochs after the best."""
+    steps = Steps(module, batch)
+    history = torch.zeros(MAX_EPOCHS, 3, device=batch.x.device)
+    for epoch in range(MAX_EPOCHS):
+        steps.train(epoch)
+        history[epoch] = steps.evaluate()
+        if epoch % 20 == 19 and epoch - int(history[: epoch + 1, 0].argmax()) >= PATIENCE:
+            break
+    return [tuple(row) for row in history[: epoch + 1].tolist()]
+
+
+def probed(module, batch) -> list[tuple[float, float, float]]:
+    """The same every PROBE_EVERY epochs by logistic regression on the embeddings; no loss to tell ties apart."""
+    from lightning_modules.node_probes import probe_predictions
+
+    steps, history, whole = Steps(module, batch), [], copy.copy(batch).cpu()
+    for epoch in range(PROBED_EPOCHS):
+        steps.train(epoch)
+        if (epoch + 1) % PROBE_EVERY == 0:
+            module.eval()
+            with torch.no_grad():
+                embeddings = module.encode(batch)[0].float().cpu()
+            module.train()
+            right = probe_predictions(embeddings, whole.y, whole.train_mask, whole.val_mask) == whole.y
+            val, test = (right[mask].double().mean().item() for mask in (whole.val_mask, whole.test_mask))
+            history.append((val, epoch, test))
+    return history
+
+
+class Steps:
+    """Training steps and evaluations of one module on one graph; on a GPU captured once and replayed where that can be done."""
+
+    def __init__(self, module, batch) -> None:
+        self.module, self.batch = module, batch
+        self.optimizer = module.configure_optimizers()
+        encoder = module.encoder
+        self.captures = batch.x.is_cuda and encoder.symmetric and module.supervised and getattr(module.hparams, "view", "") != "drop"
+        for group in self.optimizer.param_groups:
+            group["capturable"] = self.captures
+        self.phases = sorted({0, getattr(module.hparams, "warmup_epochs", 0)})
+        self.graph = self.eval_graph = None
+        self.stream = torch.cuda.Stream() if self.captures else None
+
+    def train(self, epoch: int) -> None:
+        """One epoch. A phase begins with three steps run for real, then its step is captured."""
+        if not self.captures:
+            return self._step(epoch)
+        since = epoch - max(phase for phase in self.phases if phase <= epoch)
+        if since < 3:
+            with torch.cuda.stream(self.stream):
+                self._step(epoch)
+            torch.cuda.synchronize()
+            return None
+        if since == 3:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self._step(epoch)
+        self.graph.replay()
+        return None
+
+    def _step(self, epoch: int) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.module.losses(self.batch, epoch)["loss"].backward()
+        self.optimizer.step()
+
+    def evaluate(self) -> torch.Tensor:
+        """Validation accuracy, negative validation loss and test accuracy, (3,)."""
+        if not self.captures:
+            return self._evaluate()
+        if self.eval_graph is None:
+            with torch.cuda.stream(self.stream):
+                self._evaluate()
+            torch.cuda.synchronize()
+            self.eval_graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.eval_graph, stream=self.stream):
+                self.measured = self._evaluate()
+        self.eval_graph.replay()
+        return self.measured
+
+    @torch.no_grad()
+    def _evaluate(self) -> torch.Tensor:
+        from functional.graph import masked_cross_entropy
+
+        self.module.eval()
+        logits, batch = self.module.encode(self.batch)[1].float(), self.batch
+        self.module.train()
+        right = (logits.argmax(1) == batch.y).float()
+        val, test = ((right * mask).sum() / mask.sum() for mask in (batch.val_mask, batch.test_mask))
+        return torch.stack([val, -masked_cross_entropy(logits, batch.y, batch.val_mask), test])
+
+
+@functools.lru_cache(maxsize=8)
+def graph_on(device: torch.device, arguments: str):
+    """The graph of a GraphDataModule on a device, and its number of classes."""
+    from datamodules import GraphDataModule
+
+    module = GraphDataModule(**json.loads(arguments))
+    module.setup()
+    return module.data.to(device), module.num_classes
+
+
+def class_of(method: str) -> str:
+    """Name of a method's LightningModule."""
+    return METHODS[method][0] if method in METHODS else "CSG2L"
+
+
+def _start(counter) -> None:
+    """Worker processes: one thread each, GPUs in turn."""
     import logging
     import warnings
 
-    from lightning.pytorch import Callback, Trainer, seed_everything
-    from lightning.pytorch.callbacks import EarlyStopping
-
-    import lightning_modules
-    from datamodules import GraphDataModule
-
-    class Best(Callback):
-        score, epoch, state = (-1.0, 0.0), -1, None
-
-        def on_validation_end(self, trainer, module):
-            metrics = trainer.callback_metrics  # among equal accuracies the lower loss, without a loss the later epoch
-            score = (float(metrics["val/accuracy"]), -float(metrics.get("val/loss", 0.0)))
-            if score >= self.score:
-                state = {name: value.clone() for name, value in module.state_dict().items() if "factor_" not in name}
-                self.score, self.epoch, self.state = score, trainer.current_epoch, state
-
     warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    seed_everything(seed, verbose=False)
-    cls = METHODS[method][0] if method in METHODS else "CSG2L"
-    module = getattr(lightning_modules, cls)(**arguments)
-    every = 1 if module.supervised else 20
-    best, start = Best(), time.perf_counter()
-    stop = EarlyStopping("val/accuracy", mode="max", patience=max(PATIENCE // every, 3))
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            max_epochs=MAX_EPOCHS,
-            accelerator="auto",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            check_val_every_n_epoch=every,
-            default_root_dir=folder,
-            callbacks=[best, stop],
-        )
-        graph = GraphDataModule(**data, seed=data_seed)
-        trainer.fit(module, datamodule=graph)
-        seconds = time.perf_counter() - start
-        module.to(trainer.strategy.root_device if torch.cuda.is_available() else "cpu")
-        last = test_accuracy(module)
-        module.load_state_dict(best.state, strict=False)
-        found = {"val": best.score[0], "test": test_accuracy(module), "last_test": last}
-    return found | {"epochs": trainer.current_epoch, "best_epoch": best.epoch, "seconds": seconds}
-
-
-def test_accuracy(module) -> float:
-    """Share of test nodes that are right, by the logits or, without, by a linear probe."""
-    from lightning_modules.node_probes import linear_probe
-
-    embeddings, logits = module.embed_all()
-    data = module.graph.to("cpu")
-    if logits is None:
-        return linear_probe(embeddings, data.y, data.train_mask, data.val_mask, data.test_mask)
-    return float((logits.argmax(1) == data.y)[data.test_mask].float().mean())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    with counter.get_lock():
+        number, counter.value = counter.value, counter.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def _task(row: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    torch.set_num_threads(1)
     return row | train_once(row["method"], json.loads(row["arguments"]), data, row["seed"], row["data_seed"])
 
 
 def run_all(rows: list[tuple[dict, dict]], workers: int, write, stop_at: float) -> None:
     """Run (row, data arguments) in worker processes, `write` each result; what has not begun by `stop_at` is left out."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(context.Value("i", 0),)) as pool:
         waiting, running = iter(rows), {}
-        for row, data in itertools.islice(waiting, workers):
+        for row, data in itertools.islice(waiting, 2 * workers):
             running[pool.submit(_task, row, data)] = row
         while running:
-            for future in as_completed(list(running)):
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
                 row = running.pop(future)
                 try:
                     write(future.result())
@@ -149,7 +229,6 @@ def run_all(rows: list[tuple[dict, dict]], workers: int, write, stop_at: float) 
                 following = next(waiting, None) if time.time() < stop_at else None
                 if following is not None:
                     running[pool.submit(_task, *following)] = following[0]
-                break
 
 
 def sources(root: Path) -> dict[str, dict[str, Any]]:

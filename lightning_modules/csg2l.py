@@ -16,6 +16,7 @@ from functional.graph import (
     cluster,
     confident_share,
     low_rank_factors,
+    masked_cross_entropy,
     pair_weights,
     pseudo_labels,
     reweighted_info_nce,
@@ -87,6 +88,8 @@ class CSG2L(NodeModule):
         confident: float = 0.8,
         warmup_epochs: int = 20,
         anchors: int = 512,
+        pseudo_weight: float = 0.0,
+        pseudo_form: str = "fused",
         cluster_every: int = 20,
         supervised: bool = True,
         learning_rate: float = 0.01,
@@ -141,7 +144,7 @@ class CSG2L(NodeModule):
             )
         if options.view == "svd":
             factors = low_rank_factors(
-                data.edge_index.cpu(),
+                data.edge_index,
                 data.num_nodes,
                 options.rank,
                 options.base,
@@ -193,29 +196,40 @@ class CSG2L(NodeModule):
         local, other = self.views(batch)
         return (local[0] + other[0]) / 2, self.fused(local, other)
 
-    def training_step(self, batch: Data, batch_idx: int) -> Tensor | None:
-        """Cross-entropy on the labelled nodes, and the contrast."""
-        local, other = self.views(batch)
-        logits, losses = self.fused(local, other), []
-        if logits is not None and batch.train_mask.any():
-            supervised = nn.functional.cross_entropy(logits[batch.train_mask], batch.y[batch.train_mask])
-            self.log("train/cross_entropy", supervised, batch_size=1)
-            losses.append(supervised)
-        if self.hparams.contrast_weight:
-            contrast = self.contrast(batch, local[0], other[0], logits)
-            self.log("train/contrast", contrast, batch_size=1)
-            losses.append(self.hparams.contrast_weight * contrast)
-        if not losses:  # a sampled batch without a labelled node
-            return None
-        loss = torch.stack(losses).sum()
-        self.log("train/loss", loss, prog_bar=True, batch_size=1)
-        return loss
+    @property
+    def needs_labels(self) -> bool:
+        """Only without the contrast."""
+        return not self.hparams.contrast_weight
 
-    def contrast(self, batch: Data, local: Tensor, other: Tensor, logits: Tensor | None) -> Tensor:
+    def losses(self, batch: Data, epoch: int) -> dict[str, Tensor]:
+        """Cross-entropy on labelled nodes, contrast, cross-entropy on pseudo-labels."""
+        options, found = self.hparams, {}
+        local, other = self.views(batch)
+        logits, loss = self.fused(local, other), 0.0
+        labels, confident = self.trusted(batch, logits, epoch)
+        if logits is not None:
+            found["cross_entropy"] = loss = masked_cross_entropy(logits, batch.y, batch.train_mask)
+        if options.contrast_weight:
+            found["contrast"] = self.contrast(local[0], other[0], labels, confident)
+            loss = loss + options.contrast_weight * found["contrast"]
+        if options.pseudo_weight and logits is not None and labels is not None:
+            if options.pseudo_form == "fused":
+                pseudo = masked_cross_entropy(logits, labels, confident & ~batch.train_mask)
+            elif options.pseudo_form == "views":
+                pseudo = sum(masked_cross_entropy(v[1], labels, confident & ~batch.train_mask) for v in (local, other)) / 2
+            else:
+                target = (logits.detach() / 0.5).softmax(1)
+                pseudo = sum(nn.functional.cross_entropy(v[1], target) for v in (local, other)) / 2
+            found["pseudo_cross_entropy"] = pseudo
+            loss = loss + options.pseudo_weight * pseudo
+        if confident is not None:
+            found["confident_share"] = confident.float().mean()
+        return found | {"loss": loss}
+
+    def contrast(self, local: Tensor, other: Tensor, labels: Tensor | None, confident: Tensor | None) -> Tensor:
         """Reweighted InfoNCE between the projected hidden layers."""
         options = self.hparams
         z_a, z_b = (nn.functional.normalize(self.head(hidden)) for hidden in (local, other))
-        labels, confident = self.trusted(batch, logits)
         anchors = None
         if 0 < options.anchors < len(z_a):
             anchors = torch.randperm(len(z_a), device=z_a.device)[: options.anchors]
@@ -236,25 +250,21 @@ class CSG2L(NodeModule):
     def pairs(self, batch: Data, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Similarities, weights and positives of all pairs of some nodes, (n, n) each; None without pseudo-labels."""
         local, other = self.views(batch)
-        labels, confident = self.trusted(batch, self.fused(local, other))
+        labels, confident = self.trusted(batch, self.fused(local, other), self.current_epoch)
         if labels is None:
             return None
         z_a, z_b = (nn.functional.normalize(self.head(hidden)) for hidden in (local[0], other[0]))
         return pair_weights(z_a[nodes], z_b[nodes], labels[nodes], confident[nodes], self.hparams.beta)
 
-    def trusted(self, batch: Data, logits: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def trusted(self, batch: Data, logits: Tensor | None, epoch: int) -> tuple[Tensor | None, Tensor | None]:
         """Pseudo-labels (N,) and the confident set (N,), or None for both while warming up."""
-        if self.current_epoch < self.hparams.warmup_epochs:
+        if epoch < self.hparams.warmup_epochs:
             return None, None
         if logits is not None:
             labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask)
         else:
             labels, confidence = self.clusters[batch.node_ids], self.closeness[batch.node_ids]
-        confident = confident_share(confidence, labels, self.hparams.confident)
-        if self.training:
-            self.log("train/confident_share", confident.float().mean(), batch_size=1)
-            self.log("train/confident_probability", confidence[confident].mean(), batch_size=1)
-        return labels, confident
+        return labels, confident_share(confidence, labels, self.hparams.confident)
 
     def on_train_epoch_start(self) -> None:
         """Without labels, cluster the embeddings now and then."""

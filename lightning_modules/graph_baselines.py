@@ -8,7 +8,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import DeepGraphInfomax
 from torch_geometric.utils import dropout_edge
 
-from functional.graph import confident_share, pseudo_labels, reweighted_info_nce
+from functional.graph import confident_share, masked_cross_entropy, pseudo_labels, reweighted_info_nce
 from lightning_modules.graph_encoders import GraphEncoder, drop_columns
 from lightning_modules.node_module import NodeModule
 
@@ -69,22 +69,19 @@ class NodeClassifier(_Encoded):
         super().__init__(learning_rate, weight_decay)
         self.save_hyperparameters()
 
-    def training_step(self, batch: Data, batch_idx: int) -> Tensor | None:
+    needs_labels = True
+
+    def losses(self, batch: Data, epoch: int) -> dict[str, Tensor]:
         """Cross-entropy on labelled and, after the warm-up, on confident nodes."""
-        if not batch.train_mask.any():
-            return None
         logits = self.encode(batch)[1]
-        loss = nn.functional.cross_entropy(logits[batch.train_mask], batch.y[batch.train_mask])
-        self.log("train/cross_entropy", loss, batch_size=1)
-        if self.hparams.pseudo_weight and self.current_epoch >= self.hparams.warmup_epochs:
+        loss = masked_cross_entropy(logits, batch.y, batch.train_mask)
+        found = {"cross_entropy": loss}
+        if self.hparams.pseudo_weight and epoch >= self.hparams.warmup_epochs:
             labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask)
             trusted = confident_share(confidence, labels, self.hparams.confident) & ~batch.train_mask
-            if trusted.any():
-                pseudo = nn.functional.cross_entropy(logits[trusted], labels[trusted])
-                self.log("train/pseudo_cross_entropy", pseudo, batch_size=1)
-                loss = loss + self.hparams.pseudo_weight * pseudo
-        self.log("train/loss", loss, prog_bar=True, batch_size=1)
-        return loss
+            found["pseudo_cross_entropy"] = masked_cross_entropy(logits, labels, trusted)
+            loss = loss + self.hparams.pseudo_weight * found["pseudo_cross_entropy"]
+        return found | {"loss": loss}
 
 
 class DGI(_Encoded):
@@ -117,11 +114,9 @@ class DGI(_Encoded):
             corruption=lambda x, edge_index: (x[torch.randperm(len(x), device=x.device)], edge_index),
         )
 
-    def training_step(self, batch: Data, batch_idx: int) -> Tensor:
+    def losses(self, batch: Data, epoch: int) -> dict[str, Tensor]:
         """Binary cross-entropy of nodes and of corrupted nodes."""
-        loss = self.infomax.loss(*self.infomax(batch.x, batch.edge_index))
-        self.log("train/loss", loss, prog_bar=True, batch_size=1)
-        return loss
+        return {"loss": self.infomax.loss(*self.infomax(batch.x, batch.edge_index))}
 
 
 class GRACE(_Encoded):
@@ -165,16 +160,14 @@ class GRACE(_Encoded):
         width = self.hparams.head_channels
         self.head = nn.Sequential(nn.Linear(self.hparams.hidden_channels, width), nn.ELU(), nn.Linear(width, width))
 
-    def training_step(self, batch: Data, batch_idx: int) -> Tensor:
+    def losses(self, batch: Data, epoch: int) -> dict[str, Tensor]:
         """InfoNCE with the pairs of both views as negatives."""
         projected = []
         for edges, features in zip(self.hparams.drop_edges, self.hparams.drop_features, strict=True):
             kept = dropout_edge(batch.edge_index, edges, force_undirected=True)[0]
             x = drop_columns(self.features(batch), features)
             projected.append(nn.functional.normalize(self.head(self.encoder(x, kept)[0])))
-        loss = reweighted_info_nce(*projected, temperature=self.hparams.temperature, intra_view=True)
-        self.log("train/loss", loss, prog_bar=True, batch_size=1)
-        return loss
+        return {"loss": reweighted_info_nce(*projected, temperature=self.hparams.temperature, intra_view=True)}
 
 
 class _Hidden(nn.Module):

@@ -166,6 +166,8 @@ class GraphEncoder(nn.Module):
         """Whether every layer has a low-rank view of its own aggregation."""
         self.symmetric = all(_aggregates_by_normalized_adjacency(layer) for layer in layers)
         """Whether the local view is products with Ã, which an operator with mix 0 does several times faster."""
+        self._kinds = {layer: _kind(layer) for layer in layers}
+        self._normalizing = [layer for layer in layers if getattr(layer, "normalize", False) is True]
         if self.linear:
             for layer in layers:
                 layer.register_propagate_forward_hook(self._replace)
@@ -175,6 +177,8 @@ class GraphEncoder(nn.Module):
         if operator is not None:
             edge_index = edge_index[:, :0] if self.linear else operator.edges
         self._operator = operator if self.linear else None
+        for layer in self._normalizing:
+            layer.normalize = self._operator is None  # nothing to normalise where edges were left out
         try:
             hidden = self.act(self.body(self._dropped(x), edge_index))
             if self.head is None:
@@ -184,6 +188,8 @@ class GraphEncoder(nn.Module):
             return hidden, logits
         finally:
             self._operator = None
+            for layer in self._normalizing:
+                layer.normalize = True
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Dropout of the features; of sparse ones among those stored, the others being zero anyway."""
@@ -196,7 +202,7 @@ class GraphEncoder(nn.Module):
         if self._operator is None:
             return None
         x = inputs[2]["x"]
-        return self._operator(x[0] if isinstance(x, tuple) else x, _kind(layer))
+        return self._operator(x[0] if isinstance(x, tuple) else x, self._kinds[layer])
 
 
 def _kind(layer: nn.Module) -> str | None:

@@ -32,6 +32,8 @@ class NodeModule(LightningModule):
     """
 
     supervised = True
+    needs_labels = False
+    """Whether a batch without labelled nodes teaches nothing."""
     encoder: GraphEncoder
 
     def __init__(self, learning_rate: float, weight_decay: float) -> None:
@@ -52,6 +54,19 @@ class NodeModule(LightningModule):
     @abstractmethod
     def encode(self, batch: Data) -> tuple[Tensor, Tensor | None]:
         """Embeddings (N, H) and, where supervised, logits (N, C)."""
+
+    @abstractmethod
+    def losses(self, batch: Data, epoch: int) -> dict[str, Tensor]:
+        """What is minimised, under `loss`, and what else is worth a curve."""
+
+    def training_step(self, batch: Data, batch_idx: int) -> Tensor | None:
+        """Minimise the losses of a batch and log each."""
+        if self.needs_labels and not batch.train_mask.any():  # a sampled batch
+            return None
+        found = self.losses(batch, self.current_epoch)
+        self.log_dict({f"train/{name}": value for name, value in found.items() if name != "loss"}, batch_size=1)
+        self.log("train/loss", found["loss"], prog_bar=True, batch_size=1)
+        return found["loss"]
 
     @property
     def graph(self) -> Data:

@@ -8,22 +8,26 @@ STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def linear_probe(embeddings: Tensor, labels: Tensor, train: Tensor, val: Tensor, scored: Tensor) -> float:
-    """Accuracy on the `scored` nodes of a logistic regression on unit-length embeddings of the `train` nodes.
+    """Accuracy of `probe_predictions` on the `scored` nodes, (N,) bool."""
+    return float((probe_predictions(embeddings, labels, train, val) == labels)[scored].double().mean())
+
+
+def probe_predictions(embeddings: Tensor, labels: Tensor, train: Tensor, val: Tensor) -> Tensor:
+    """Classes (N,) by a logistic regression on unit-length embeddings of the `train` nodes.
 
     Args:
         embeddings: (N, D).
         labels: (N,).
         train: (N,) bool.
         val: (N,) bool; choose the regularisation.
-        scored: (N,) bool.
     """
     from sklearn.linear_model import LogisticRegression
 
     x, y = torch.nn.functional.normalize(embeddings).numpy(), labels.numpy()
-    train, val, scored = train.numpy(), val.numpy(), scored.numpy()
+    train, val = train.numpy(), val.numpy()
     models = [LogisticRegression(C=strength, max_iter=500).fit(x[train], y[train]) for strength in STRENGTHS]
     best = max(models, key=lambda model: model.score(x[val], y[val])) if val.any() else models[2]
-    return float(best.score(x[scored], y[scored]))
+    return torch.as_tensor(best.predict(x))
 
 
 def clustering_scores(embeddings: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> dict[str, float]:

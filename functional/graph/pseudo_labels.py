@@ -5,6 +5,7 @@ Shapes: N nodes, C classes.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 
 def pseudo_labels(logits: Tensor, labels: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,14 +39,24 @@ def confident_share(confidence: Tensor, labels: Tensor, share: float) -> Tensor:
     if not 0 <= share <= 1:
         raise ValueError(f"Argument `share` expected to be in [0, 1] but got {share}.")
     order = confidence.argsort(descending=True, stable=True)
-    order = order[labels[order].argsort(stable=True)]  # by label, within a label by confidence
-    counts = torch.bincount(labels)
-    first = counts.cumsum(0) - counts
-    sorted_labels = labels[order]
-    position = torch.arange(len(labels), device=labels.device) - first[sorted_labels]
-    chosen = torch.zeros_like(labels, dtype=torch.bool)
-    chosen[order] = position < (counts[sorted_labels] * share).ceil()
-    return chosen
+    sorted_labels, by_label = labels[order].sort(stable=True)  # by label, within a label by confidence
+    order = order[by_label]
+    first = torch.searchsorted(sorted_labels, sorted_labels)
+    counts = torch.searchsorted(sorted_labels, sorted_labels, right=True) - first
+    position = torch.arange(len(labels), device=labels.device) - first
+    return torch.zeros_like(labels, dtype=torch.bool).index_copy(0, order, position < (counts * share).ceil())
+
+
+def masked_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy of the nodes in a mask, 0 if there is none; unlike indexing, never waits for a GPU.
+
+    Args:
+        logits: (N, C).
+        labels: (N,).
+        mask: (N,) bool.
+    """
+    total = cross_entropy(logits, labels.where(mask, -1), ignore_index=-1, reduction="sum")
+    return total / mask.sum().clamp_min(1)
 
 
 def cluster(embeddings: Tensor, num_clusters: int, seed: int) -> tuple[Tensor, Tensor]:

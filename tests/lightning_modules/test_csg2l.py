@@ -89,7 +89,8 @@ def test_loss_is_cross_entropy_plus_weighted_contrast(tmp_path):
                 logits = ((local[1] + other[1]) / 2).double()
                 train = batch.train_mask
                 expected = -(logits.log_softmax(1)[train, batch.y[train]]).mean()
-                seen.append((float(expected), float(pl_module.contrast(batch, local[0], other[0], logits.float()))))
+                trusted = pl_module.trusted(batch, logits.float(), trainer.current_epoch)
+                seen.append((float(expected), float(pl_module.contrast(local[0], other[0], *trusted))))
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             expected, contrast = seen[-1]
