@@ -15,7 +15,7 @@ from torch_geometric.nn import conv
 from torch_geometric.nn.models import GAT, GCN, GIN, PNA, EdgeCNN, GraphSAGE
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 
-from functional.graph import Factors, normalized_adjacency, propagate, strongest_edges
+from functional.graph import Factors, SparseMatrix, normalized_adjacency, propagate, strongest_edges
 
 SYMMETRIC = (conv.GCNConv, conv.SGConv, conv.APPNP, conv.TAGConv, conv.SSGConv, conv.GCN2Conv, conv.ARMAConv)
 MEAN = (conv.GATConv, conv.GATv2Conv, conv.TransformerConv)
@@ -55,8 +55,8 @@ DENSE_ENOUGH = 0.1
 
 
 def sparse_features(x: Tensor) -> Tensor:
-    """Bags of words as sparse CSR, on which a linear map takes a tenth of the time; other features as they are."""
-    if x.layout != torch.strided or x.requires_grad or torch.count_nonzero(x) > DENSE_ENOUGH * x.numel():
+    """Bags of words as sparse CSR, on which a linear map on a CPU takes a tenth of the time; other features as they are."""
+    if x.is_cuda or x.layout != torch.strided or x.requires_grad or torch.count_nonzero(x) > DENSE_ENOUGH * x.numel():
         return x
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -87,7 +87,7 @@ class GlobalOperator:
 
     def __init__(self, edge_index: Tensor, num_nodes: int, factors: Factors | None = None, mix: float = 0.0) -> None:
         self.factors, self.mix = factors, mix
-        self.adjacency = normalized_adjacency(edge_index, num_nodes).float() if mix < 1 else None
+        self.adjacency = SparseMatrix(normalized_adjacency(edge_index, num_nodes).float()) if mix < 1 else None
         self.root = (torch.bincount(edge_index[1], minlength=num_nodes).float() + 1).sqrt()[:, None]
         self._edges: Tensor | None = None
 

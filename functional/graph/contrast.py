@@ -10,14 +10,18 @@ and carries no gradient. It enters as
                     w_ij = R_ij, w_ii = 1; v_ij = 1 on P_i and R_ij off it
 
 These forms are our reading; the paper's formula is not public. Shapes: N nodes, D dimensions, B rows of a block.
+
+All three are log Σ_k v_ik e^{c_ik S_ik/τ} − Σ_k w_ik c_ik S_ik/τ with constants c, v, w, so that the slope of a block of rows is
+c/τ · (softmax − w): it is taken together with the value, and no block is kept or computed again for the backward pass.
 """
 
+import math
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 Form = Literal["hsan", "negatives", "multi_positive"]
 FORMS = ("hsan", "negatives", "multi_positive")
@@ -72,20 +76,10 @@ def reweighted_info_nce(
         anchors = torch.arange(len(z_a), device=z_a.device)
     if labels is not None and confident is None:
         confident = torch.ones_like(labels, dtype=torch.bool)
-    weights = partial(_weights, labels=labels, confident=confident, beta=beta, reweight=reweight)
-    block = partial(_block_loss, weights=weights, form=form, temperature=temperature)
-    total = z_a.new_zeros(())
-    for own, other in ((z_a, z_b), (z_b, z_a)):
-        views = [other, own] if intra_view else [other]
-        needs_range = labels is not None and beta > 0
-        ranges = [_extremes(own, view, anchors, block_size) if needs_range else None for view in views]
-        for rows in anchors.split(block_size):
-            if len(anchors) > block_size and torch.is_grad_enabled():  # forget the block, compute it again in the backward pass
-                loss = checkpoint(block, own, views, rows, ranges, use_reentrant=False, preserve_rng_state=False)
-            else:
-                loss = block(own, views, rows, ranges)
-            total = total + loss
-    return total / (2 * len(anchors))
+    weights = None
+    if labels is not None:
+        weights = partial(_weights, labels=labels, confident=confident, beta=beta, reweight=reweight)
+    return _Contrast.apply(z_a, z_b, anchors, weights, form, temperature, intra_view, block_size)
 
 
 @torch.no_grad()
@@ -97,79 +91,138 @@ def pair_weights(
     similarity = z_a @ z_b.T
     extremes = (similarity.min(), similarity.max())
     weights, positive = _weights(similarity, rows, extremes, labels, confident, beta, "both")
+    weights = torch.ones_like(similarity) if weights is None else weights
     return similarity, weights, positive
 
 
-@torch.no_grad()
-def _extremes(own: Tensor, view: Tensor, anchors: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest similarity of the anchors' rows; within a view without the diagonal."""
-    low, high = [], []
-    for rows in anchors.split(block_size):
-        similarity = own[rows] @ view.T
-        if view is own:
-            here = (torch.arange(len(rows), device=rows.device), rows)
-            low.append(similarity.index_put(here, similarity.new_tensor(float("inf"))).min())
-            high.append(similarity.index_put(here, similarity.new_tensor(float("-inf"))).max())
-        else:
-            low.append(similarity.min())
-            high.append(similarity.max())
-    return torch.stack(low).min(), torch.stack(high).max()
+class _Contrast(torch.autograd.Function):
+    """Value and gradient of the loss in one pass over blocks of rows."""
+
+    @staticmethod
+    def forward(ctx, z_a, z_b, anchors, weights, form, temperature, intra_view, block_size):
+        z, slopes = (z_a, z_b), (torch.zeros_like(z_a), torch.zeros_like(z_b))
+        total = z_a.new_zeros(())
+        blocks = anchors.split(block_size)
+        for a, b in ((0, 1), (1, 0)):
+            views = (b, a) if intra_view else (b,)
+            ranges = [None] * len(views)
+            if weights is not None and len(blocks) > 1:
+                ranges = [_extremes(z[a], z[view], view == a, anchors, block_size) for view in views]
+            for rows in blocks:
+                similarities = [z[a][rows] @ z[view].T for view in views]
+                parts = [_constants(s, rows, extremes, view == a, weights, form) for s, view, extremes
+                         in zip(similarities, views, ranges, strict=True)]  # fmt: skip
+                loss, block_slopes = _rows(similarities, parts, rows, temperature)
+                total += loss
+                for view, slope in zip(views, block_slopes, strict=True):
+                    slopes[a].index_add_(0, rows, slope @ z[view])
+                    slopes[view].addmm_(slope.T, z[a][rows])
+        ctx.save_for_backward(*(slope.div_(2 * len(anchors)) for slope in slopes))
+        return total / (2 * len(anchors))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return *(gradient * slope for slope in ctx.saved_tensors), *[None] * 6
 
 
-@torch.no_grad()
+def _extremes(own: Tensor, view: Tensor, within: bool, anchors: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest similarity of the anchors' rows over all blocks."""
+    found = [_range(own[rows] @ view.T, rows, within) for rows in anchors.split(block_size)]
+    return torch.stack([low for low, _ in found]).min(), torch.stack([high for _, high in found]).max()
+
+
+def _range(similarity: Tensor, rows: Tensor, within: bool) -> tuple[Tensor, Tensor]:
+    """Smallest and largest of some rows (B, N); within a view without the diagonal."""
+    if not within:
+        return similarity.aminmax()
+    low, high = (similarity.scatter(1, rows[:, None], bound) for bound in (float("inf"), float("-inf")))
+    return low.min(), high.max()
+
+
 def _weights(
     similarity: Tensor,
     rows: Tensor,
-    extremes: tuple[Tensor, Tensor] | None,
-    labels: Tensor | None,
-    confident: Tensor | None,
+    extremes: tuple[Tensor, Tensor],
+    labels: Tensor,
+    confident: Tensor,
     beta: float,
     reweight: str,
-) -> tuple[Tensor | None, Tensor | None]:
-    """R of some rows, (B, N), and the positives, j ∈ C with the anchor's pseudo-label; None for R = 1 and no pairs."""
-    if labels is None:
-        return None, None
+) -> tuple[Tensor | None, Tensor]:
+    """R of some rows, (B, N), or None for R = 1, and the positives, j ∈ C with the anchor's pseudo-label."""
     same = labels[rows, None] == labels
     positive = same & confident
-    if extremes is None:
+    if beta == 0:
         return None, positive
     low, high = extremes
     # Of equal similarities none is hard or easy: norm is 0, negatives drop out and positives count in full.
-    spread = torch.where(high > low, high - low, 1.0)
-    norm = ((similarity - low) / spread).clamp_(0, 1)
-    hardness = torch.where(same, 1 - norm, norm)
+    hardness = (similarity - low).div_(torch.where(high > low, high - low, 1.0)).clamp_(0, 1)
+    hardness.sub_(same.to(hardness.dtype)).abs_()  # |1[ŷ_i = ŷ_j] − norm|
     if beta != 1:
         hardness.pow_(beta)
-    weighed = confident[rows, None] & confident
+    hardness.masked_fill_(~confident, 1.0).masked_fill_(~confident[rows, None], 1.0)
     if reweight != "both":
-        weighed = weighed & (same if reweight == "positives" else ~same)
-    return torch.where(weighed, hardness, 1.0), positive
+        hardness.masked_fill_(~same if reweight == "positives" else same, 1.0)
+    return hardness, positive
 
 
-def _block_loss(own: Tensor, views: list[Tensor], rows: Tensor, ranges: list, weights, form: str, temperature: float) -> Tensor:
-    """Sum of the losses of some anchors in one direction."""
-    here = (torch.arange(len(rows), device=rows.device), rows)
-    denominators = []
-    for view, extremes in zip(views, ranges, strict=True):
-        similarity = own[rows] @ view.T
-        factor, positive = weights(similarity.detach(), rows, extremes)
-        logits = similarity / temperature
-        if form == "hsan" and factor is not None:
-            logits = logits * factor
-        if form == "multi_positive" and positive is not None:
-            positive = positive.index_put(here, torch.tensor(True, device=rows.device))
-        summed = logits
-        if form != "hsan" and factor is not None:
-            v = torch.where(positive, 1.0, factor) if form == "multi_positive" else factor
-            summed = logits + v.clamp_min(torch.finfo(v.dtype).tiny).log_()
-        if view is own:
-            summed = summed.index_put(here, summed.new_tensor(float("-inf")))
+def _constants(
+    similarity: Tensor, rows: Tensor, extremes: tuple | None, within: bool, weights, form: str
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """c, v, w of some rows of one view, (B, N) each: factors of S, of e^S, and weights of the positives, up to their sum.
+
+    None for c or v stands for ones; for w, for the node itself alone. Pairs within a view are no positives.
+    """
+    c = v = w = None
+    if weights is not None:
+        factor, positive = weights(similarity, rows, extremes or _range(similarity, rows, within))
+        itself = rows[:, None]
+        if form == "hsan":
+            c = factor
+        elif form == "negatives":
+            v = factor
         else:
-            between, between_weights, pairs = logits, factor, positive
-        denominators.append(summed)
-    log_sum = torch.cat(denominators, dim=1).logsumexp(1)
-    if form != "multi_positive" or pairs is None:
-        return (log_sum - between[here]).sum()
-    w = pairs.to(between.dtype) if between_weights is None else torch.where(pairs, between_weights, 0.0)
-    w = w.index_put(here, w.new_tensor(1.0))
-    return (log_sum - (w * between).sum(1) / w.sum(1)).sum()
+            positive = positive.scatter(1, itself, True)
+            v = None if factor is None else factor.masked_fill(positive, 1.0)
+            w = positive.to(similarity.dtype) if factor is None else factor.mul_(positive)
+            w.scatter_(1, itself, 1.0)
+    if within:  # a node is no negative of itself
+        v = torch.ones_like(similarity) if v is None else v
+        v.scatter_(1, rows[:, None], 0.0)
+    return c, v, w
+
+
+def _rows(
+    similarities: list[Tensor], parts: list[tuple], rows: Tensor, temperature: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Sum over some anchors, and its slope in each view's S, (B, N) each; the first view is the one across."""
+    floor = torch.finfo(similarities[0].dtype).tiny  # of e^S's factors: log 0 would make the loss infinite
+    logits, tops = [], []
+    for similarity, (c, v, _) in zip(similarities, parts, strict=True):
+        scaled = similarity.div_(temperature)
+        scaled = scaled if c is None else scaled.mul_(c)
+        logits.append(scaled)
+        bound = scaled if v is None else torch.where(v > floor, scaled, scaled + math.log(floor))
+        tops.append(bound.amax(1, keepdim=True))
+    top = torch.stack(tops).amax(0)
+    _, _, w = parts[0]
+    if w is None:
+        attracted = logits[0].gather(1, rows[:, None]).sum()
+    else:
+        w.div_(w.sum(1, keepdim=True))
+        attracted = torch.dot(w.flatten(), logits[0].flatten())
+    for scaled, (_, v, _) in zip(logits, parts, strict=True):
+        scaled.sub_(top).exp_()
+        if v is not None:
+            scaled.mul_(v.clamp_min_(floor))
+    total = sum(scaled.sum(1, keepdim=True) for scaled in logits)
+    for number, (scaled, (c, _, _)) in enumerate(zip(logits, parts, strict=True)):
+        scaled.div_(total)
+        if number == 0 and w is None:
+            scaled.scatter_add_(1, rows[:, None], -torch.ones_like(total))
+        elif number == 0:
+            scaled.sub_(w)
+        scaled.div_(temperature)
+        if c is not None:
+            scaled.mul_(c)
+    return (top + total.log()).sum() - attracted, logits

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Base = Literal["normalized", "regularized", "diffused"]
 BASES = ("normalized", "regularized", "diffused")
@@ -55,6 +56,32 @@ def normalized_adjacency(edge_index: Tensor, num_nodes: int, regularization: flo
     return torch.sparse_coo_tensor(torch.stack([target, source]), values, size, device=values.device).coalesce().to_sparse_csr()
 
 
+class SparseMatrix:
+    """A constant sparse CSR matrix (N, M) with its transpose, so that a gradient too is one product with a CSR matrix.
+
+    torch converts the transpose anew in each backward pass, which takes ten times the product and waits for a GPU.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix, self.transposed = matrix, matrix.t().to_sparse_csr()
+
+    def __matmul__(self, dense: Tensor) -> Tensor:
+        """(M, C) -> (N, C)."""
+        return _Product.apply(self.matrix, self.transposed, dense)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, matrix: Tensor, transposed: Tensor, dense: Tensor) -> Tensor:
+        ctx.transposed = transposed
+        return matrix @ dense
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, ctx.transposed @ gradient.contiguous()
+
+
 def low_rank_factors(
     edge_index: Tensor,
     num_nodes: int,
@@ -93,12 +120,12 @@ def low_rank_factors(
     if teleport is not None and not 0 < teleport < 1:
         raise ValueError(f"Argument `teleport` expected to be in (0, 1), or None, but got {teleport}.")
     matrix = normalized_adjacency(edge_index, num_nodes, regularization if base == "regularized" else None)
-    transposed = matrix.t().to_sparse_csr()
+    matrix = SparseMatrix(matrix)
     if base != "diffused":
         steps, teleport = 1, None
     factors = _randomized_svd(
-        lambda x: _diffuse(matrix, x, steps, teleport),
-        lambda x: _diffuse(transposed, x, steps, teleport),
+        lambda x: _diffuse(matrix.matrix, x, steps, teleport),
+        lambda x: _diffuse(matrix.transposed, x, steps, teleport),
         num_nodes,
         min(rank, num_nodes),
         min(rank + oversampling, num_nodes),
