@@ -1,5 +1,6 @@
 """Train one graph method once and measure it; many of them in worker processes (graph_quality.py, graph_robust.py)."""
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -64,57 +65,85 @@ def configuration(method: str, number: int) -> dict[str, Any]:
     return fixed | {name: draw.choice(values) for name, values in space.items()}
 
 
-def train_once(method: str, arguments: dict[str, Any], data: dict[str, Any], seed: int, data_seed: int = 0) -> dict[str, float]:
-    """Train one module and measure it at its best validation epoch.
+class Run:
+    """One training in progress. Each method takes epochs in its turn, so that small ones can share a GPU.
 
     The loop is the Trainer's for one whole-graph batch an epoch (tests/benchmarks/test_graph_runs.py holds them together),
-    without its hooks, and on a GPU without Python: steps are replayed as CUDA graphs. Among equal validation accuracies the
-    lower loss wins; without logits a linear probe measures every PROBE_EVERY epochs.
+    without its hooks. Among equal validation accuracies the lower loss wins; without logits a linear probe measures every
+    PROBE_EVERY epochs.
     """
-    import lightning_modules
 
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    batch, num_classes = graph_on(device, json.dumps({**data, "seed": data_seed}))
-    start = time.perf_counter()
-    torch.manual_seed(seed)
-    module = getattr(lightning_modules, class_of(method))(**arguments)
-    module.build(batch, num_classes)
-    module.to(device).train()
-    history = probed(module, batch) if not module.supervised else evaluated(module, batch)
-    best = max(range(len(history)), key=lambda epoch: history[epoch][:2])
-    found = {"val": history[best][0], "test": history[best][2], "last_test": history[-1][2]}
-    every = 1 if module.supervised else PROBE_EVERY
-    return found | {"epochs": len(history) * every, "best_epoch": (best + 1) * every, "seconds": time.perf_counter() - start}
+    def __init__(self, method: str, arguments: dict[str, Any], data: dict[str, Any], seed: int, data_seed: int = 0) -> None:
+        import lightning_modules
 
+        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        self.batch, num_classes = graph_on(device, json.dumps({**data, "seed": data_seed}))
+        self.start, self.epoch = time.perf_counter(), 0
+        torch.manual_seed(seed)
+        self.module = getattr(lightning_modules, class_of(method))(**arguments)
+        self.module.build(self.batch, num_classes)
+        self.module.to(device).train()
+        self.history = torch.zeros(MAX_EPOCHS, 3, device=device)
+        """Validation accuracy, negative validation loss and test accuracy of each epoch, or of each probe."""
+        self.steps = Steps(self.module, self.batch)
 
-def evaluated(module, batch) -> list[tuple[float, float, float]]:
-    """Validation accuracy, negative validation loss, test accuracy after each epoch; stops PATIENCE epochs after the best."""
-    steps = Steps(module, batch)
-    history = torch.zeros(MAX_EPOCHS, 3, device=batch.x.device)
-    for epoch in range(MAX_EPOCHS):
-        steps.train(epoch)
-        history[epoch] = steps.evaluate()
-        if epoch % 20 == 19 and epoch - int(history[: epoch + 1, 0].argmax()) >= PATIENCE:
-            break
-    return [tuple(row) for row in history[: epoch + 1].tolist()]
+    def advance(self) -> bool:
+        """One more epoch; whether there is another."""
+        if not self.module.supervised:
+            return self._advance_probed()
+        with self.steps.on_stream():
+            self.steps.train(self.epoch)
+            self.history[self.epoch] = self.steps.evaluate()
+            self.epoch += 1
+            if self.epoch % 20 == 0 and self.epoch - 1 - int(self.history[: self.epoch, 0].argmax()) >= PATIENCE:
+                return False
+        return self.epoch < MAX_EPOCHS
 
+    def _advance_probed(self) -> bool:
+        from lightning_modules.node_probes import probe_predictions
 
-def probed(module, batch) -> list[tuple[float, float, float]]:
-    """The same every PROBE_EVERY epochs by logistic regression on the embeddings; no loss to tell ties apart."""
-    from lightning_modules.node_probes import probe_predictions
-
-    steps, history, whole = Steps(module, batch), [], copy.copy(batch).cpu()
-    for epoch in range(PROBED_EPOCHS):
-        steps.train(epoch)
-        if (epoch + 1) % PROBE_EVERY == 0:
-            module.eval()
+        self.steps.train(self.epoch)
+        self.epoch += 1
+        if self.epoch % PROBE_EVERY == 0:
+            whole = copy.copy(self.batch).cpu()
+            self.module.eval()
             with torch.no_grad():
-                embeddings = module.encode(batch)[0].float().cpu()
-            module.train()
+                embeddings = self.module.encode(self.batch)[0].float().cpu()
+            self.module.train()
             right = probe_predictions(embeddings, whole.y, whole.train_mask, whole.val_mask) == whole.y
             val, test = (right[mask].double().mean().item() for mask in (whole.val_mask, whole.test_mask))
-            history.append((val, epoch, test))
-    return history
+            self.history[self.epoch // PROBE_EVERY - 1] = torch.tensor([val, 0.0, test])
+        return self.epoch < PROBED_EPOCHS
+
+    def result(self) -> dict[str, float]:
+        """Accuracies at the best validation epoch, and at the end."""
+        every = 1 if self.module.supervised else PROBE_EVERY
+        with self.steps.on_stream():
+            history = self.history[: self.epoch // every].tolist()
+        best = max(range(len(history)), key=lambda epoch: history[epoch][:2])
+        found = {"val": history[best][0], "test": history[best][2], "last_test": history[-1][2]}
+        return found | {"epochs": self.epoch, "best_epoch": (best + 1) * every, "seconds": time.perf_counter() - self.start}
+
+
+def train_together(runs: list[tuple]) -> list[dict[str, float] | Exception]:
+    """Results of several runs, given as arguments of Run, an epoch of each in turn; of one that fails its error."""
+    found: list[Any] = [None] * len(runs)
+    active = {}
+    for number, arguments in enumerate(runs):
+        try:
+            active[number] = Run(*arguments)
+        except Exception as error:
+            found[number] = error
+    while active:
+        for number, run in list(active.items()):
+            try:
+                if run.advance():
+                    continue
+                found[number] = run.result()
+            except Exception as error:
+                found[number] = error
+            del active[number]
+    return found
 
 
 class Steps:
@@ -130,6 +159,12 @@ class Steps:
         self.phases = sorted({0, getattr(module.hparams, "warmup_epochs", 0)})
         self.graph = self.eval_graph = None
         self.stream = torch.cuda.Stream() if self.captures else None
+        if self.captures:
+            self.stream.wait_stream(torch.cuda.current_stream())
+
+    def on_stream(self):
+        """Where this run's work goes."""
+        return torch.cuda.stream(self.stream) if self.captures else contextlib.nullcontext()
 
     def train(self, epoch: int) -> None:
         """One epoch. A phase begins with three steps run for real, then its step is captured."""
@@ -137,11 +172,9 @@ class Steps:
             return self._step(epoch)
         since = epoch - max(phase for phase in self.phases if phase <= epoch)
         if since < 3:
-            with torch.cuda.stream(self.stream):
-                self._step(epoch)
-            torch.cuda.synchronize()
-            return None
+            return self._step(epoch)
         if since == 3:
+            self.stream.synchronize()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self._step(epoch)
@@ -158,9 +191,8 @@ class Steps:
         if not self.captures:
             return self._evaluate()
         if self.eval_graph is None:
-            with torch.cuda.stream(self.stream):
-                self._evaluate()
-            torch.cuda.synchronize()
+            self._evaluate()
+            self.stream.synchronize()
             self.eval_graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.eval_graph, stream=self.stream):
                 self.measured = self._evaluate()
@@ -208,27 +240,33 @@ def _start(counter) -> None:
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-def _task(row: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    return row | train_once(row["method"], json.loads(row["arguments"]), data, row["seed"], row["data_seed"])
+def _task(rows: list[tuple[dict, dict]]) -> list[dict | Exception]:
+    runs = [(row["method"], json.loads(row["arguments"]), data, row["seed"], row["data_seed"]) for row, data in rows]
+    found = train_together(runs)
+    return [result if isinstance(result, Exception) else row | result for (row, _), result in zip(rows, found, strict=True)]
 
 
-def run_all(rows: list[tuple[dict, dict]], workers: int, write, stop_at: float) -> None:
-    """Run (row, data arguments) in worker processes, `write` each result; what has not begun by `stop_at` is left out."""
+def run_all(rows: list[tuple[dict, dict]], workers: int, write, stop_at: float, together: int = 1) -> None:
+    """Run (row, data arguments) in worker processes, `write` each result; what has not begun by `stop_at` is left out.
+
+    `together` runs take turns in a process, on a GPU that one of them leaves idle.
+    """
     context = multiprocessing.get_context("spawn")
+    groups = [rows[first : first + together] for first in range(0, len(rows), together)]
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(context.Value("i", 0),)) as pool:
-        waiting, running = iter(rows), {}
-        for row, data in itertools.islice(waiting, 2 * workers):
-            running[pool.submit(_task, row, data)] = row
+        waiting, running = iter(groups), {}
+        for group in itertools.islice(waiting, workers):
+            running[pool.submit(_task, group)] = group
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                row = running.pop(future)
-                try:
-                    write(future.result())
-                except Exception as error:
-                    print("failed:", row["method"], row["dataset"], row["arguments"], repr(error), flush=True)
+                for (row, _), result in zip(running.pop(future), future.result(), strict=True):
+                    if isinstance(result, Exception):
+                        print("failed:", row["method"], row["dataset"], row["arguments"], repr(result), flush=True)
+                    else:
+                        write(result)
                 following = next(waiting, None) if time.time() < stop_at else None
                 if following is not None:
-                    running[pool.submit(_task, *following)] = following[0]
+                    running[pool.submit(_task, following)] = following
 
 
 def sources(root: Path) -> dict[str, dict[str, Any]]:
