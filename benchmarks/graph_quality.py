@@ -1,10 +1,11 @@
-"""CSG2L and its baselines on the public splits, every method tuned alike -> results/csg2l.csv.
+"""CSG2L and its baselines, every method tuned alike: public splits, ablations, encoders.
 
-    python -m benchmarks.graph_quality --data FOLDER      # with Cora/, CiteSeer/ and npz/, as in the README
+    python -m benchmarks.graph_quality --data FOLDER                      # -> results/csg2l.csv
+    python -m benchmarks.graph_quality --data FOLDER --study encoders     # -> results/csg2l_encoders.csv
 
-For each method and data set `--configs` random configurations (spaces in graph_runs.py) are trained once with one seed; the
-one of the highest validation accuracy is trained with `--seeds` fresh seeds. Test nodes choose nothing. Rows are appended as
-they come and not run again.
+For each method and data set `--configs` random configurations (spaces in graph_runs.py) are trained once with one seed, the
+one of the highest validation accuracy with `--seeds` fresh seeds, and variants of CSG2L's in the ablation. Test nodes choose
+nothing. Rows are appended as they come and not run again; several processes may share a file.
 """
 
 import argparse
@@ -12,71 +13,85 @@ import json
 import time
 from pathlib import Path
 
-import torch_geometric
-
-from benchmarks.graph_runs import METHODS, configuration, default_workers, run_all, sources
-from benchmarks.quality import ENVIRONMENT, append, environment
+from benchmarks.graph_runs import COMPARED, ENCODERS, FACTS, add_options, configuration, read, run_missing, sources
 
 KEYS = ("phase", "dataset", "method", "arguments", "seed", "data_seed")
-MEASURED = ("val", "test", "last_test", "epochs", "best_epoch", "seconds", "processes")
-COLUMNS = (*KEYS, *MEASURED, *ENVIRONMENT, "torch_geometric")
 TUNING_SEED, FIRST_SEED = 1000, 0
 PUBLIC = ("Cora", "CiteSeer", "acm", "uai", "BlogCatalog", "flickr")
+OTHERS = ("digits", "wine", "breast_cancer")
+ABLATED = "csg2l, gcn"
+ABLATIONS = {
+    "no contrast": {"contrast_weight": 0.0},
+    "no reweighting": {"beta": 0.0},
+    "positives reweighted": {"reweight": "positives"},
+    "negatives reweighted": {"reweight": "negatives"},
+    "form hsan": {"form": "hsan"},
+    "form negatives": {"form": "negatives"},
+    "no pseudo-label cross-entropy": {"pseudo_weight": 0.0},
+    "edge drop instead of SVD": {"view": "drop"},
+    "local logits": {"fusion": "local"},
+    "concatenated logits": {"fusion": "concat"},
+    "gated logits": {"fusion": "attention"},
+    "no head": {"head_channels": 0},
+    "pairs within a view": {"intra_view": True},
+    "base normalized": {"base": "normalized"},
+    "base diffused": {"base": "diffused"},
+    "low rank alone": {"mix": 1.0},
+    **{f"rank {rank}": {"rank": rank} for rank in (5, 20, 50, 100, 200, 400, 800)},
+}
 
 
 def main() -> None:
+    """Tune, run the chosen configurations, and their variants."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("results/csg2l.csv"))
-    parser.add_argument("--datasets", nargs="+", default=["Cora", "CiteSeer", "acm", "digits", "wine", "breast_cancer"])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    add_options(parser)
+    parser.add_argument("--study", choices=["methods", "encoders"], default="methods")
+    parser.add_argument("--out", type=Path, help="default results/csg2l.csv, or csg2l_encoders.csv")
+    parser.add_argument("--datasets", nargs="+", default=["Cora", "CiteSeer", "acm", *OTHERS])
+    parser.add_argument("--methods", nargs="+")
     parser.add_argument("--configs", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=default_workers())
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so many seconds")
+    parser.add_argument("--no-ablations", action="store_true")
     options = parser.parse_args()
-    stop_at, known = time.time() + options.seconds, sources(options.data)
-    measured = {"processes": options.workers, "torch_geometric": torch_geometric.__version__} | environment()
+    options.stop_at = time.time() + options.seconds
+    encoders = options.study == "encoders"
+    out = options.out or Path("results") / ("csg2l_encoders.csv" if encoders else "csg2l.csv")
+    pairs = [f"{kind}{name}" for name in ENCODERS for kind in ("", "csg2l, ")]
+    methods = options.methods or (pairs if encoders else sorted(COMPARED))
+    known, columns = sources(options.data), (*KEYS, *FACTS)
 
-    def write(row: dict) -> None:
-        append(options.out, row | measured, COLUMNS)
-
-    def rows(phase: str, chosen) -> list[tuple[dict, dict]]:
-        done, found = {tuple(row[key] for key in KEYS) for row in read(options.out)}, []
+    def run(phase: str, chosen) -> None:
+        found = []
         for dataset in options.datasets:
             data = known[dataset] | ({"split": "public"} if dataset in PUBLIC else {})
-            for method in options.methods:
-                for number, (arguments, seed) in enumerate(chosen(dataset, method)):
-                    # Embedded sets have no public split: a fresh split a seed.
-                    drawn = 0 if dataset in PUBLIC else seed
-                    row = dict(zip(KEYS, (phase, dataset, method, json.dumps(arguments), seed, drawn), strict=True))
-                    if tuple(str(value) for value in row.values()) not in done:
-                        found.append((number, row, data))
+            for method in methods:
+                for number, (name, arguments, seed) in enumerate(chosen(dataset, method)):
+                    drawn = 0 if dataset in PUBLIC else seed  # without a public split, a fresh one a seed
+                    row = dict(zip(KEYS, (phase, dataset, name, json.dumps(arguments), seed, drawn), strict=True))
+                    found.append((number, row, data))
         # The first configuration of everything, then the second …: cut short, it is cut short for all alike.
-        return [(row, data) for _, row, data in sorted(found, key=lambda entry: entry[0])]
+        run_missing([entry[1:] for entry in sorted(found, key=lambda entry: entry[0])], out, KEYS, columns, options)
 
-    tuning = rows("tune", lambda _, method: [(configuration(method, n), TUNING_SEED) for n in range(options.configs)])
-    run_all(tuning, options.workers, write, time.time() + 0.65 * options.seconds)
-    tuned = [row for row in read(options.out) if row["phase"] == "tune"]
+    run("tune", lambda _, method: [(method, configuration(method, n), TUNING_SEED) for n in range(options.configs)])
+    seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
+    run("final", lambda dataset, method: [(method, best(out, dataset, method), seed) for seed in seeds])
+    if encoders or options.no_ablations or ABLATED not in methods:
+        return
+    run(
+        "ablation",
+        lambda dataset, method: [
+            (f"{method}: {name}", best(out, dataset, method) | changed, seed)
+            for seed in seeds
+            for name, changed in ABLATIONS.items()
+            if method == ABLATED
+        ],
+    )
 
-    def best(dataset: str, method: str):
-        own = [row for row in tuned if (row["dataset"], row["method"]) == (dataset, method)]
-        if not own:
-            return []
-        arguments = json.loads(max(own, key=lambda row: float(row["val"]))["arguments"])
-        return [(arguments, FIRST_SEED + n) for n in range(options.seeds)]
 
-    run_all(rows("final", best), options.workers, write, stop_at)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Rows of a results file, all columns as text."""
-    import csv
-
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def best(path: Path, dataset: str, method: str) -> dict:
+    """The configuration of the highest validation accuracy."""
+    tuned = [row for row in read(path) if (row["phase"], row["dataset"], row["method"]) == ("tune", dataset, method)]
+    return json.loads(max(tuned, key=lambda row: float(row["val"]))["arguments"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Train one graph method once and measure it; many of them in worker processes (graph_quality.py, graph_robust.py)."""
 
+import argparse
 import contextlib
 import copy
+import csv
 import functools
 import itertools
 import json
@@ -13,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch_geometric
 
+from benchmarks.quality import ENVIRONMENT, append, environment
+
+MEASURED = ("val", "test", "last_test", "epochs", "best_epoch", "seconds")
+FACTS = (*MEASURED, "processes", *ENVIRONMENT, "torch_geometric")
+"""Columns of every results file of graphs, after what tells rows apart."""
 MAX_EPOCHS, PATIENCE = 400, 80
 PROBED_EPOCHS, PROBE_EVERY = 300, 50
-CSG2L_DEFAULT: dict[str, Any] = {"hidden_channels": 256, "head_channels": 64}
-
 COMMON = {
     "learning_rate": [0.005, 0.01],
-    "weight_decay": [1e-4, 5e-4, 1e-3, 3e-3],
+    "weight_decay": [1e-4, 5e-4, 1e-3, 2e-3],
     "dropout": [0.3, 0.5, 0.7, 0.8],
-    "hidden_channels": [64, 256],
+    "hidden_channels": [64],
 }
 UNSUPERVISED = {
     "learning_rate": [5e-4, 1e-3, 3e-3],
@@ -32,28 +38,30 @@ UNSUPERVISED = {
     "num_layers": [2, 3],
 }
 CONTRAST = {
-    "rank": [50, 100, 200, 400],
+    "rank": [50, 100, 200],
     "mix": [0.1, 0.2, 0.4, 0.8],
     "contrast_weight": [0.3, 1.0, 3.0],
     "temperature": [0.2, 0.5, 1.0],
     "beta": [0.5, 1.0, 2.0],
     "confident": [0.3, 0.6, 0.8, 1.0],
-    "warmup_epochs": [10, 30, 60],
-    "anchors": [512],
+    "warmup_epochs": [30, 60],
+    "anchors": [256],
+    "pseudo_weight": [0.0, 0.1, 0.3, 1.0],
 }
-PSEUDO = {"pseudo_weight": [0.1, 0.3, 1.0], "confident": [0.3, 0.6, 0.8, 1.0], "warmup_epochs": [30, 60, 100]}
+PSEUDO = {"pseudo_weight": [0.1, 0.3, 1.0], "confident": [0.3, 0.6, 0.8, 1.0], "warmup_epochs": [30, 60]}
+ENCODERS = ("gcn", "gat", "graphsage", "gin", "appnp", "sgc")
 METHODS: dict[str, tuple[str, dict[str, Any], dict[str, list]]] = {
-    "gcn": ("NodeClassifier", {"encoder": "gcn"}, COMMON),
-    "gat": ("NodeClassifier", {"encoder": "gat"}, COMMON),
-    "appnp": ("NodeClassifier", {"encoder": "appnp"}, COMMON),
+    **{name: ("NodeClassifier", {"encoder": name}, COMMON) for name in ENCODERS},
     "gcn, pseudo-labels": ("NodeClassifier", {"encoder": "gcn"}, COMMON | PSEUDO),
+    "appnp, pseudo-labels": ("NodeClassifier", {"encoder": "appnp"}, COMMON | PSEUDO),
     "dgi": ("DGI", {}, {**UNSUPERVISED, "num_layers": [2]}),
     "grace": ("GRACE", {}, UNSUPERVISED | {"temperature": [0.2, 0.4, 0.7]}),
-    "csg2l, gcn": ("CSG2L", {"encoder": "gcn"}, COMMON | CONTRAST),
-    "csg2l, appnp": ("CSG2L", {"encoder": "appnp"}, COMMON | CONTRAST),
+    **{f"csg2l, {name}": ("CSG2L", {"encoder": name}, COMMON | CONTRAST) for name in ENCODERS},
     "csg2l, gcn, edge drop": ("CSG2L", {"encoder": "gcn", "view": "drop"}, COMMON | CONTRAST | {"drop_edges": [0.2, 0.4]}),
 }
 """Name of a row -> class, what is fixed, and values among which the random search draws."""
+COMPARED = (*METHODS.keys() - {f"{c}{e}" for c in ("", "csg2l, ") for e in ("graphsage", "gin", "sgc")} - {"csg2l, gat"},)
+"""Methods of the comparison; the others are for the study of encoders."""
 
 
 def configuration(method: str, number: int) -> dict[str, Any]:
@@ -152,8 +160,8 @@ class Steps:
     def __init__(self, module, batch) -> None:
         self.module, self.batch = module, batch
         self.optimizer = module.configure_optimizers()
-        encoder = module.encoder
-        self.captures = batch.x.is_cuda and encoder.symmetric and module.supervised and getattr(module.hparams, "view", "") != "drop"
+        fixed_shapes = module.encoder.symmetric and getattr(module.hparams, "view", "svd") == "svd"
+        self.captures = batch.x.is_cuda and module.supervised and fixed_shapes
         for group in self.optimizer.param_groups:
             group["capturable"] = self.captures
         self.phases = sorted({0, getattr(module.hparams, "warmup_epochs", 0)})
@@ -222,8 +230,8 @@ def graph_on(device: torch.device, arguments: str):
 
 
 def class_of(method: str) -> str:
-    """Name of a method's LightningModule."""
-    return METHODS[method][0] if method in METHODS else "CSG2L"
+    """Name of the LightningModule of a method, or of a variant, which is called "<method>: <what is different>"."""
+    return METHODS[method.split(":")[0]][0]
 
 
 def _start(counter) -> None:
@@ -269,9 +277,48 @@ def run_all(rows: list[tuple[dict, dict]], workers: int, write, stop_at: float, 
                     running[pool.submit(_task, following)] = following
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of a results file, all columns as text."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def run_missing(rows: list[tuple[dict, dict]], out: Path, keys: tuple[str, ...], columns: tuple[str, ...], options) -> None:
+    """Run what a results file does not have yet, and append it with hardware and versions.
+
+    Args:
+        rows: (row, data arguments), in the order in which they are to be run.
+        out: The file.
+        keys: Columns that tell rows apart.
+        columns: All columns.
+        options: Parsed arguments of `add_options`, with `stop_at`.
+    """
+    done = {tuple(row[key] for key in keys) for row in read(out)}
+    missing = [(row, data) for row, data in rows if tuple(str(row[key]) for key in keys) not in done]
+    facts = environment() | {"processes": options.workers * options.together, "torch_geometric": torch_geometric.__version__}
+
+    def write(row: dict) -> None:
+        append(out, {name: round(value, 4) if isinstance(value, float) and name in MEASURED else value
+                     for name, value in (row | facts).items()}, columns)  # fmt: skip
+
+    run_all(missing, options.workers, write, options.stop_at, options.together)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the studies of graphs have in common."""
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--data", type=Path, required=True, help="folder with Cora/, CiteSeer/ and npz/")
+    parser.add_argument("--workers", type=int, default=max(os.cpu_count() or 2, 2) // (4 if on_gpu else 1), help="processes")
+    parser.add_argument("--together", type=int, default=6 if on_gpu else 1, help="runs that take turns in a process")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so many seconds")
+
+
 def sources(root: Path) -> dict[str, dict[str, Any]]:
-    """Data sets by name: what GraphDataModule is given."""
-    files = {name: {"source": str(root / "npz" / f"{name}.npz")} for name in ("acm", "uai", "BlogCatalog", "flickr")}
+    """Data sets by name: what GraphDataModule is given. Words are not normalised where a plain GCN is better without."""
+    names = ("acm", "uai", "BlogCatalog", "flickr")
+    files = {name: {"source": str(root / "npz" / f"{name}.npz"), "row_normalize": False} for name in names}
     return {
         "Cora": {"source": "Cora", "root": str(root)},
         "CiteSeer": {"source": "CiteSeer", "root": str(root)},
@@ -280,8 +327,3 @@ def sources(root: Path) -> dict[str, dict[str, Any]]:
         "wine": {"source": "wine", "num_val": 30, "num_test": -1, "labels_per_class": 10},
         "breast_cancer": {"source": "breast_cancer", "num_val": 100, "num_test": -1, "labels_per_class": 10},
     }
-
-
-def default_workers() -> int:
-    """A process a core; a small graph leaves most of a GPU idle."""
-    return max((os.cpu_count() or 2) - 2, 2) if torch.cuda.is_available() else 2

@@ -90,6 +90,8 @@ class CSG2L(NodeModule):
         anchors: int = 512,
         pseudo_weight: float = 0.0,
         pseudo_form: str = "fused",
+        align: bool = False,
+        balance: bool = False,
         cluster_every: int = 20,
         supervised: bool = True,
         learning_rate: float = 0.01,
@@ -218,7 +220,9 @@ class CSG2L(NodeModule):
             elif options.pseudo_form == "views":
                 pseudo = sum(masked_cross_entropy(v[1], labels, confident & ~batch.train_mask) for v in (local, other)) / 2
             else:
-                target = (logits.detach() / 0.5).softmax(1)
+                plain = logits.detach()
+                plain = plain - plain.softmax(1).mean(0).log() if options.align else plain
+                target = (plain / 0.5).softmax(1)
                 pseudo = sum(nn.functional.cross_entropy(v[1], target) for v in (local, other)) / 2
             found["pseudo_cross_entropy"] = pseudo
             loss = loss + options.pseudo_weight * pseudo
@@ -261,10 +265,12 @@ class CSG2L(NodeModule):
         if epoch < self.hparams.warmup_epochs:
             return None, None
         if logits is not None:
+            if self.hparams.align:
+                logits = logits.detach() - logits.detach().softmax(1).mean(0).log()
             labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask)
         else:
             labels, confidence = self.clusters[batch.node_ids], self.closeness[batch.node_ids]
-        return labels, confident_share(confidence, labels, self.hparams.confident)
+        return labels, confident_share(confidence, labels, self.hparams.confident, self.hparams.balance)
 
     def on_train_epoch_start(self) -> None:
         """Without labels, cluster the embeddings now and then."""

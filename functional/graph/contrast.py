@@ -11,8 +11,8 @@ and carries no gradient. It enters as
 
 These forms are our reading; the paper's formula is not public. Shapes: N nodes, D dimensions, B rows of a block.
 
-All three are log Σ_k v_ik e^{c_ik S_ik/τ} − Σ_k w_ik c_ik S_ik/τ with constants c, v, w, so that the slope of a block of rows is
-c/τ · (softmax − w): it is taken together with the value, and no block is kept or computed again for the backward pass.
+All three are log Σ_k v_ik e^{c_ik S_ik/τ} − Σ_k w_ik c_ik S_ik/τ with constants c, v, w, so that the slope of a block of rows
+is c/τ · (softmax − w): it is taken together with the value, and no block is kept or computed again for the backward pass.
 """
 
 import math
@@ -192,9 +192,7 @@ def _constants(
     return c, v, w
 
 
-def _rows(
-    similarities: list[Tensor], parts: list[tuple], rows: Tensor, temperature: float
-) -> tuple[Tensor, list[Tensor]]:
+def _rows(similarities: list[Tensor], parts: list[tuple], rows: Tensor, temperature: float) -> tuple[Tensor, list[Tensor]]:
     """Sum over some anchors, and its slope in each view's S, (B, N) each; the first view is the one across."""
     floor = torch.finfo(similarities[0].dtype).tiny  # of e^S's factors: log 0 would make the loss infinite
     logits, tops = [], []

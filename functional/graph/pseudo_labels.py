@@ -23,7 +23,7 @@ def pseudo_labels(logits: Tensor, labels: Tensor, known: Tensor) -> tuple[Tensor
     return torch.where(known, labels, predicted), torch.where(known, 1.0, confidence)
 
 
-def confident_share(confidence: Tensor, labels: Tensor, share: float) -> Tensor:
+def confident_share(confidence: Tensor, labels: Tensor, share: float, balance: bool = False) -> Tensor:
     """The `share` of the nodes of each label with the highest confidence, rounded up.
 
     By class, since a threshold on probabilities leaves out classes that are hard while labels are few.
@@ -43,6 +43,9 @@ def confident_share(confidence: Tensor, labels: Tensor, share: float) -> Tensor:
     order = order[by_label]
     first = torch.searchsorted(sorted_labels, sorted_labels)
     counts = torch.searchsorted(sorted_labels, sorted_labels, right=True) - first
+    if balance:
+        present = (first == torch.arange(len(labels), device=labels.device)).sum()
+        counts = (len(labels) / present).expand(len(labels))
     position = torch.arange(len(labels), device=labels.device) - first
     return torch.zeros_like(labels, dtype=torch.bool).index_copy(0, order, position < (counts * share).ceil())
 

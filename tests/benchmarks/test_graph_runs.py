@@ -1,0 +1,95 @@
+"""The benchmark's loop is the Trainer's; configurations, resuming of a results file and the choice by validation."""
+
+import argparse
+import csv
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+import benchmarks.graph_runs as graph_runs
+from benchmarks import graph_quality, graph_robust
+from datamodules import GraphDataModule
+from lightning_modules import CSG2L, NodeClassifier
+
+WINE = {"source": "wine", "labels_per_class": 5, "num_val": 40, "num_test": -1}
+SMALL = {"hidden_channels": 16, "warmup_epochs": 4, "head_channels": 8, "anchors": 64, "rank": 20, "pseudo_weight": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"), [("csg2l, gcn", SMALL), ("gat", {"encoder": "gat", "hidden_channels": 16})], ids=["csg2l", "gat"]
+)
+def test_the_loop_is_the_trainers(method, arguments, tmp_path):
+    seen = []
+
+    class Watch(Callback):
+        def on_validation_end(self, trainer, module):
+            seen.append((float(trainer.callback_metrics["val/accuracy"]), -float(trainer.callback_metrics["val/loss"])))
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=15, accelerator="cpu", num_sanity_val_steps=0, callbacks=[Watch()], **quiet)
+    torch.manual_seed(3)
+    module = (CSG2L if "csg2l" in method else NodeClassifier)(**arguments)
+    trainer.fit(module, datamodule=GraphDataModule(**WINE, seed=1))
+    run = graph_runs.Run(method, arguments, WINE, seed=3, data_seed=1)
+    for _ in range(15):
+        run.advance()
+    torch.testing.assert_close(run.history[:15, :2], torch.tensor(seen), rtol=1e-5, atol=1e-6)
+    best = max(range(15), key=lambda epoch: seen[epoch])
+    assert run.result()["val"] == pytest.approx(seen[best][0]) and run.result()["best_epoch"] == best + 1
+
+
+def test_unsupervised_runs_are_probed(monkeypatch):
+    monkeypatch.setattr(graph_runs, "PROBED_EPOCHS", 20)
+    monkeypatch.setattr(graph_runs, "PROBE_EVERY", 10)
+    (found,) = graph_runs.train_together([("dgi", {"hidden_channels": 32}, WINE, 0)])
+    assert found["test"] > 0.7 and found["epochs"] == 20 and found["best_epoch"] in (10, 20)
+
+
+def test_a_run_that_fails_leaves_the_others():
+    short = {"encoder": "gcn", "hidden_channels": 4}
+    good, bad = graph_runs.train_together([("gcn", short, WINE, 0), ("gcn", {"encoder": "gnc"}, WINE, 0)])
+    assert good["test"] > 0.5 and isinstance(bad, ValueError)
+
+
+@pytest.mark.parametrize("method", graph_runs.METHODS)
+def test_configurations_are_drawn_once_and_can_be_built(method):
+    module, fixed, space = graph_runs.METHODS[method]
+    arguments = graph_runs.configuration(method, 7)
+    assert arguments == graph_runs.configuration(method, 7) != graph_runs.configuration(method, 8)
+    assert all(arguments[name] in values for name, values in space.items()) and fixed.items() <= arguments.items()
+    run = graph_runs.Run(method, arguments, WINE, 0)
+    assert type(run.module).__name__ == module == graph_runs.class_of(f"{method}: some variant")
+
+
+def test_rows_that_are_there_are_not_run_again(tmp_path, monkeypatch):
+    ran = []
+
+    def run_all(rows, workers, write, stop_at, together):
+        for row, _ in rows:
+            ran.append(row["seed"])
+            write(row | {"val": 0.5, "test": 0.25})
+
+    monkeypatch.setattr(graph_runs, "run_all", run_all)
+    options = argparse.Namespace(workers=2, together=1, stop_at=0.0)
+    rows = [({"method": "gcn", "seed": seed}, {}) for seed in range(3)]
+    keys, columns = ("method", "seed"), ("method", "seed", *graph_runs.FACTS)
+    graph_runs.run_missing(rows[:2], tmp_path / "x.csv", keys, columns, options)
+    graph_runs.run_missing(rows, tmp_path / "x.csv", keys, columns, options)
+    assert ran == [0, 1, 2] and [row["seed"] for row in graph_runs.read(tmp_path / "x.csv")] == ["0", "1", "2"]
+
+
+def test_validation_chooses(tmp_path):
+    path = tmp_path / "x.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["phase", "dataset", "method", "arguments", "val", "test"])
+        for phase, rank, val, test in (("tune", 1, 0.7, 0.9), ("tune", 2, 0.8, 0.1), ("final", 3, 0.9, 0.9)):
+            writer.writerow([phase, "Cora", "gcn", json.dumps({"rank": rank}), val, test])
+        for rank, vals in ((1, (0.5, 0.6, 0.7)), (2, (0.7, 0.7, 0.7)), (3, (0.9,))):
+            for val in vals:
+                writer.writerow(["tune", "acm", "csg2l, gcn", json.dumps({"rank": rank}), val, 0])
+    assert graph_quality.best(path, "Cora", "gcn") == {"rank": 2}
+    assert graph_robust.best(path, "acm", "csg2l, gcn") == {"rank": 2}  # 3 was cut short
+    assert graph_robust.best(path, "acm", "csg2l, gcn: no reweighting") == {"rank": 2, "beta": 0.0}
