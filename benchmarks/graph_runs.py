@@ -43,12 +43,14 @@ CONTRAST = {
     "contrast_weight": [0.3, 1.0, 3.0],
     "temperature": [0.2, 0.5, 1.0],
     "beta": [0.5, 1.0, 2.0],
+    "anchors": [256],
+}
+PSEUDO = {
+    "pseudo_weight": [0.1, 0.3, 1.0],
+    "alignment": [0.0, 0.5, 1.0],
     "confident": [0.3, 0.6, 0.8, 1.0],
     "warmup_epochs": [30, 60],
-    "anchors": [256],
-    "pseudo_weight": [0.0, 0.1, 0.3, 1.0],
 }
-PSEUDO = {"pseudo_weight": [0.1, 0.3, 1.0], "confident": [0.3, 0.6, 0.8, 1.0], "warmup_epochs": [30, 60]}
 ENCODERS = ("gcn", "gat", "graphsage", "gin", "appnp", "sgc")
 METHODS: dict[str, tuple[str, dict[str, Any], dict[str, list]]] = {
     **{name: ("NodeClassifier", {"encoder": name}, COMMON) for name in ENCODERS},
@@ -56,8 +58,12 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, list]]] = {
     "appnp, pseudo-labels": ("NodeClassifier", {"encoder": "appnp"}, COMMON | PSEUDO),
     "dgi": ("DGI", {}, {**UNSUPERVISED, "num_layers": [2]}),
     "grace": ("GRACE", {}, UNSUPERVISED | {"temperature": [0.2, 0.4, 0.7]}),
-    **{f"csg2l, {name}": ("CSG2L", {"encoder": name}, COMMON | CONTRAST) for name in ENCODERS},
-    "csg2l, gcn, edge drop": ("CSG2L", {"encoder": "gcn", "view": "drop"}, COMMON | CONTRAST | {"drop_edges": [0.2, 0.4]}),
+    **{f"csg2l, {name}": ("CSG2L", {"encoder": name}, COMMON | CONTRAST | PSEUDO) for name in ENCODERS},
+    "csg2l, gcn, edge drop": (
+        "CSG2L",
+        {"encoder": "gcn", "view": "drop"},
+        COMMON | CONTRAST | PSEUDO | {"drop_edges": [0.2, 0.4], "drop_features": [0.2, 0.4]},
+    ),
 }
 """Name of a row -> class, what is fixed, and values among which the random search draws."""
 COMPARED = (*METHODS.keys() - {f"{c}{e}" for c in ("", "csg2l, ") for e in ("graphsage", "gin", "sgc")} - {"csg2l, gat"},)

@@ -1,7 +1,8 @@
 """CSG2L: contrast of a graph's local view with a low-rank global one, pairs reweighted by pseudo-labels (arXiv 2504.18148).
 
-Loss = cross-entropy of the fused logits on labelled nodes + λ · reweighted InfoNCE between the hidden layers of the two views.
-Where the paper's abstract is silent the definitions are ours: functional/graph has them.
+Loss = cross-entropy of the fused logits on labelled nodes + λ · reweighted InfoNCE between the hidden layers of the two views
++ cross-entropy of both views on the fused, class-balanced pseudo-labels. Where the paper's abstract is silent the definitions
+are ours: functional/graph has them.
 """
 
 from typing import Any, Literal
@@ -53,8 +54,11 @@ class CSG2L(NodeModule):
         reweight: Pairs that R weighs: both, positives, negatives.
         temperature: τ.
         intra_view: Whether pairs within a view are negatives too.
-        confident: Share of the nodes of every pseudo-class that is trusted.
-        warmup_epochs: Epochs of plain InfoNCE, before pseudo-labels are worth something.
+        pseudo_weight: Weight of the cross-entropy of each view's logits on the pseudo-labels of confident nodes: the fused
+            prediction teaches both views. 0 for none.
+        alignment: Share of the correction of pseudo-labels towards equally frequent classes.
+        confident: Share of the nodes that is trusted, as many of each pseudo-class: the set C.
+        warmup_epochs: Epochs of plain InfoNCE and cross-entropy, before pseudo-labels are worth something.
         anchors: Nodes drawn in each step whose rows of S count; 0 for all.
         cluster_every: Without labels: epochs between two runs of k-means.
         supervised: Whether there are logits and a cross-entropy; False for the contrast alone.
@@ -85,13 +89,11 @@ class CSG2L(NodeModule):
         reweight: Literal["both", "positives", "negatives"] = "both",
         temperature: float = 0.5,
         intra_view: bool = False,
+        pseudo_weight: float = 0.3,
+        alignment: float = 1.0,
         confident: float = 0.8,
-        warmup_epochs: int = 20,
+        warmup_epochs: int = 30,
         anchors: int = 512,
-        pseudo_weight: float = 0.0,
-        pseudo_form: str = "fused",
-        align: bool = False,
-        balance: bool = False,
         cluster_every: int = 20,
         supervised: bool = True,
         learning_rate: float = 0.01,
@@ -107,12 +109,14 @@ class CSG2L(NodeModule):
         for name, value in (
             ("mix", mix),
             ("confident", confident),
+            ("alignment", alignment),
             ("drop_edges", drop_edges),
             ("drop_features", drop_features),
         ):
             if not 0 <= value <= 1:
                 raise ValueError(f"Argument `{name}` expected to be in [0, 1] but got {value}.")
         least = {"rank": 1, "hidden_channels": 1, "head_channels": 0, "anchors": 0, "warmup_epochs": 0, "cluster_every": 1}
+        least |= {"pseudo_weight": 0, "contrast_weight": 0}
         for name, limit in least.items():
             if (value := locals()[name]) < limit:
                 raise ValueError(f"Argument `{name}` expected to be at least {limit} but got {value}.")
@@ -123,7 +127,7 @@ class CSG2L(NodeModule):
 
     def build(self, data: Data, num_classes: int) -> None:
         """Encoder, heads, and the factors of the whole graph as buffers: moved, saved and resumed with the module."""
-        options = self.hparams
+        options, self.num_classes = self.hparams, num_classes
         classes = num_classes if options.supervised else 0
         self.encoder = GraphEncoder(
             options.encoder,
@@ -215,15 +219,8 @@ class CSG2L(NodeModule):
             found["contrast"] = self.contrast(local[0], other[0], labels, confident)
             loss = loss + options.contrast_weight * found["contrast"]
         if options.pseudo_weight and logits is not None and labels is not None:
-            if options.pseudo_form == "fused":
-                pseudo = masked_cross_entropy(logits, labels, confident & ~batch.train_mask)
-            elif options.pseudo_form == "views":
-                pseudo = sum(masked_cross_entropy(v[1], labels, confident & ~batch.train_mask) for v in (local, other)) / 2
-            else:
-                plain = logits.detach()
-                plain = plain - plain.softmax(1).mean(0).log() if options.align else plain
-                target = (plain / 0.5).softmax(1)
-                pseudo = sum(nn.functional.cross_entropy(v[1], target) for v in (local, other)) / 2
+            taught = confident & ~batch.train_mask
+            pseudo = sum(masked_cross_entropy(view[1], labels, taught) for view in (local, other)) / 2
             found["pseudo_cross_entropy"] = pseudo
             loss = loss + options.pseudo_weight * pseudo
         if confident is not None:
@@ -265,12 +262,10 @@ class CSG2L(NodeModule):
         if epoch < self.hparams.warmup_epochs:
             return None, None
         if logits is not None:
-            if self.hparams.align:
-                logits = logits.detach() - logits.detach().softmax(1).mean(0).log()
-            labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask)
+            labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask, self.hparams.alignment)
         else:
             labels, confidence = self.clusters[batch.node_ids], self.closeness[batch.node_ids]
-        return labels, confident_share(confidence, labels, self.hparams.confident, self.hparams.balance)
+        return labels, confident_share(confidence, labels, self.hparams.confident, self.num_classes)
 
     def on_train_epoch_start(self) -> None:
         """Without labels, cluster the embeddings now and then."""

@@ -47,7 +47,8 @@ class NodeClassifier(_Encoded):
         dropout: Of features and hidden layer.
         encoder_args: Further arguments of the encoder.
         pseudo_weight: Weight of the cross-entropy on pseudo-labels; 0 for none.
-        confident: Share of the nodes of every pseudo-class that is trusted.
+        alignment: As for CSG2L, like the next.
+        confident: Share of the nodes that is trusted.
         warmup_epochs: Epochs without pseudo-labels.
         learning_rate: Of Adam.
         weight_decay: Of Adam.
@@ -61,6 +62,7 @@ class NodeClassifier(_Encoded):
         dropout: float = 0.5,
         encoder_args: dict[str, Any] | None = None,
         pseudo_weight: float = 0.0,
+        alignment: float = 1.0,
         confident: float = 0.8,
         warmup_epochs: int = 50,
         learning_rate: float = 0.01,
@@ -77,8 +79,8 @@ class NodeClassifier(_Encoded):
         loss = masked_cross_entropy(logits, batch.y, batch.train_mask)
         found = {"cross_entropy": loss}
         if self.hparams.pseudo_weight and epoch >= self.hparams.warmup_epochs:
-            labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask)
-            trusted = confident_share(confidence, labels, self.hparams.confident) & ~batch.train_mask
+            labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask, self.hparams.alignment)
+            trusted = confident_share(confidence, labels, self.hparams.confident, logits.shape[1]) & ~batch.train_mask
             found["pseudo_cross_entropy"] = masked_cross_entropy(logits, labels, trusted)
             loss = loss + self.hparams.pseudo_weight * found["pseudo_cross_entropy"]
         return found | {"loss": loss}

@@ -3,35 +3,45 @@
 Shapes: N nodes, C classes.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 
-def pseudo_labels(logits: Tensor, labels: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+def pseudo_labels(logits: Tensor, labels: Tensor, known: Tensor, alignment: float = 0.0) -> tuple[Tensor, Tensor]:
     """Most probable class, and its probability; on nodes whose label is known that label, and 1.
 
     Args:
         logits: (N, C).
         labels: (N,), read where known only.
         known: (N,) bool, the training nodes.
+        alignment: Share a in [0, 1] of the correction logits − a · log(mean over nodes of the class probabilities). Models of
+            few labels predict few classes, and more so when taught their own predictions; with 1 all classes are expected
+            equally often (distribution alignment, Berthelot et al. 2020, with a uniform prior).
 
     Returns:
         Labels (N,) and confidence (N,) in [0, 1], without gradient.
     """
-    confidence, predicted = logits.detach().float().softmax(-1).max(-1)
+    logits = logits.detach().float()
+    if alignment:
+        logits = logits - alignment * logits.softmax(-1).mean(0).log()
+    confidence, predicted = logits.softmax(-1).max(-1)
     return torch.where(known, labels, predicted), torch.where(known, 1.0, confidence)
 
 
-def confident_share(confidence: Tensor, labels: Tensor, share: float, balance: bool = False) -> Tensor:
-    """The `share` of the nodes of each label with the highest confidence, rounded up.
+def confident_share(confidence: Tensor, labels: Tensor, share: float, num_classes: int) -> Tensor:
+    """The nodes of each label with the highest confidence, at most share · N / C of a label, rounded up.
 
-    By class, since a threshold on probabilities leaves out classes that are hard while labels are few.
+    By class, since a threshold on probabilities leaves out classes that are hard while labels are few; as many of each class,
+    since a class that is predicted too often would otherwise teach itself.
 
     Args:
         confidence: (N,).
         labels: (N,) from 0.
         share: In [0, 1].
+        num_classes: C.
 
     Returns:
         (N,) bool. Among equal confidence earlier nodes come first.
@@ -40,14 +50,9 @@ def confident_share(confidence: Tensor, labels: Tensor, share: float, balance: b
         raise ValueError(f"Argument `share` expected to be in [0, 1] but got {share}.")
     order = confidence.argsort(descending=True, stable=True)
     sorted_labels, by_label = labels[order].sort(stable=True)  # by label, within a label by confidence
-    order = order[by_label]
-    first = torch.searchsorted(sorted_labels, sorted_labels)
-    counts = torch.searchsorted(sorted_labels, sorted_labels, right=True) - first
-    if balance:
-        present = (first == torch.arange(len(labels), device=labels.device)).sum()
-        counts = (len(labels) / present).expand(len(labels))
-    position = torch.arange(len(labels), device=labels.device) - first
-    return torch.zeros_like(labels, dtype=torch.bool).index_copy(0, order, position < (counts * share).ceil())
+    position = torch.arange(len(labels), device=labels.device) - torch.searchsorted(sorted_labels, sorted_labels)
+    chosen = torch.zeros_like(labels, dtype=torch.bool)
+    return chosen.index_copy(0, order[by_label], position < math.ceil(share * len(labels) / num_classes))
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from sklearn.metrics import f1_score
 
 from callbacks import GraphMonitor
 from datamodules import GraphDataModule
+from functional.graph import reweighted_info_nce
 from lightning_modules import CSG2L, DGI, GRACE, NodeClassifier
 from lightning_modules.node_probes import STRENGTHS, clustering_scores, linear_probe
 
@@ -78,26 +79,33 @@ def test_baselines_learn_wines(module, tmp_path):
     assert trainer.test(module, datamodule=data, verbose=False)[0]["test/accuracy"] > 0.8
 
 
-def test_loss_is_cross_entropy_plus_weighted_contrast(tmp_path):
-    module = CSG2L(**{**SMALL, "dropout": 0.0, "anchors": 0, "contrast_weight": 0.7, "warmup_epochs": 0, "confident": 0.5})
-    seen = []
+def test_loss_is_the_weighted_sum_of_its_terms():
+    """Cross-entropy of the fused logits + λ · contrast + cross-entropy of each view on the confident nodes' pseudo-labels."""
+    data = graph()
+    data.setup()
+    batch, options = data.data, {"dropout": 0.0, "anchors": 0, "contrast_weight": 0.7, "pseudo_weight": 0.4, "confident": 0.5}
+    module = CSG2L(**{**SMALL, **options})
+    module.build(batch, 3)
+    found = module.losses(batch, module.hparams.warmup_epochs)
+    with torch.no_grad():
+        local, other = module.views(batch)
+        logits = (local[1] + other[1]) / 2
+        labels, confident = module.trusted(batch, logits, module.hparams.warmup_epochs)
+        train, taught = batch.train_mask, confident & ~batch.train_mask
 
-    class Watch(GraphMonitor):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            with torch.no_grad():
-                local, other = pl_module.views(batch)
-                logits = ((local[1] + other[1]) / 2).double()
-                train = batch.train_mask
-                expected = -(logits.log_softmax(1)[train, batch.y[train]]).mean()
-                trusted = pl_module.trusted(batch, logits.float(), trainer.current_epoch)
-                seen.append((float(expected), float(pl_module.contrast(local[0], other[0], *trusted))))
+        def entropy(values, labels, mask):
+            return -values.double().log_softmax(1)[mask, labels[mask]].mean()
 
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            expected, contrast = seen[-1]
-            assert float(outputs["loss"]) == pytest.approx(expected + 0.7 * contrast, rel=1e-5)
-
-    trained(module, tmp_path, 3, callbacks=[Watch()])
-    assert len(seen) == 3
+        assert torch.equal(labels[train], batch.y[train]) and (confident[train]).all() and taught.any()
+        supervised = entropy(logits, batch.y, train)
+        pseudo = (entropy(local[1], labels, taught) + entropy(other[1], labels, taught)) / 2
+        z_a, z_b = (torch.nn.functional.normalize(module.head(hidden)) for hidden in (local[0], other[0]))
+        contrast = reweighted_info_nce(z_a, z_b, labels, confident)  # tested by itself
+    assert float(found["cross_entropy"]) == pytest.approx(float(supervised), rel=1e-5)
+    assert float(found["pseudo_cross_entropy"]) == pytest.approx(float(pseudo), rel=1e-5)
+    assert float(found["loss"]) == pytest.approx(float(supervised + 0.7 * contrast + 0.4 * pseudo), rel=1e-5)
+    early = module.losses(batch, module.hparams.warmup_epochs - 1)
+    assert early.keys() == {"cross_entropy", "contrast", "loss"}
 
 
 def test_metrics_equal_counting_by_hand(tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from functional.graph import cluster, confident_share, pseudo_labels
+from functional.graph import cluster, confident_share, masked_cross_entropy, pseudo_labels
 
 
 def test_known_labels_stand_and_others_are_the_most_probable():
@@ -16,24 +16,48 @@ def test_known_labels_stand_and_others_are_the_most_probable():
     assert confidence.tolist() == pytest.approx(expected) and not confidence.requires_grad
 
 
+@pytest.mark.parametrize("alignment", [0.3, 1.0])
+def test_alignment_favours_classes_that_are_predicted_seldom(alignment):
+    logits = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)) + torch.tensor([4.0, 0.0, -1.0])
+    labels, confidence = pseudo_labels(logits, torch.zeros(9, dtype=torch.long), torch.zeros(9, dtype=torch.bool), alignment)
+    probabilities = [[math.exp(v) / sum(math.exp(w) for w in row) for v in row] for row in logits.double().tolist()]
+    mean = [sum(row[c] for row in probabilities) / 9 for c in range(3)]
+    for node, row in enumerate(logits.double().tolist()):
+        weighed = [math.exp(v) / mean[c] ** alignment for c, v in enumerate(row)]
+        assert labels[node] == max(range(3), key=weighed.__getitem__)
+        assert confidence[node].item() == pytest.approx(max(weighed) / sum(weighed), rel=1e-5)
+    assert alignment < 1 or (labels > 0).sum() > (logits.argmax(1) > 0).sum()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("ties", [False, True])
 def test_confident_share(share, ties):
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 5, (50,), generator=generator)
+    labels = torch.randint(0, 8, (50,), generator=generator).clamp_max(4)  # the last class is the largest
     labels[labels == 3] = 4  # a class without nodes
     confidence = torch.randint(0, 3, (50,), generator=generator).float() if ties else torch.rand(50, generator=generator)
     wanted = set()
     for label in labels.unique().tolist():
         members = [i for i in range(50) if labels[i] == label]
         members.sort(key=lambda i: (-confidence[i].item(), i))
-        wanted |= set(members[: math.ceil(len(members) * share)])
-    assert set(confident_share(confidence, labels, share).nonzero()[:, 0].tolist()) == wanted
+        wanted |= set(members[: math.ceil(50 * share / 5)])
+    assert set(confident_share(confidence, labels, share, 5).nonzero()[:, 0].tolist()) == wanted
 
 
 def test_share_out_of_range():
     with pytest.raises(ValueError, match="`share`"):
-        confident_share(torch.ones(2), torch.zeros(2, dtype=torch.long), 1.5)
+        confident_share(torch.ones(2), torch.zeros(2, dtype=torch.long), 1.5, 1)
+
+
+@pytest.mark.parametrize("chosen", [[], [2], [0, 1, 3]])
+def test_masked_cross_entropy(chosen):
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+    labels, mask = torch.tensor([2, 0, 1, 1]), torch.tensor([node in chosen for node in range(4)])
+    wanted = sum(logits[node].exp().sum().log() - logits[node, labels[node]] for node in chosen) / max(len(chosen), 1)
+    found = masked_cross_entropy(logits, labels, mask)
+    assert found.item() == pytest.approx(float(wanted))
+    (gradient,) = torch.autograd.grad(found, logits)
+    assert (gradient[~mask] == 0).all() and torch.isfinite(gradient).all()
 
 
 def test_clusters_of_separate_points():
