@@ -84,12 +84,15 @@ def test_validation_chooses(tmp_path):
     path = tmp_path / "x.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["phase", "dataset", "method", "arguments", "val", "test"])
-        for phase, rank, val, test in (("tune", 1, 0.7, 0.9), ("tune", 2, 0.8, 0.1), ("final", 3, 0.9, 0.9)):
-            writer.writerow([phase, "Cora", "gcn", json.dumps({"rank": rank}), val, test])
+        writer.writerow(["phase", "dataset", "method", "arguments", "val", "test", "seed"])
+        for rank, vals in ((1, (0.7, 0.9, 0.8)), (2, (0.8, 0.8, 0.85)), (3, (0.9,))):
+            for seed, val in zip(graph_quality.TUNING_SEEDS, vals, strict=False):
+                writer.writerow(["tune", "Cora", "gcn", json.dumps({"rank": rank}), val, 1 - val, seed])
+        writer.writerow(["final", "Cora", "gcn", json.dumps({"rank": 4}), 1.0, 1.0, 1000])
         for rank, vals in ((1, (0.5, 0.6, 0.7)), (2, (0.7, 0.7, 0.7)), (3, (0.9,))):
             for val in vals:
                 writer.writerow(["tune", "acm", "csg2l, gcn", json.dumps({"rank": rank}), val, 0])
     assert graph_quality.best(path, "Cora", "gcn") == {"rank": 2}
+    assert graph_quality.ranked(path, "Cora", "gcn") == [{"rank": 3}, {"rank": 2}, {"rank": 1}]
     assert graph_robust.best(path, "acm", "csg2l, gcn") == {"rank": 2}  # 3 was cut short
     assert graph_robust.best(path, "acm", "csg2l, gcn: no reweighting") == {"rank": 2, "beta": 0.0}
