@@ -5,7 +5,7 @@
 
 For each method and data set `--configs` random configurations (spaces in graph_runs.py) are trained with one seed, the four of
 the highest validation accuracy with two more, and the one of the highest mean with `--seeds` fresh seeds; variants of CSG2L's
-in the ablation. Test nodes choose nothing. Rows are appended as they come and not run again; several processes may share a file.
+in the ablation. Test nodes choose nothing. Rows are appended and not run again; several processes may share a file.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
     encoders = options.study == "encoders"
     out = options.out or Path("results") / ("csg2l_encoders.csv" if encoders else "csg2l.csv")
     pairs = [f"{kind}{name}" for name in ENCODERS for kind in ("", "csg2l, ")]
-    methods = options.methods or (pairs if encoders else sorted(COMPARED))
+    methods = options.methods or (pairs if encoders else (*COMPARED, "csg2l, gcn, edge drop"))
     known, columns = sources(options.data), (*KEYS, *FACTS)
 
     def run(phase: str, chosen) -> None:

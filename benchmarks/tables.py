@@ -1,6 +1,6 @@
-"""Write the tables of README.md from the files in results/, between their <!-- name --> and <!-- /name --> marks.
+"""Write the tables of both README.md from the files in results/, between their <!-- name --> and <!-- /name --> marks.
 
-python benchmarks/tables.py
+python -m benchmarks.tables
 """
 
 import csv
@@ -9,6 +9,8 @@ import math
 import re
 import statistics
 from pathlib import Path
+
+from benchmarks import graph_tables
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("magnitude", "wanda", "d2_wanda", "sparsegpt", "d2_sparsegpt")
@@ -161,6 +163,8 @@ def activation() -> str:
 
 
 TABLES = {"quality": quality, "rules": rules, "activation": activation, "deit": deit, "defaults": defaults}
+TABLES |= graph_tables.TABLES
+TEXTS_WITH_TABLES = (ROOT / "README.md", ROOT / "results" / "README.md")
 
 
 def filled(text: str) -> str:
@@ -172,5 +176,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for readme in TEXTS_WITH_TABLES:
+        readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")

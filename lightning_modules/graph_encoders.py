@@ -167,7 +167,7 @@ class GraphEncoder(nn.Module):
         self.symmetric = all(_aggregates_by_normalized_adjacency(layer) for layer in layers)
         """Whether the local view is products with Ã, which an operator with mix 0 does several times faster."""
         self._kinds = {layer: _kind(layer) for layer in layers}
-        self._normalizing = [layer for layer in layers if getattr(layer, "normalize", False) is True]
+        self._normalizing = [x for x in layers if isinstance(x, SYMMETRIC) and getattr(x, "normalize", False)]
         if self.linear:
             for layer in layers:
                 layer.register_propagate_forward_hook(self._replace)

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import inspect
 import json
 
 import pytest
@@ -57,7 +58,8 @@ def test_a_run_that_fails_leaves_the_others():
 def test_configurations_are_drawn_once_and_can_be_built(method):
     module, fixed, space = graph_runs.METHODS[method]
     arguments = graph_runs.configuration(method, 7)
-    assert arguments == graph_runs.configuration(method, 7) != graph_runs.configuration(method, 8)
+    assert arguments == graph_runs.configuration(method, 7)
+    assert arguments != graph_runs.configuration(method, 8) or not space
     assert all(arguments[name] in values for name, values in space.items()) and fixed.items() <= arguments.items()
     run = graph_runs.Run(method, arguments, WINE, 0)
     assert type(run.module).__name__ == module == graph_runs.class_of(f"{method}: some variant")
@@ -76,7 +78,7 @@ def test_rows_that_are_there_are_not_run_again(tmp_path, monkeypatch):
     rows = [({"method": "gcn", "seed": seed}, {}) for seed in range(3)]
     keys, columns = ("method", "seed"), ("method", "seed", *graph_runs.FACTS)
     graph_runs.run_missing(rows[:2], tmp_path / "x.csv", keys, columns, options)
-    graph_runs.run_missing(rows, tmp_path / "x.csv", keys, columns, options)
+    graph_runs.run_missing([*rows, rows[2]], tmp_path / "x.csv", keys, columns, options)
     assert ran == [0, 1, 2] and [row["seed"] for row in graph_runs.read(tmp_path / "x.csv")] == ["0", "1", "2"]
 
 
@@ -96,3 +98,8 @@ def test_validation_chooses(tmp_path):
     assert graph_quality.ranked(path, "Cora", "gcn") == [{"rank": 3}, {"rank": 2}, {"rank": 1}]
     assert graph_robust.best(path, "acm", "csg2l, gcn") == {"rank": 2}  # 3 was cut short
     assert graph_robust.best(path, "acm", "csg2l, gcn: no reweighting") == {"rank": 2, "beta": 0.0}
+
+
+def test_the_default_is_that_of_the_class():
+    signature = inspect.signature(CSG2L.__init__).parameters
+    assert all(signature[name].default == value for name, value in graph_runs.DEFAULT.items())

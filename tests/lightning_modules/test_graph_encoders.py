@@ -37,11 +37,15 @@ def test_full_rank_is_the_local_view(name, mix):
         torch.testing.assert_close(local, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "form"), [("graphsage", "mean"), ("gin", "sum")])
-def test_mean_and_sum_are_rescaled(name, form):
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("graphsage", {}), ("graphsage", {"normalize": True}), ("gin", {})],
+    ids=["mean", "mean, output of length 1", "sum"],
+)
+def test_mean_and_sum_are_rescaled(name, arguments):
     """With loops at the nodes, A + I of the reconstruction is what the layer's own aggregation sees."""
     x, edge_index = graph()
-    module = encoder(name)
+    module = encoder(name, arguments=arguments)
     with_loops = torch.cat([edge_index, torch.arange(N).expand(2, -1)], dim=1)
     for local, other in zip(module(x, with_loops), module(x, edge_index, whole(edge_index)), strict=True):
         torch.testing.assert_close(local, other, rtol=1e-3, atol=1e-4)

@@ -5,7 +5,7 @@ import torch
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import svds
 
-from functional.graph import Factors, low_rank_factors, normalized_adjacency, propagate, strongest_edges
+from functional.graph import Factors, SparseMatrix, low_rank_factors, normalized_adjacency, propagate, strongest_edges
 
 
 def edges(n=40, m=90, seed=0, directed=False):
@@ -165,3 +165,14 @@ def test_wrong_arguments(options, message):
         low_rank_factors(GRAPHS["random"], 40, **options)
     with pytest.raises(ValueError, match="`edge_index`"):
         low_rank_factors(torch.tensor([[0], [40]]), 40, 3)
+
+
+def test_products_with_a_sparse_matrix_and_their_gradients():
+    generator = torch.Generator().manual_seed(8)
+    dense = torch.randn(7, 5, generator=generator, dtype=torch.float64) * (torch.rand(7, 5, generator=generator) < 0.4)
+    x = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    found, wanted = SparseMatrix(dense.to_sparse_csr()) @ x, dense @ x
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad((product * weights).sum(), x)[0] for product in (found, wanted)]
+    torch.testing.assert_close(*gradients)

@@ -1,0 +1,195 @@
+"""Tables of README.md about graphs, from results/csg2l*.csv (python benchmarks/tables.py)."""
+
+import csv
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+RESULTS = Path(__file__).parents[1] / "results"
+NAMES = {
+    "Cora": "Cora",
+    "CiteSeer": "CiteSeer",
+    "acm": "ACM",
+    "digits": "digits",
+    "wine": "wine",
+    "breast_cancer": "breast cancer",
+}
+CLEAN, NOISY, FEW = ("0.0",), ("0.2", "0.5"), ("1", "3", "5")
+Key = tuple[str, ...]
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """Rows of a file in results/; none if it is not there."""
+    path = RESULTS / name
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Markdown, numbers to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def accuracies(rows: Iterable[dict[str, str]], phase: str, *columns: str) -> dict[Key, dict[int, float]]:
+    """Test accuracy in per cent by the columns named, then by seed."""
+    found: dict[Key, dict[int, float]] = {}
+    for row in rows:
+        if row["phase"] == phase:
+            found.setdefault(tuple(row[column] for column in columns), {})[int(row["seed"])] = 100 * float(row["test"])
+    return found
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean ± standard deviation."""
+    values = list(values)
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Mean of paired differences and half the width of its 95 % interval (Student's t)."""
+    from scipy.stats import t
+
+    n = len(differences)
+    return statistics.mean(differences), float(t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
+
+
+def paired(one: dict[int, float], other: dict[int, float]) -> list[float]:
+    """Differences on the seeds that both have."""
+    return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+
+
+def environment(row: dict[str, str]) -> str:
+    """Hardware and versions of a row."""
+    return f"{row['hardware']}, torch {row['torch']}, torch-geometric {row['torch_geometric']}"
+
+
+def hardware(rows: list[dict[str, str]]) -> str:
+    """Where the rows of a table were measured."""
+    return " and ".join(sorted({environment(row) for row in rows}))
+
+
+def quality() -> str:
+    """Test accuracy on public splits by method, and how far CSG2L is ahead of its own encoder."""
+    rows = [row for row in read("csg2l.csv") if row["phase"] == "final"]
+    found = accuracies(rows, "final", "method", "dataset")
+    datasets = [name for name in NAMES if any(key[1] == name for key in found)]
+    methods = sorted({key[0] for key in found}, key=lambda name: ("csg2l" in name, "pseudo" in name, name))
+    lines = [
+        [method, *(spread(found[method, name].values()) if (method, name) in found else "" for name in datasets)]
+        for method in methods
+    ]
+    for encoder in ("gcn", "appnp"):
+        cells = []
+        for name in datasets:
+            pair = [found.get((kind + encoder, name), {}) for kind in ("csg2l, ", "")]
+            cells.append("{:+.1f} ± {:.1f}".format(*interval(paired(*pair))) if all(pair) else "")
+        lines.append([f"csg2l, {encoder} − {encoder}", *cells])
+    seeds = len(next(iter(found.values())))
+    note = (
+        f"Test accuracy in per cent, mean ± standard deviation of {seeds} fresh seeds; differences are paired, ± half a 95 % "
+        f"interval. {hardware(rows)}."
+    )
+    return f"{table(['', *map(NAMES.get, datasets)], lines)}\n\n{note}"
+
+
+def robust() -> str:
+    """Test accuracy by labels a class, noise 0 / 20 / 50 % in a cell."""
+    rows = [row for row in read("csg2l_robust.csv") if row["phase"] == "final"]
+    found = accuracies(rows, "final", "method", "dataset", "labels", "noise")
+    tables = []
+    for dataset in ("Cora", "CiteSeer", "acm"):
+        methods = list(dict.fromkeys(key[0] for key in found if key[1] == dataset and ":" not in key[0]))
+        labels = ("1", "3", "5", "20")
+        lines = []
+        for method in sorted(methods, key=lambda name: ("csg2l" in name, "pseudo" in name, name)):
+            cells = []
+            for count in labels:
+                values = [found.get((method, dataset, count, noise)) for noise in (*CLEAN, *NOISY)]
+                cells.append(" / ".join(f"{statistics.mean(v.values()):.1f}" if v else "–" for v in values))
+            lines.append([method, *cells])
+        tables.append(table([NAMES[dataset], *(f"{n} label{'s' * (n != '1')} a class" for n in labels)], lines))
+    counts = sorted({len(values) for key, values in found.items() if ":" not in key[0]})
+    note = (
+        f"Test accuracy in per cent with 0 / 20 / 50 % added edges, mean of {' or '.join(map(str, counts))} seeds, each with "
+        f"its own split and noise, the same for all methods. {hardware(rows)}."
+    )
+    return "\n\n".join([*tables, note])
+
+
+def pooled(found: dict[Key, dict[int, float]], one: str, other: str, dataset: str, labels: Key, noises: Key) -> str:
+    """Mean over cells of the paired difference of two methods, with the interval over seeds that have all cells."""
+    differences: dict[int, list[float]] = {}
+    cells = [(dataset, count, noise) for count in labels for noise in noises]
+    for cell in cells:
+        a, b = found.get((one, *cell), {}), found.get((other, *cell), {})
+        for seed in a.keys() & b.keys():
+            differences.setdefault(seed, []).append(a[seed] - b[seed])
+    means = [statistics.mean(values) for values in differences.values() if len(values) == len(cells)]
+    return "{:+.1f} ± {:.1f}".format(*interval(means)) if len(means) > 1 else ""
+
+
+def gains() -> str:
+    """Differences pooled over cells with few labels, and those with 20."""
+    rows = read("csg2l_robust.csv")
+    found = accuracies(rows, "final", "method", "dataset", "labels", "noise")
+    settings = {
+        "≤ 5 labels, clean": (FEW, CLEAN),
+        "≤ 5 labels, noisy": (FEW, NOISY),
+        "1 label, clean": (("1",), CLEAN),
+        "20 labels, clean": (("20",), CLEAN),
+    }
+    lines = []
+    methods = {key[0] for key in found}
+    for one, others in COMPARED.items():
+        for other in (name for name in others if {one, name} <= methods):
+            for dataset in ("Cora", "CiteSeer", "acm"):
+                cells = [pooled(found, one, other, dataset, *setting) for setting in settings.values()]
+                if any(cells):
+                    lines.append([f"{one} − {other}, {NAMES[dataset]}", *cells])
+    return table(["", *settings], lines)
+
+
+COMPARED = {
+    "csg2l, default": (
+        "gcn",
+        "appnp",
+        "gcn, pseudo-labels",
+        "appnp, pseudo-labels",
+        "csg2l, default: edge drop instead of SVD",
+        "csg2l, default: no reweighting",
+        "csg2l, default: no contrast",
+        "csg2l, default: no pseudo-label cross-entropy",
+    ),
+    "csg2l, appnp": ("appnp", "gcn, pseudo-labels", "appnp, pseudo-labels"),
+}
+
+
+def ablation() -> str:
+    """Change of test accuracy when one thing is changed in the chosen configuration, paired by seed."""
+    rows = read("csg2l.csv")
+    changed, whole = accuracies(rows, "ablation", "method", "dataset"), accuracies(rows, "final", "method", "dataset")
+    datasets = [name for name in NAMES if any(key[1] == name for key in changed)]
+    lines = []
+    for method in dict.fromkeys(key[0] for key in changed):
+        cells = []
+        for name in datasets:
+            differences = paired(changed.get((method, name), {}), whole[method.split(":")[0], name])
+            cells.append("{:+.1f} ± {:.1f}".format(*interval(differences)) if len(differences) > 1 else "")
+        lines.append([method.split(": ")[1], *cells])
+    return table(["", *map(NAMES.get, datasets)], lines)
+
+
+def speed() -> str:
+    """Seconds of the factors and of an epoch."""
+    rows = read("csg2l_speed.csv")
+    lines = [[row["what"], row["setting"], row["value"], row["unit"]] for row in rows]
+    return f"{table(['what', 'setting', 'value', 'unit'], lines)}\n\n{hardware(rows)}."
+
+
+TABLES = {
+    "graphs": quality, "graphs-robust": robust, "graphs-gains": gains, "graphs-ablation": ablation, "graphs-speed": speed,
+}  # fmt: skip
