@@ -38,16 +38,12 @@ UNSUPERVISED = {
     "num_layers": [2, 3],
 }
 CONTRAST = {
-    "rank": [100, 200],
-    "mix": [0.1, 0.2, 0.4],
-    "contrast_weight": [0.3, 1.0],
+    "rank": [50, 100, 200],
+    "mix": [0.1, 0.2, 0.4, 0.8],
+    "contrast_weight": [0.3, 1.0, 3.0],
     "temperature": [0.2, 0.5, 1.0],
     "beta": [0.5, 1.0, 2.0],
     "anchors": [256],
-    "pseudo_weight": [0.1, 0.3, 1.0],
-    "alignment": [0.5, 1.0],
-    "confident": [0.3, 0.6, 0.8],
-    "warmup_epochs": [60, 100],
 }
 PSEUDO = {
     "pseudo_weight": [0.1, 0.3, 1.0],
@@ -80,11 +76,11 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, list]]] = {
     "appnp, pseudo-labels": ("NodeClassifier", {"encoder": "appnp"}, COMMON | PSEUDO),
     "dgi": ("DGI", {}, {**UNSUPERVISED, "num_layers": [2]}),
     "grace": ("GRACE", {}, UNSUPERVISED | {"temperature": [0.2, 0.4, 0.7]}),
-    **{f"csg2l, {name}": ("CSG2L", {"encoder": name}, COMMON | CONTRAST) for name in ENCODERS},
+    **{f"csg2l, {name}": ("CSG2L", {"encoder": name}, COMMON | CONTRAST | PSEUDO) for name in ENCODERS},
     "csg2l, gcn, edge drop": (
         "CSG2L",
         {"encoder": "gcn", "view": "drop"},
-        COMMON | CONTRAST | {"drop_edges": [0.2, 0.4], "drop_features": [0.2, 0.4]},
+        COMMON | CONTRAST | PSEUDO | {"drop_edges": [0.2, 0.4], "drop_features": [0.2, 0.4]},
     ),
 }
 METHODS["csg2l, default"] = ("CSG2L", DEFAULT, {})
