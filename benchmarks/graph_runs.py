@@ -63,8 +63,8 @@ DEFAULT = {
     "temperature": 0.5,
     "beta": 1.0,
     "anchors": 256,
-    "pseudo_weight": 0.3,
-    "alignment": 1.0,
+    "pseudo_weight": 1.0,
+    "alignment": 0.5,
     "confident": 0.8,
     "warmup_epochs": 60,
 }
@@ -103,7 +103,8 @@ class Run:
     """One training in progress. Each method takes epochs in its turn, so that small ones can share a GPU.
 
     The loop is the Trainer's for one whole-graph batch an epoch (tests/benchmarks/test_graph_runs.py holds them together),
-    without its hooks. Among equal validation accuracies the lower loss wins; without logits a linear probe measures every
+    without its hooks. It ends PATIENCE epochs after the best validation accuracy, but not before pseudo-labels had as many.
+    Among equal validation accuracies the lower loss wins; without logits a linear probe measures every
     PROBE_EVERY epochs.
     """
 
@@ -129,8 +130,9 @@ class Run:
             self.steps.train(self.epoch)
             self.history[self.epoch] = self.steps.evaluate()
             self.epoch += 1
-            if self.epoch % 20 == 0 and self.epoch - 1 - int(self.history[: self.epoch, 0].argmax()) >= PATIENCE:
-                return False
+            if self.epoch % 20 == 0:  # looked at seldom, since looking waits for the GPU
+                best = int(self.history[: self.epoch, 0].argmax())
+                return self.epoch < min(max(best, self.steps.phases[-1]) + PATIENCE, MAX_EPOCHS)
         return self.epoch < MAX_EPOCHS
 
     def _advance_probed(self) -> bool:

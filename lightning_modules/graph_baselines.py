@@ -62,7 +62,7 @@ class NodeClassifier(_Encoded):
         dropout: float = 0.5,
         encoder_args: dict[str, Any] | None = None,
         pseudo_weight: float = 0.0,
-        alignment: float = 1.0,
+        alignment: float = 0.5,
         confident: float = 0.8,
         warmup_epochs: int = 50,
         learning_rate: float = 0.01,
