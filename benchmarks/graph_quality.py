@@ -22,6 +22,7 @@ PUBLIC = ("Cora", "CiteSeer", "acm", "uai", "BlogCatalog", "flickr")
 OTHERS = ("digits", "wine", "breast_cancer")
 ABLATED = "csg2l, gcn"
 ABLATIONS = {
+    "unchanged": {},
     "no contrast": {"contrast_weight": 0.0},
     "no reweighting": {"beta": 0.0},
     "positives reweighted": {"reweight": "positives"},

@@ -157,15 +157,13 @@ VARIANTS = ("no reweighting", "edge drop instead of SVD", "no contrast")
 
 def ablation() -> str:
     """Change of test accuracy when one thing is changed in the chosen configuration, paired by seed."""
-    rows = read("csg2l.csv")
-    changed, whole = accuracies(rows, "ablation", "method", "dataset"), accuracies(rows, "final", "method", "dataset")
-    datasets = [name for name in NAMES if any(key[1] == name for key in changed)]
+    found = accuracies(read("csg2l.csv"), "ablation", "method", "dataset")
+    datasets = [name for name in NAMES if any(key[1] == name for key in found)]
+    base = "csg2l, gcn: unchanged"
     lines = []
-    for method in dict.fromkeys(key[0] for key in changed):
-        cells = []
-        for name in datasets:
-            differences = paired(changed.get((method, name), {}), whole[method.split(":")[0], name])
-            cells.append("{:+.1f} ± {:.1f}".format(*interval(differences)) if len(differences) > 1 else "")
+    for method in dict.fromkeys(key[0] for key in found if key[0] != base):
+        pairs = [paired(found.get((method, name), {}), found[base, name]) for name in datasets]
+        cells = ["{:+.1f} ± {:.1f}".format(*interval(pair)) if len(pair) > 1 else "" for pair in pairs]
         lines.append([method.split(": ")[1], *cells])
     return table(["", *map(NAMES.get, datasets)], lines)
 
