@@ -14,8 +14,7 @@ import time
 from pathlib import Path
 from statistics import mean
 
-from benchmarks import graph_runs
-from benchmarks.graph_runs import COMPARED, FACTS, add_options, configuration, read, run_missing, sources
+from benchmarks.graph_runs import COMPARED, FACTS, METHODS, add_options, configuration, read, run_missing, sources
 
 KEYS = ("phase", "dataset", "labels", "noise", "method", "arguments", "seed", "data_seed")
 LABELS, NOISE = (1, 3, 5, 20), (0.0, 0.2, 0.5)
@@ -54,7 +53,7 @@ def main() -> None:
         for number in range(options.configs)
         for dataset in options.datasets
         for method in options.methods
-        if ":" not in method and (number == 0 or graph_runs.METHODS[method][2])
+        if ":" not in method and (number == 0 or METHODS[method][2])
         for labels, noise in TUNED_ON
     ]
     run_missing(tuning, options.out, KEYS, columns, options)

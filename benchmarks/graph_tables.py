@@ -1,12 +1,11 @@
-"""Tables of README.md about graphs, from results/csg2l*.csv (python benchmarks/tables.py)."""
+"""Tables of README.md about graphs, from results/csg2l*.csv (python -m benchmarks.tables)."""
 
-import csv
 import math
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 
-RESULTS = Path(__file__).parents[1] / "results"
+from benchmarks.markdown import read, spread, table
+
 NAMES = {
     "Cora": "Cora",
     "CiteSeer": "CiteSeer",
@@ -19,21 +18,6 @@ CLEAN, NOISY, FEW = ("0.0",), ("0.2", "0.5"), ("1", "3", "5")
 Key = tuple[str, ...]
 
 
-def read(name: str) -> list[dict[str, str]]:
-    """Rows of a file in results/; none if it is not there."""
-    path = RESULTS / name
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown, numbers to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def accuracies(rows: Iterable[dict[str, str]], phase: str, *columns: str) -> dict[Key, dict[int, float]]:
     """Test accuracy in per cent by the columns named, then by seed."""
     found: dict[Key, dict[int, float]] = {}
@@ -41,12 +25,6 @@ def accuracies(rows: Iterable[dict[str, str]], phase: str, *columns: str) -> dic
         if row["phase"] == phase:
             found.setdefault(tuple(row[column] for column in columns), {})[int(row["seed"])] = 100 * float(row["test"])
     return found
-
-
-def spread(values: Iterable[float]) -> str:
-    """Mean ± standard deviation."""
-    values = list(values)
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def interval(differences: list[float]) -> tuple[float, float]:

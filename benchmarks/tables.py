@@ -3,31 +3,16 @@
 python -m benchmarks.tables
 """
 
-import csv
 import itertools
 import math
 import re
-import statistics
-from pathlib import Path
 
 from benchmarks import graph_tables
+from benchmarks.markdown import ROOT, read, spread, table
 
-ROOT = Path(__file__).parents[1]
 METHODS = ("magnitude", "wanda", "d2_wanda", "sparsegpt", "d2_sparsegpt")
 TEXTS = {"wikitext2-valid": "WikiText-2 valid", "pydoc": "Python docs"}
 RULES = ("none held", "q held", "k held", "v held", "outlier", "perplexity", "attention")
-
-
-def read(name: str) -> list[dict[str, str]]:
-    """Rows of a file in results/."""
-    with (ROOT / "results" / name).open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown, numbers to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def shown(value: str) -> str:
@@ -84,13 +69,6 @@ def rules(column: str = "test_perplexity") -> str:
         tables.append(table([f"calibrated on {name}", *targets], lines))
     note = f"{setting(rows[0], '21.97')}; mean ± standard deviation of seeds {', '.join(seeds)}."
     return "\n\n".join([*tables, note])
-
-
-def spread(values: list[str]) -> str:
-    """Mean ± standard deviation over seeds."""
-    numbers = list(map(float, values))
-    mean, deviation = statistics.mean(numbers), statistics.stdev(numbers)
-    return f"{mean:,.0f} ± {deviation:,.0f}" if mean >= 1000 else f"{mean:.1f} ± {deviation:.1f}"
 
 
 DEIT = (

@@ -127,7 +127,7 @@ class CSG2L(NodeModule):
 
     def build(self, data: Data, num_classes: int) -> None:
         """Encoder, heads, and the factors of the whole graph as buffers: moved, saved and resumed with the module."""
-        options, self.num_classes = self.hparams, num_classes
+        options = self.hparams
         classes = num_classes if options.supervised else 0
         self.encoder = GraphEncoder(
             options.encoder,
@@ -263,9 +263,11 @@ class CSG2L(NodeModule):
             return None, None
         if logits is not None:
             labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask, self.hparams.alignment)
+            classes = logits.shape[1]
         else:
             labels, confidence = self.clusters[batch.node_ids], self.closeness[batch.node_ids]
-        return labels, confident_share(confidence, labels, self.hparams.confident, self.num_classes)
+            classes = self.num_classes
+        return labels, confident_share(confidence, labels, self.hparams.confident, classes)
 
     def on_train_epoch_start(self) -> None:
         """Without labels, cluster the embeddings now and then."""

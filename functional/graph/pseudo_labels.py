@@ -25,8 +25,8 @@ def pseudo_labels(logits: Tensor, labels: Tensor, known: Tensor, alignment: floa
         Labels (N,) and confidence (N,) in [0, 1], without gradient.
     """
     logits = logits.detach().float()
-    if alignment:
-        logits = logits - alignment * logits.softmax(-1).mean(0).log()
+    if alignment:  # log of the mean by log-sum-exp: a class that no node is given has probabilities that round to 0
+        logits = logits - alignment * (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits)))
     confidence, predicted = logits.softmax(-1).max(-1)
     return torch.where(known, labels, predicted), torch.where(known, 1.0, confidence)
 
