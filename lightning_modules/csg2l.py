@@ -14,6 +14,7 @@ from torch_geometric.utils import dropout_edge
 
 from functional.graph import (
     Factors,
+    alignment_share,
     cluster,
     confident_share,
     low_rank_factors,
@@ -56,7 +57,8 @@ class CSG2L(NodeModule):
         intra_view: Whether pairs within a view are negatives too.
         pseudo_weight: Weight of the cross-entropy of each view's logits on the pseudo-labels of confident nodes: the fused
             prediction teaches both views. 0 for none.
-        alignment: Share of the correction of pseudo-labels towards equally frequent classes.
+        alignment: a, how much a prior of equally frequent classes corrects the pseudo-labels: it counts as so many labels of
+            each class, so its share a / (a + labels a class) is large only while labels are few. 0 for none.
         confident: Share of the nodes that is trusted, as many of each pseudo-class: the set C.
         warmup_epochs: Epochs of plain InfoNCE and cross-entropy, before pseudo-labels are worth something.
         anchors: Nodes drawn in each step whose rows of S count; 0 for all.
@@ -90,7 +92,7 @@ class CSG2L(NodeModule):
         temperature: float = 0.5,
         intra_view: bool = False,
         pseudo_weight: float = 1.0,
-        alignment: float = 0.5,
+        alignment: float = 2.0,
         confident: float = 0.8,
         warmup_epochs: int = 60,
         anchors: int = 256,
@@ -109,14 +111,13 @@ class CSG2L(NodeModule):
         for name, value in (
             ("mix", mix),
             ("confident", confident),
-            ("alignment", alignment),
             ("drop_edges", drop_edges),
             ("drop_features", drop_features),
         ):
             if not 0 <= value <= 1:
                 raise ValueError(f"Argument `{name}` expected to be in [0, 1] but got {value}.")
         least = {"rank": 1, "hidden_channels": 1, "head_channels": 0, "anchors": 0, "warmup_epochs": 0, "cluster_every": 1}
-        least |= {"pseudo_weight": 0, "contrast_weight": 0}
+        least |= {"pseudo_weight": 0, "contrast_weight": 0, "alignment": 0}
         for name, limit in least.items():
             if (value := locals()[name]) < limit:
                 raise ValueError(f"Argument `{name}` expected to be at least {limit} but got {value}.")
@@ -159,6 +160,7 @@ class CSG2L(NodeModule):
             )
             for name, value in factors._asdict().items():
                 self.register_buffer(f"factor_{name}", value)
+        self.alignment_share = alignment_share(options.alignment, int(data.train_mask.sum()), num_classes)
         self.register_buffer("clusters", torch.full((data.num_nodes,), -1, dtype=torch.long))
         self.register_buffer("closeness", torch.zeros(data.num_nodes))
         self._operator: tuple[Tensor, GlobalOperator] | None = None
@@ -262,7 +264,7 @@ class CSG2L(NodeModule):
         if epoch < self.hparams.warmup_epochs:
             return None, None
         if logits is not None:
-            labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask, self.hparams.alignment)
+            labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask, self.alignment_share)
             classes = logits.shape[1]
         else:
             labels, confidence = self.clusters[batch.node_ids], self.closeness[batch.node_ids]

@@ -8,7 +8,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import DeepGraphInfomax
 from torch_geometric.utils import dropout_edge
 
-from functional.graph import confident_share, masked_cross_entropy, pseudo_labels, reweighted_info_nce
+from functional.graph import alignment_share, confident_share, masked_cross_entropy, pseudo_labels, reweighted_info_nce
 from lightning_modules.graph_encoders import GraphEncoder, drop_columns
 from lightning_modules.node_module import NodeModule
 
@@ -62,7 +62,7 @@ class NodeClassifier(_Encoded):
         dropout: float = 0.5,
         encoder_args: dict[str, Any] | None = None,
         pseudo_weight: float = 0.0,
-        alignment: float = 0.5,
+        alignment: float = 2.0,
         confident: float = 0.8,
         warmup_epochs: int = 50,
         learning_rate: float = 0.01,
@@ -73,13 +73,18 @@ class NodeClassifier(_Encoded):
 
     needs_labels = True
 
+    def build(self, data: Data, num_classes: int) -> None:
+        """Encoder, and how far pseudo-labels are corrected."""
+        super().build(data, num_classes)
+        self.alignment_share = alignment_share(self.hparams.alignment, int(data.train_mask.sum()), num_classes)
+
     def losses(self, batch: Data, epoch: int) -> dict[str, Tensor]:
         """Cross-entropy on labelled and, after the warm-up, on confident nodes."""
         logits = self.encode(batch)[1]
         loss = masked_cross_entropy(logits, batch.y, batch.train_mask)
         found = {"cross_entropy": loss}
         if self.hparams.pseudo_weight and epoch >= self.hparams.warmup_epochs:
-            labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask, self.hparams.alignment)
+            labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask, self.alignment_share)
             trusted = confident_share(confidence, labels, self.hparams.confident, logits.shape[1]) & ~batch.train_mask
             found["pseudo_cross_entropy"] = masked_cross_entropy(logits, labels, trusted)
             loss = loss + self.hparams.pseudo_weight * found["pseudo_cross_entropy"]

@@ -5,11 +5,18 @@ The paper's full text is not public to us; where its abstract is silent, the def
 
 from functional.graph.contrast import pair_weights, reweighted_info_nce
 from functional.graph.low_rank import Factors, SparseMatrix, low_rank_factors, normalized_adjacency, propagate, strongest_edges
-from functional.graph.pseudo_labels import cluster, confident_share, masked_cross_entropy, pseudo_labels
+from functional.graph.pseudo_labels import (
+    alignment_share,
+    cluster,
+    confident_share,
+    masked_cross_entropy,
+    pseudo_labels,
+)
 
 __all__ = [
     "Factors",
     "SparseMatrix",
+    "alignment_share",
     "cluster",
     "confident_share",
     "low_rank_factors",

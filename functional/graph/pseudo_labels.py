@@ -31,6 +31,20 @@ def pseudo_labels(logits: Tensor, labels: Tensor, known: Tensor, alignment: floa
     return torch.where(known, labels, predicted), torch.where(known, 1.0, confidence)
 
 
+def alignment_share(prior: float, known: int, num_classes: int) -> float:
+    """Share of the alignment that so many known labels leave to a prior of equally frequent classes.
+
+    Args:
+        prior: a ≥ 0, worth as many labels of each class as it says; 0 for no alignment.
+        known: Number of nodes whose label is known.
+        num_classes: C.
+
+    Returns:
+        a / (a + known / C), in [0, 1].
+    """
+    return prior / (prior + known / num_classes) if prior else 0.0
+
+
 def confident_share(confidence: Tensor, labels: Tensor, share: float, num_classes: int) -> Tensor:
     """The nodes of each label with the highest confidence, at most share · N / C of a label, rounded up.
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from functional.graph import cluster, confident_share, masked_cross_entropy, pseudo_labels
+from functional.graph import alignment_share, cluster, confident_share, masked_cross_entropy, pseudo_labels
 
 
 def test_known_labels_stand_and_others_are_the_most_probable():
@@ -33,6 +33,13 @@ def test_alignment_is_finite_where_a_class_has_no_probability():
     logits = torch.tensor([[0.0, -2000.0, 1.0], [3.0, -3000.0, 0.0]])
     labels, confidence = pseudo_labels(logits, torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.bool), 1.0)
     assert torch.isfinite(confidence).all() and labels[0] == 1  # of all nodes the one that is least unlike that class
+
+
+@pytest.mark.parametrize(
+    ("prior", "known", "share"), [(0.0, 0, 0.0), (0.0, 7, 0.0), (1.0, 0, 1.0), (1.0, 7, 0.5), (4.0, 140, 1 / 6)]
+)
+def test_a_prior_counts_as_so_many_labels_of_each_class(prior, known, share):
+    assert alignment_share(prior, known, 7) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
