@@ -116,11 +116,15 @@ class AttentionProbe:
             for share, mass in zip(SHARES, attention_mass(probabilities, SHARES), strict=True):
                 measures[f"top_{share:.0%}_mass_{state}"] = mass
         maps = [probabilities[0].float().mean(0) for probabilities in (dense, first)]
+        self.pass_by(index)
+        return {name: float(value) for name, value in measures.items()}, maps
+
+    def pass_by(self, index: int) -> None:
+        """Move the pruned stream beyond block `index`, which must be pruned by now, without a look at it."""
         self._windows = []
         with attention_form(self._blocks[index], "fused"):
             for key in range(len(self._pruned)):
                 self._pruned.advance(key, index)
-        return {name: float(value) for name, value in measures.items()}, maps
 
     def attention_map(self) -> Tensor:
         """Attention probabilities with the present weights, mean over heads of the first window, (queries, keys)."""

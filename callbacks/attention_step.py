@@ -77,6 +77,10 @@ class AttentionStep:
             self._draw(index, record, maps, loggers)
         record.seconds_rule = self.seconds
 
+    def pass_by(self, index: int) -> None:
+        """As `leave`, of a block that an earlier run has measured."""
+        self._probe.pass_by(index)
+
     def clear(self) -> None:
         """Give the hidden states back."""
         self._probe.clear()

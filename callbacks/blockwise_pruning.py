@@ -5,8 +5,8 @@
     before and after       the module's own validation: dense and pruned
 
 The train dataloader is the calibration set. No optimizer, no backward. The perplexity rule runs over all blocks three times.
-The order of events is all that this file knows: the mathematics is `functional.pruning`, the hidden states are BlockStream's,
-the names are the module's, the choice among update states is `update_rules`'.
+The order of events is all that this file knows: a block is BlockPruner's, the hidden states are BlockStream's, what several
+processes tell each other is Processes', what a dead run leaves is PruningState's.
 """
 
 import logging
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -26,19 +27,26 @@ from typing_extensions import override
 
 from callbacks.attention_probe import Reference
 from callbacks.attention_step import AttentionStep
+from callbacks.block_pruner import BlockPruner
 from callbacks.collector import StatisticsCollector
+from callbacks.fingerprint import fingerprint_of
 from callbacks.held_runs import HeldRuns
+from callbacks.processes import Processes, processes_of
 from callbacks.progress import BlockProgressBar, use_block_progress_bar
+from callbacks.pruning_state import PruningState
 from callbacks.report import BlockRecord, environment, log_scalars, peak_memory_gib, sparsity_of, write_json
 from callbacks.result import REPORT, check_output, print_summary, save_result
 from callbacks.settings import Method, NonUpdated, Plan, PruningSettings
-from callbacks.solve import log_scores, record_of, solve
-from callbacks.update_rules import HELD, ROLES, UPDATED, Candidates, Objective, UpdateRule, method_of, outlier_choice, states_of
-from functional.pruning import ActivationNorm, PruneResult
+from callbacks.update_rules import Candidates, Objective, UpdateRule
+from callbacks.validation import validate_within_fit
+from functional.pruning import ActivationNorm
 from lightning_modules.block_stream import BlockStream
 from lightning_modules.prunable import PrunableModule
 
 log = logging.getLogger(__name__)
+
+RNG_STATE = "rng_state"
+"""Its name among the tensors of a finished block."""
 
 
 class BlockwisePruning(Callback):
@@ -73,6 +81,8 @@ class BlockwisePruning(Callback):
         ignore: Globs of full names of linears to leave dense, such as '*.down_proj' or 'model.layers.0.*'.
         output_dir: Where the pruned model goes; `pruned` in the log directory when None.
         log_histograms: Whether to write histograms of the scores of kept and pruned weights to TensorBoard.
+        resume: Whether to keep every finished block, so that the same command goes on after the last one should this run die:
+            beside `output_dir`, or in `pruning_state` of the logger's directory. Removed when the run has ended well.
     """
 
     def __init__(
@@ -99,6 +109,7 @@ class BlockwisePruning(Callback):
         ignore: list[str] | None = None,
         output_dir: str | None = None,
         log_histograms: bool = False,
+        resume: bool = False,
     ) -> None:
         self.settings = PruningSettings(
             method=method,
@@ -127,16 +138,18 @@ class BlockwisePruning(Callback):
         self.attention_maps = attention_maps
         self.output_dir = output_dir
         self.log_histograms = log_histograms
+        self.resume = resume
         self.records: list[BlockRecord] = []
         self.metrics: dict[str, dict[str, float]] = {}
         self._plan: Plan = {}
         self._modes: dict[nn.Module, bool] = {}
-        self._calibration: dict[str, float] = {}
         self._blocks: list[nn.Module] = []
         self._stream = BlockStream([])
         self._positions: dict[int, Tensor] = {}
         self._attention: AttentionStep | None = None
         self._runs: HeldRuns | None = None
+        self._processes = Processes()
+        self._state: PruningState | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -145,8 +158,7 @@ class BlockwisePruning(Callback):
         self._rng = torch.get_rng_state()  # dataloaders draw from it, pruning does not: it is put back
         if not isinstance(pl_module, PrunableModule):
             raise TypeError(f"BlockwisePruning needs a PrunableModule such as CausalLM but got {type(pl_module).__name__}.")
-        if trainer.world_size > 1:
-            raise ValueError(f"BlockwisePruning runs in one process for now, not {trainer.world_size}: set trainer.devices=1.")
+        self._processes = processes_of(trainer)
         if any(isinstance(callback, Checkpoint) for callback in trainer.callbacks):
             log.info("BlockwisePruning writes its own result; checkpoints of every epoch are off.")
             trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]
@@ -165,7 +177,7 @@ class BlockwisePruning(Callback):
                 f"{trainer.current_epoch} and limit_train_batches={trainer.limit_train_batches}. Make a new Trainer."
             )
         self._output = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "pruned").expanduser()
-        check_output(self._output)
+        self._processes.together(lambda: check_output(self._output) if self._processes.is_first else None)
         self._num_runs = len(HeldRuns.held) if self.settings.rule == "perplexity" else 1
         trainer.fit_loop.max_epochs = len(self._blocks) * self._num_runs
         trainer.check_val_every_n_epoch = trainer.fit_loop.max_epochs + 1  # validation is ours: before and after
@@ -173,12 +185,16 @@ class BlockwisePruning(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        self._started, self._blocks_done = time.perf_counter(), 0
+        self._started, self._blocks_done, self._seconds_before = time.perf_counter(), 0, 0.0
         self._modes = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
         self._run_model = pl_module.calibration_forward
-        self._sample_positions = pl_module.sample_positions
-        self.metrics["dense"] = self._evaluate(trainer)
+        self._sample_positions, self._select_samples = pl_module.sample_positions, pl_module.select_samples
+        self._pruner = BlockPruner(pl_module, self.settings, self._processes, trainer.precision_plugin.forward_context)
+        if self._processes.size > 1:
+            self._processes.check_equal(pl_module.identity()["model"], "The model")
+        self._open_state(trainer, pl_module)
+        self.metrics["dense"] = validate_within_fit(trainer)
         log_scalars(trainer.loggers, self.metrics["dense"], step=0)
         if self.settings.rule == "perplexity":
             if pl_module.judge not in self.metrics["dense"]:
@@ -189,16 +205,37 @@ class BlockwisePruning(Callback):
             rank_zero_info(f"update_rule perplexity: pruning {self._num_runs} times, with {', '.join(HeldRuns.held)} held.")
             self._runs = HeldRuns(pl_module, self._plan)
 
+    def _open_state(self, trainer: Trainer, pl_module: PrunableModule) -> None:
+        """With `resume`: find what an earlier run has finished."""
+        self._state, self._resumed = None, 0
+        if not self.resume:
+            return
+        fingerprint = fingerprint_of(pl_module, self.settings, trainer, self._processes, self._rule_batches(trainer))
+        root = getattr(trainer.logger, "root_dir", None) or trainer.default_root_dir
+        beside = self._output.with_name(f"{self._output.name}.state")
+        state = PruningState(beside if self.output_dir else Path(root) / "pruning_state")
+        first = self._processes.is_first
+        count = self._processes.together(lambda: state.open(fingerprint) if first else 0)
+        self._state, self._resumed = state, self._processes.from_first(count)
+        if self._resumed:
+            rank_zero_info(
+                f"An earlier run has finished {self._resumed} of {trainer.fit_loop.max_epochs} blocks: going on after them."
+            )
+
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: PrunableModule) -> None:
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         run, self._index = divmod(trainer.current_epoch, len(self._blocks))
+        self._finished = trainer.current_epoch < self._resumed
+        """Whether an earlier run has pruned this block."""
+        self._run_finished = (run + 1) * len(self._blocks) <= self._resumed
         if self._index == 0:
             self._start_run(trainer, pl_module, run)
         self._block_name = list(self._plan)[self._index]
         linears = pl_module.linears(self._blocks[self._index])
-        self._collector = StatisticsCollector({name: linears[name] for name in self._plan[self._block_name]})
+        names = () if self._finished else self._plan[self._block_name]
+        self._collector = StatisticsCollector({name: linears[name] for name in names})
         self._epoch_started = time.perf_counter()
 
     def _start_run(self, trainer: Trainer, pl_module: PrunableModule, run: int) -> None:
@@ -210,15 +247,18 @@ class BlockwisePruning(Callback):
             self._runs.restart()
             self._held = HeldRuns.held[run]
             self._plan = self.settings.plan(pl_module, self._held)
-        if self.settings.rule == "attention" or self.log_attention:
+        looks = self.settings.rule == "attention" or self.log_attention
+        if looks and self._processes.is_first and not self._run_finished:
             self._attention = AttentionStep(pl_module, self.settings, self._drawn())
-            if self.settings.rule_source is not None:
-                for batch in self._rule_batches(trainer):
-                    with trainer.precision_plugin.forward_context():
-                        self._attention.feed(batch, len(pl_module.sample_positions(batch)))
+            for batch in self._rule_batches(trainer):
+                with trainer.precision_plugin.forward_context():
+                    self._attention.feed(batch, len(pl_module.sample_positions(batch)))
 
     def _rule_batches(self, trainer: Trainer):
+        """Batches of `rule_source`; none without it, and in other processes than the first."""
         data = trainer.datamodule
+        if self.settings.rule_source is None or not self._processes.is_first:
+            return
         if not hasattr(data, "rule_dataloader"):
             raise ValueError(
                 f"Argument `rule_source` needs a data module that reads it, but {type(data).__name__} has no rule_dataloader. "
@@ -229,13 +269,14 @@ class BlockwisePruning(Callback):
 
     def _calibrate(self, batch: Any, batch_idx: int) -> None:
         """The training step: one batch through the block pruned last and the block to be pruned next."""
+        if self._run_finished:
+            return
         positions = self._sample_positions(batch)
         with torch.no_grad():
             if self._index == 0:
                 self._positions[batch_idx] = positions
                 self._stream.capture(batch_idx, lambda: self._run_model(batch))
-                if self._attention is not None and self.settings.rule_source is None:
-                    self._attention.feed(batch, len(positions))
+                self._keep_for_rule(batch, positions)
             else:
                 if not torch.equal(self._positions[batch_idx], positions):
                     raise ValueError("The train dataloader gives other batches in this epoch. Turn its shuffling off.")
@@ -244,26 +285,45 @@ class BlockwisePruning(Callback):
                 with self._collector.collecting(positions):
                     self._stream.run(batch_idx, self._index)
 
+    def _keep_for_rule(self, batch: Any, positions: Tensor) -> None:
+        """Without `rule_source` attention is looked at on the first calibration windows, wherever they are."""
+        if self.settings.rule_source is not None:
+            return
+        if self._processes.size == 1:
+            if self._attention is not None:
+                self._attention.feed(batch, len(positions))
+        elif self.settings.rule == "attention" or self.log_attention:
+            for sample, position in enumerate(positions.tolist()):
+                if position < self.settings.rule_windows:
+                    self._rule_samples[position] = self._select_samples(batch, slice(sample, sample + 1))
+
+    def _feed_gathered(self, trainer: Trainer) -> None:
+        """After all windows were seen: those that the rule looks at go to the first process, in their order."""
+        shares = self._processes.gather(move_data_to_device(self._rule_samples, torch.device("cpu")))
+        self._rule_samples = {}
+        seen = [position for share in self._processes.gather(_all_positions(self._positions)) for position in share]
+        if len(set(seen)) != len(seen):
+            raise ValueError(
+                "Some calibration samples reach several processes: the dataloader's sampler repeats them. Use a data module of "
+                "this project, or a sampler that does not (datamodules/shards.py)."
+            )
+        if self._attention is not None and self.settings.rule_source is None:
+            samples = {position: sample for share in shares for position, sample in share.items()}
+            for position in sorted(samples):
+                with trainer.precision_plugin.forward_context():
+                    self._attention.feed(trainer.strategy.batch_to_device(samples[position]), 1)
+
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
         _synchronize(pl_module.device)
         collected = time.perf_counter()
-        record = BlockRecord(name=self._block_name, seconds_statistics=collected - self._epoch_started)
-        chosen = self._choose(trainer, pl_module, record)
-        for name, linear in self._collector.linears.items():
-            method = self._plan[self._block_name][name]
-            result, method = chosen.get(name) or (self._solve(name, method), method)
-            with torch.no_grad():
-                linear.weight.copy_(result.weight)
-            record.linears[name] = record_of(self.settings, linear, result, method, f"{self._block_name}.{name}")
-            if self.log_histograms:
-                log_scores(trainer.loggers, name, result, self._index)
-        if self._attention is not None:
-            with trainer.precision_plugin.forward_context():
-                self._attention.leave(self._index, record, trainer.loggers)
-        _synchronize(pl_module.device)
-        record.seconds_solve = time.perf_counter() - collected - record.seconds_rule
-        record.peak_memory_gib = peak_memory_gib(pl_module.device)
+        if self._index == 0 and self._processes.size > 1 and not self._run_finished:
+            self._feed_gathered(trainer)
+        if self._finished:
+            record = self._restore_block(trainer)
+        else:
+            record = BlockRecord(name=self._block_name, seconds_statistics=collected - self._epoch_started)
+            record = self._prune_block(trainer, pl_module, record, collected)
         self.records.append(record)
         self._blocks_done += 1
         prefix = "" if self._runs is None else f"hold_{self._held}/"
@@ -273,43 +333,47 @@ class BlockwisePruning(Callback):
         if self._runs is not None and len(self.records) == len(self._blocks):
             self._end_run(trainer)
 
+    def _prune_block(self, trainer: Trainer, pl_module: PrunableModule, record: BlockRecord, collected: float) -> BlockRecord:
+        methods = self._plan[self._block_name]
+        record = self._pruner.prune(
+            self._index, self._collector, methods, self._attention, record, trainer.loggers, self.log_histograms
+        )
+        _synchronize(pl_module.device)
+        record.seconds_solve = time.perf_counter() - collected - record.seconds_rule
+        record.peak_memory_gib = max(self._processes.gather(peak_memory_gib(pl_module.device)))
+        if self._state is not None:
+            weights = {name: self._collector.linears[name].weight for name in methods}
+            content = {
+                "record": asdict(record),
+                "calibration": self._processes.from_first(self._pruner.calibration),
+                "seconds": self._seconds_now(),
+            }
+            tensors = weights | {RNG_STATE: torch.get_rng_state()}
+            first = self._processes.is_first
+            self._processes.together(lambda: self._state.write(trainer.current_epoch, tensors, content) if first else None)
+        return record
+
+    def _restore_block(self, trainer: Trainer) -> BlockRecord:
+        """The block as an earlier run has left it."""
+        first = self._processes.is_first
+        weights, content = self._processes.together(lambda: self._state.read(trainer.current_epoch) if first else ({}, {}))
+        content = self._processes.from_first(content)
+        record = BlockRecord.from_dict(content["record"])
+        self._pruner.restore(self._index, record, weights, self._plan[self._block_name], self._attention)
+        self._pruner.calibration, self._seconds_before = content["calibration"], content["seconds"]
+        torch.set_rng_state(self._processes.from_first(weights.get(RNG_STATE)))
+        return record
+
+    def _seconds_now(self) -> float:
+        """Of this run and of those that it goes on with."""
+        return self._seconds_before + time.perf_counter() - self._started
+
     def _end_run(self, trainer: Trainer) -> None:
-        metrics = self._evaluate(trainer)
+        metrics = validate_within_fit(trainer)
         tagged = {f"hold_{self._held}/{name}": value for name, value in metrics.items()}
         log_scalars(trainer.loggers, tagged, step=len(self._blocks))
         self._runs.add(self._held, metrics, self.records)
         rank_zero_info(f"{self._held} held: {self._runs.judge} {metrics[self._runs.judge]:.4f}")
-
-    def _choose(self, trainer: Trainer, pl_module: PrunableModule, record: BlockRecord) -> dict[str, tuple[PruneResult, str]]:
-        """Ask the update rule: name of a linear -> (result, method) where a rule has decided on a result already."""
-        projections = pl_module.architecture.projections
-        roles = {role: projections[role] for role in ROLES if projections.get(role) in self._collector.linears}
-        linears = {role: self._collector.linears[name] for role, name in roles.items()}
-        if self._attention is not None:
-            with trainer.precision_plugin.forward_context():
-                self._attention.enter(self._index)
-        if self.settings.rule == "attention" and roles:
-            options = {role: self._states(name) for role, name in roles.items()}
-            with trainer.precision_plugin.forward_context():
-                state, results = self._attention.choose(linears, options)
-            return {name: (results[role], method_of(state[role])) for role, name in roles.items()}
-        if self.settings.method == "d2prune":
-            methods = {role: self._plan[self._block_name][name] for role, name in roles.items()}
-            record.update_shares = {role: float(method == "d2_sparsegpt") for role, method in methods.items()}
-            record.choice = "+".join(role for role, share in record.update_shares.items() if not share) or "none"
-        if self.settings.rule == "outlier" and roles:
-            record.outlier_ratios = outlier_choice(linears)[1]
-        return {}
-
-    def _states(self, name: str) -> dict[str, PruneResult]:
-        updated, held = (self._solve(name, method_of(state)) for state in (UPDATED, HELD))
-        weight, inputs = self._collector.linears[name].weight, self._collector.inputs(name)
-        return states_of(updated, held, weight, inputs, self.settings.candidates)
-
-    def _solve(self, name: str, method: str) -> PruneResult:
-        inputs = self._collector.inputs(name)
-        self._calibration = {"samples": inputs.num_samples, "tokens_per_sample": inputs.num_tokens / inputs.num_samples}
-        return solve(self.settings, self._collector, self._block_name, name, method)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
@@ -321,21 +385,30 @@ class BlockwisePruning(Callback):
             best = self._runs.finish()
             self.records, self._held = best.records, best.held
             self.metrics |= {f"hold_{held}": metrics for held, metrics in self._runs.metrics.items()}
-        seconds = time.perf_counter() - self._started
-        save_result(pl_module, self._output, self._report(trainer, pl_module, seconds))  # before evaluation could fail
-        self.metrics["pruned"] = self._evaluate(trainer)
+        self._seconds, first = self._seconds_now(), self._processes.is_first
+        report = self._report(trainer, pl_module)  # before evaluation could fail
+        self._processes.together(lambda: save_result(pl_module, self._output, report) if first else None)
+        self.metrics["pruned"] = validate_within_fit(trainer)
         log_scalars(trainer.loggers, self.metrics["pruned"], step=len(self._blocks))
         self._restore_modes()
-        write_json(self._output / REPORT, self._report(trainer, pl_module, seconds))
-        self._seconds = seconds
+        report = self._report(trainer, pl_module)
+        if first:
+            write_json(self._output / REPORT, report)
+            if self._state is not None:
+                self._state.remove()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
         title = f"{self.settings.method} at {self.settings.pattern or self.settings.sparsity}"
-        print_summary(trainer, title, self.metrics, self.records, self._output, self._seconds)
+        log_dir = trainer.log_dir  # every process is asked for it
+        if self._processes.is_first:
+            print_summary(trainer, title, self.metrics, self.records, self._output, self._seconds, log_dir)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: PrunableModule, exception: BaseException) -> None:
+        if self._state is not None and self._processes.is_first:
+            self._state.close()
+            rank_zero_info(f"Finished blocks are kept in {self._state.directory}: the same command goes on after them.")
         self._release()
         self._restore_modes()
         self.teardown(trainer, pl_module, "fit")
@@ -344,15 +417,18 @@ class BlockwisePruning(Callback):
     def teardown(self, trainer: Trainer, pl_module: PrunableModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, PrunableModule):
             pl_module.disarm()
+            trainer.strategy.__dict__.pop("configure_ddp", None)
             torch.set_rng_state(self._rng)
 
     def _release(self) -> None:
         """Give the calibration data back: hidden states and statistics are larger than a small model."""
         self._stream.clear()
         self._positions.clear()
+        self._rule_samples = {}
         self._collector = StatisticsCollector({})
         if self._attention is not None:
             self._attention.clear()
+            self._attention = None
 
     def _restore_modes(self) -> None:
         for module, mode in self._modes.items():
@@ -369,33 +445,26 @@ class BlockwisePruning(Callback):
         if any(not 0 <= index < count for index in self._drawn()):
             raise ValueError(f"Argument `attention_maps` expected to name some of {count} blocks, got {self.attention_maps}.")
 
-    def _evaluate(self, trainer: Trainer) -> dict[str, float]:
-        """The module's own validation, in the middle of `fit`, as the training loop does it between batches."""
-        if not trainer.enable_validation:
-            return {}
-        connector = trainer._logger_connector
-        first_loop_iter = connector._first_loop_iter
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.run()
-        trainer.training = True
-        connector._first_loop_iter = first_loop_iter
-        return {name: float(value) for name, value in trainer.callback_metrics.items()}
-
-    def _report(self, trainer: Trainer, pl_module: PrunableModule, seconds: float) -> dict[str, Any]:
+    def _report(self, trainer: Trainer, pl_module: PrunableModule) -> dict[str, Any]:
         """Content of pruning.json."""
         data = trainer.datamodule.hparams if trainer.datamodule is not None else {}
         return {
             "settings": asdict(self.settings) | {"update_rule": self.settings.rule, "non_updated": self._held},
             "model": dict(pl_module.hparams),
             "data": dict(data),
-            "calibration": self._calibration,
+            "calibration": self._processes.from_first(self._pruner.calibration),
+            "processes": self._processes.size,
             "seed": int(data.get("seed") or os.environ.get("PL_GLOBAL_SEED", 0)),
             **environment(pl_module.device),
             "metrics": self.metrics,
             "sparsity": sparsity_of(self.records),
-            "seconds": seconds,
+            "seconds": self._seconds,
             "blocks": [record.as_json() for record in self.records],
         }
+
+
+def _all_positions(positions: dict[int, Tensor]) -> list[int]:
+    return [position for batch in positions.values() for position in batch.tolist()]
 
 
 def _synchronize(device: torch.device) -> None:

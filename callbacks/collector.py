@@ -39,6 +39,13 @@ class StatisticsCollector:
             raise RuntimeError(f"The linear {name!r} was never called while calibrating, so it cannot be pruned.")
         return self._inputs[self._leaders[name]]
 
+    def groups(self) -> dict[str, list[str]]:
+        """Linears that read the same tensor, by the name of the first of them."""
+        found: dict[str, list[str]] = {}
+        for name, leader in self._leaders.items():
+            found.setdefault(leader, []).append(name)
+        return found
+
     @contextmanager
     def collecting(self, positions: Tensor) -> Iterator[None]:
         """While open, every call of a linear adds to its statistics.

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import Self
 
 GIB = 2**30
 
@@ -91,6 +92,11 @@ class BlockRecord:
         if self.attention:
             values["block/seconds_rule"] = self.seconds_rule
         return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """From `dataclasses.asdict` of a record."""
+        return cls(**values | {"linears": {name: LinearRecord(**linear) for name, linear in values["linears"].items()}})
 
     def as_json(self) -> dict[str, Any]:
         linears = {

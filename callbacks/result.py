@@ -46,7 +46,13 @@ def save_result(module: PrunableModule, output: Path, report: dict[str, Any]) ->
 
 
 def print_summary(
-    trainer: Trainer, title: str, metrics: dict[str, dict[str, float]], records: list[BlockRecord], output: Path, seconds: float
+    trainer: Trainer,
+    title: str,
+    metrics: dict[str, dict[str, float]],
+    records: list[BlockRecord],
+    output: Path,
+    seconds: float,
+    log_dir: str | None,
 ) -> None:
     """One table: dense and pruned metrics, sparsity, what q, k and v were given, time, memory, and what to do next."""
     dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
@@ -62,8 +68,8 @@ def print_summary(
         ("pruned model", str(output)),
     ]
     if isinstance(trainer.logger, TensorBoardLogger):
-        rows.append(("logs", f"{python_command()} -m tensorboard.main --logdir {shlex.quote(trainer.log_dir)}"))
-        config = Path(trainer.log_dir) / "config.yaml"
+        rows.append(("logs", f"{python_command()} -m tensorboard.main --logdir {shlex.quote(log_dir)}"))
+        config = Path(log_dir) / "config.yaml"
         if config.is_file():
             arguments = trainer.lightning_module.load_arguments(output)
             options = [

@@ -3,6 +3,7 @@
 import logging
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch import Tensor
 
 from callbacks.collector import StatisticsCollector
 from callbacks.report import LinearRecord
@@ -12,6 +13,9 @@ from functional.pruning.masks import zeros_of
 from lightning_modules.architectures import PrunableLinear
 
 log = logging.getLogger(__name__)
+
+MOST_SCORES = 1_000_000
+"""A histogram of more looks the same; other processes send theirs."""
 
 
 def solve(settings: PruningSettings, collector: StatisticsCollector, block: str, name: str, method: str) -> PruneResult:
@@ -58,11 +62,20 @@ def record_of(
     return record
 
 
-def log_scores(loggers: list[Logger], name: str, result: PruneResult, step: int) -> None:
-    """Histograms of the scores of kept and pruned weights."""
+def kept_and_pruned(result: PruneResult) -> dict[str, Tensor]:
+    """log10 of the positive scores of kept and of pruned weights, at most `MOST_SCORES` of each, on the CPU."""
+    found = {}
+    for state, mask in (("kept", result.mask), ("pruned", ~result.mask)):
+        scores = result.scores[mask.to(result.scores.device)]
+        scores = scores[scores > 0]
+        found[state] = scores[:: len(scores) // MOST_SCORES + 1].log10().cpu()
+    return found
+
+
+def log_scores(loggers: list[Logger], name: str, scores: dict[str, Tensor], step: int) -> None:
+    """Histograms of what `kept_and_pruned` found."""
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            for state, scores in (("kept", result.scores[result.mask]), ("pruned", result.scores[~result.mask])):
-                logs = scores[scores > 0].log10()
+            for state, logs in scores.items():
                 if len(logs):
                     logger.experiment.add_histogram(f"log10_scores_{state}/{name}", logs, step)

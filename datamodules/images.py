@@ -37,6 +37,7 @@ from datamodules.image_sources import (
     map_labels,
     read_classes,
 )
+from datamodules.shards import in_order
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 STAGES = ("fit", "validate", "predict")
@@ -197,12 +198,14 @@ class ImageDataModule(LightningDataModule):
 
     def calibration_dataloader(self) -> DataLoader:
         """Calibration images; the same image has the same index in every epoch."""
-        return self._dataloader("train", self._draw("calibration"))
+        return self._shared_out("train", "num_calibration", self._draw("calibration"))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Validation images, and as a second dataloader held-out images if there are any."""
-        loader = self._dataloader("val")
-        return [loader, self._dataloader("train", self._draw("heldout"))] if self.hparams.num_heldout else loader
+        loader = self._shared_out("val", "val")
+        if not self.hparams.num_heldout:
+            return loader
+        return [loader, self._shared_out("train", "num_heldout", self._draw("heldout"))]
 
     def predict_dataloader(self) -> DataLoader:
         """Validation images."""
@@ -274,21 +277,30 @@ class ImageDataModule(LightningDataModule):
         self._check_num_classes()
         return self._make_loader(self._sources[part], self._labels[part], positions, training)
 
+    def _shared_out(self, part: Literal["train", "val"], argument: str, positions: Sequence[int] | None = None) -> DataLoader:
+        """Images in order; with several processes each has its share, and none an image of another."""
+        self._check_num_classes()
+        dataset, collate = self._dataset(self._sources[part], self._labels[part], positions)
+        return in_order(dataset, argument, self.trainer, self.hparams.batch_size, collate, self.hparams.num_workers)
+
     def _make_loader(
         self, source: Images, labels: list[int], positions: Sequence[int] | None = None, training: bool = False
     ) -> DataLoader:
+        dataset, collate = self._dataset(source, labels, positions, training)
+        options = self.hparams
+        return DataLoader(
+            dataset, batch_size=options.batch_size, shuffle=training, num_workers=options.num_workers, collate_fn=collate
+        )
+
+    def _dataset(
+        self, source: Images, labels: list[int], positions: Sequence[int] | None, training: bool = False
+    ) -> tuple[ImageDataset, Collate]:
         """All images, or those at `positions`, which were opened before: should one of them fail now, that is an error."""
         options, config = self.hparams, self._data_config()
         skip = options.on_corrupt == "skip" and positions is None
         positions = range(len(source)) if positions is None else positions
         transform = make_transform(config, options.augmentation or {} if training else None)
-        return DataLoader(
-            ImageDataset(source, positions, labels, transform, skip),
-            batch_size=options.batch_size,
-            shuffle=training,
-            num_workers=options.num_workers,
-            collate_fn=Collate(config["input_size"], skip),
-        )
+        return ImageDataset(source, positions, labels, transform, skip), Collate(config["input_size"], skip)
 
     @property
     def _module(self) -> Any:

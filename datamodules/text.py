@@ -22,6 +22,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from datamodules.shards import in_order
 from datamodules.text_sources import read_documents
 from functional.hub import resolve_model_path
 
@@ -181,8 +182,11 @@ class TextDataModule(LightningDataModule):
         return self._dataloader("test")
 
     def predict_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Held-out windows, as for validation."""
-        return self.val_dataloader()
+        """Held-out windows, as for validation; shared out by Lightning, which then knows whose predictions are whose."""
+        if not self.hparams.num_heldout:
+            return []
+        options = self.hparams
+        return DataLoader(Windows(self._windows["heldout"]), batch_size=options.batch_size, num_workers=options.num_workers)
 
     def rule_dataloader(self, source: str | list[str], number: int) -> DataLoader:
         """Windows at random from another text, drawn with the same seed: what an update rule may look at.
@@ -203,8 +207,12 @@ class TextDataModule(LightningDataModule):
         return DataLoader(Windows(windows), batch_size=self.hparams.batch_size)
 
     def _dataloader(self, part: str) -> DataLoader:
-        windows = Windows(self._windows[part])
-        return DataLoader(windows, batch_size=self.hparams.batch_size, num_workers=self.hparams.num_workers)
+        """Windows in order; with several processes each has its share, and none a window of another."""
+        argument = {"calibration": "num_calibration", "heldout": "num_heldout", "test": "test_source"}[part]
+        options = self.hparams
+        return in_order(
+            Windows(self._windows[part]), argument, self.trainer, options.batch_size, num_workers=options.num_workers
+        )
 
 
 class Windows(Dataset):

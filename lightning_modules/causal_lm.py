@@ -4,6 +4,8 @@ Perplexity is exp of the mean over windows of the mean next-token loss, from flo
 work: no token is added, all windows have one length.
 """
 
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -136,6 +138,11 @@ class CausalLM(PrunableModule):
             return None
         return torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate)
 
+    def identity(self) -> dict[str, str]:
+        """The model's, and the tokenizer's, which is saved with the pruned model."""
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return super().identity() | {"tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()}
+
     def save(self, directory: Path) -> None:
         """Hugging Face format: safetensors, config and tokenizer."""
         self.model.save_pretrained(directory)
@@ -143,7 +150,7 @@ class CausalLM(PrunableModule):
 
     def _reset(self, split: str) -> None:
         self.metrics[split].reset()
-        self.metrics[split].set_dtype(torch.float32)  # not that of a trainer with precision bf16-true
+        self.metrics[split].set_dtype(self.metric_dtype)  # not that of a trainer with precision bf16-true
 
     def _log_perplexity(self, split: str) -> None:
         loss = self.metrics[split].compute()

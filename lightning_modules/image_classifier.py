@@ -142,17 +142,17 @@ class ImageClassifier(PrunableModule):
         for metrics in self.metrics.values():
             metrics.reset()
             for metric in metrics.values():
-                metric.set_dtype(torch.float32)  # not that of a trainer with precision bf16-true
+                metric.set_dtype(self.metric_dtype)  # not that of a trainer with precision bf16-true
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, top-1 and top-5 of each dataloader, and how many images could not be read."""
         for split, metrics in self.metrics.items():
-            if not metrics["loss"].update_called:
+            if split not in self._skipped or not self.sum_over_processes(metrics["loss"].update_called):
                 continue
             values = {f"{split}/{name}": value for name, value in metrics.compute().items()}
-            if self._skipped[split]:
-                rank_zero_info(f"{split}: {self._skipped[split]} images could not be read and are in no metric.")
-                values[f"{split}/skipped"] = float(self._skipped[split])
+            if skipped := self.sum_over_processes(self._skipped[split]):
+                rank_zero_info(f"{split}: {skipped:.0f} images could not be read and are in no metric.")
+                values[f"{split}/skipped"] = skipped
             # A pruning run logs by block; the trainer's step would be the number of calibration batches.
             self.log_dict(values, prog_bar=self.calibration_step is None, logger=self.calibration_step is None)
 

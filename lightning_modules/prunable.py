@@ -4,21 +4,27 @@ Without a pruning callback the module trains like any other. A callback arms it 
 steps then hand their batch over, and there is no optimizer.
 """
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
+import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from functional.digest import digest
 from lightning_modules.architectures import Architecture, PrunableLinear, find_blocks, find_linears
+from lightning_modules.resumable import ResumableModule
+
+# What is logged at the end of an epoch comes from torchmetrics, which has added the processes up by then.
+warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
 
 CalibrationStep = Callable[[Any, int], None]
 
 
-class PrunableModule(LightningModule):
+class PrunableModule(ResumableModule):
     """A model made of a chain of blocks, with its metric, its ordinary training and its way to be saved."""
 
     model: nn.Module
@@ -29,6 +35,11 @@ class PrunableModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.calibration_step: CalibrationStep | None = None
+
+    @property
+    def metric_dtype(self) -> torch.dtype:
+        """Of sums of losses: in float32 they would depend on which process adds what. MPS has nothing wider."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
 
     @property
     def blocks(self) -> dict[str, nn.Module]:
@@ -53,6 +64,11 @@ class PrunableModule(LightningModule):
         self.calibration_step = None
         self.automatic_optimization = True
 
+    def on_fit_start(self) -> None:
+        """In DDP: buffers of these models are constants. Sent before every forward, they would only let processes wait."""
+        if isinstance(wrapped := self.trainer.strategy.model, nn.parallel.DistributedDataParallel):
+            wrapped.broadcast_buffers = False
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The loss, or a calibration step when armed."""
         if self.calibration_step is None:
@@ -71,6 +87,14 @@ class PrunableModule(LightningModule):
     @abstractmethod
     def sample_positions(self, batch: Any) -> Tensor:
         """Positions of the samples of a batch in the whole calibration set, (samples,), counted from 0."""
+
+    def identity(self) -> dict[str, str]:
+        """What a pruning run starts from, as digests by name: a resumed run must start from the same."""
+        return {"model": digest(self.model.state_dict().items())}
+
+    def sum_over_processes(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        return float(self.trainer.strategy.reduce(torch.tensor(float(value), device=self.device), reduce_op="sum"))
 
     def select_samples(self, batch: Any, samples: slice) -> Any:
         """Some samples of a batch; here one whose tensors all have the samples in front."""

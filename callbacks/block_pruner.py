@@ -1,0 +1,177 @@
+"""BlockPruner: one block's statistics become its pruned weights, in all processes alike.
+
+    statistics   of each linear are added up in its owner
+    choice       the first process lets the attention rule choose what q, k and v get (D²Prune §3.2)
+    solve        every owner prunes its linears
+    weights      go from the owner to all, and all must hold the same bits
+
+BlockwisePruning says when; the mathematics is `functional.pruning`.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from callbacks.attention_step import AttentionStep
+from callbacks.collector import StatisticsCollector
+from callbacks.processes import Processes, owners_of
+from callbacks.report import BlockRecord
+from callbacks.settings import PruningSettings
+from callbacks.solve import kept_and_pruned, log_scores, record_of, solve
+from callbacks.update_rules import HELD, ROLES, UPDATED, method_of, outlier_choice, states_of
+from functional.digest import digest
+from functional.pruning import PruneResult
+from lightning_modules.prunable import PrunableModule
+
+Solved = dict[str, tuple[PruneResult, str]]
+"""Name of a linear -> its result, and the method that it is called by."""
+
+
+class BlockPruner:
+    """Prunes block after block of a model.
+
+    Args:
+        module: The model.
+        settings: Of the run.
+        processes: That share the work.
+        forward_context: What the model's forward runs in, such as autocast.
+    """
+
+    def __init__(
+        self,
+        module: PrunableModule,
+        settings: PruningSettings,
+        processes: Processes,
+        forward_context: Callable[[], AbstractContextManager],
+    ) -> None:
+        self._module, self._settings, self._processes = module, settings, processes
+        self._context = forward_context
+        self.calibration: dict[str, float] = {}
+        """Samples, and tokens per sample, of the whole calibration set."""
+
+    def prune(
+        self,
+        index: int,
+        collector: StatisticsCollector,
+        methods: Mapping[str, str],
+        attention: AttentionStep | None,
+        record: BlockRecord,
+        loggers: list[Logger],
+        histograms: bool = False,
+    ) -> BlockRecord:
+        """Prune a block.
+
+        Args:
+            index: Of the block.
+            collector: Its statistics, of this process's share.
+            methods: Of its linears, as planned.
+            attention: In the first process, if attention is looked at.
+            record: Of the block, to be filled; its name is known.
+            loggers: Take attention maps and histograms.
+            histograms: Whether to log those of the scores.
+
+        Returns:
+            The record, the same in all processes.
+
+        Raises:
+            ValueError: As `prune_linear`, naming block and linear.
+            RuntimeError: If another process failed, or holds other weights afterwards.
+        """
+        processes, linears = self._processes, collector.linears
+        processes.together(lambda: [collector.inputs(name) for name in linears])  # one that was never called is an error
+        chosen_from = self._roles(collector).values() if self._settings.rule == "attention" else ()
+        owners = owners_of(collector, processes.size, chosen_from)
+        processes.reduce(collector, owners)
+
+        def solve_own() -> Solved:
+            found = self._choose(index, collector, methods, attention, record)
+            own = {name: method for name, method in methods.items() if owners[name] == processes.rank and name not in found}
+            return found | {name: (self._solve(collector, record.name, name, method), method) for name, method in own.items()}
+
+        solved = processes.together(solve_own)
+        for name, linear in linears.items():
+            weight = solved[name][0].weight if name in solved else linear.weight
+            with torch.no_grad():
+                linear.weight.copy_(processes.send(weight, owners[name]))
+        if processes.size > 1:
+            processes.check_equal(digest((name, linears[name].weight) for name in linears), record.name)
+
+        def measure() -> dict[str, Any]:
+            if attention is not None:
+                with self._context():
+                    attention.leave(index, record, loggers)
+            return {
+                name: record_of(self._settings, linears[name], result, method, f"{record.name}.{name}")
+                for name, (result, method) in solved.items()
+            }
+
+        found = {name: entry for part in processes.gather(processes.together(measure)) for name, entry in part.items()}
+        record.linears = {name: found[name] for name in linears}
+        if histograms:
+            scores = {name: kept_and_pruned(result) for name, (result, _) in solved.items()}
+            for name, entry in (pair for part in processes.gather(scores) for pair in part.items()):
+                log_scores(loggers, name, entry, index)
+        return processes.from_first(record)
+
+    def restore(
+        self, index: int, record: BlockRecord, weights: Mapping[str, Tensor], methods: Mapping[str, str],
+        attention: AttentionStep | None,
+    ) -> None:  # fmt: skip
+        """Give a block the weights that it got in an earlier run; only the first process has them."""
+        linears = self._module.linears(self._module.blocks[record.name])
+        if attention is not None:
+            with self._context():
+                attention.enter(index)
+        for name in methods:
+            linear = linears[name]
+            weight = weights[name].to(linear.weight.device) if self._processes.is_first else linear.weight
+            with torch.no_grad():
+                linear.weight.copy_(self._processes.send(weight, 0))
+        if attention is not None:
+            with self._context():
+                attention.pass_by(index)
+
+    def _roles(self, collector: StatisticsCollector) -> dict[str, str]:
+        projections = self._module.architecture.projections
+        return {role: projections[role] for role in ROLES if projections.get(role) in collector.linears}
+
+    def _choose(
+        self,
+        index: int,
+        collector: StatisticsCollector,
+        methods: Mapping[str, str],
+        attention: AttentionStep | None,
+        record: BlockRecord,
+    ) -> Solved:
+        """Ask the update rule: what it has solved already."""
+        roles = self._roles(collector)
+        linears = {role: collector.linears[name] for role, name in roles.items()}
+        if attention is not None:
+            with self._context():
+                attention.enter(index)
+        if self._settings.rule == "attention" and roles:
+            if attention is None:  # another process chooses
+                return {}
+            options = {role: self._states(collector, record.name, name) for role, name in roles.items()}
+            with self._context():
+                state, results = attention.choose(linears, options)
+            return {name: (results[role], method_of(state[role])) for role, name in roles.items()}
+        if self._settings.method == "d2prune":
+            record.update_shares = {role: float(methods[name] == "d2_sparsegpt") for role, name in roles.items()}
+            record.choice = "+".join(role for role, share in record.update_shares.items() if not share) or "none"
+        if self._settings.rule == "outlier" and roles:
+            record.outlier_ratios = outlier_choice(linears)[1]
+        return {}
+
+    def _states(self, collector: StatisticsCollector, block: str, name: str) -> dict[str, PruneResult]:
+        updated, held = (self._solve(collector, block, name, method_of(state)) for state in (UPDATED, HELD))
+        return states_of(updated, held, collector.linears[name].weight, collector.inputs(name), self._settings.candidates)
+
+    def _solve(self, collector: StatisticsCollector, block: str, name: str, method: str) -> PruneResult:
+        inputs = collector.inputs(name)
+        self.calibration = {"samples": inputs.num_samples, "tokens_per_sample": inputs.num_tokens / inputs.num_samples}
+        return solve(self._settings, collector, block, name, method)

@@ -1,0 +1,60 @@
+"""Fingerprint of a pruning run: all that its result depends on, by name, as short texts. Two that differ are two runs."""
+
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from callbacks.processes import Processes
+from callbacks.settings import PruningSettings
+from functional.digest import digest
+from lightning_modules.prunable import PrunableModule
+
+PACKAGES = ("torch", "lightning", "transformers", "timm", "d2prune")
+
+
+def fingerprint_of(
+    module: PrunableModule, settings: PruningSettings, trainer: Trainer, processes: Processes, rule_batches: Iterable[Any]
+) -> dict[str, str]:
+    """Model, tokenizer, calibration data, settings, processes, device and versions.
+
+    Args:
+        module: The module, still dense.
+        settings: Of the run.
+        trainer: Its train dataloader is read once.
+        processes: Of the run; each reads its own share.
+        rule_batches: What the update rule looks at beside the calibration data.
+    """
+    found = module.identity()
+    shares = processes.gather(digest_of_batches(trainer.train_dataloader))
+    found["calibration"] = shares[0] if len(shares) == 1 else " ".join(shares)
+    found["rule_source"] = processes.from_first(digest_of_batches(rule_batches))
+    found |= {f"settings.{name}": repr(value) for name, value in asdict(settings).items()}
+    found |= {f"version.{name}": _version(name) for name in PACKAGES} | {"version.python": platform.python_version()}
+    device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else module.device.type
+    return found | {"processes": str(processes.size), "device": device, "precision": str(trainer.precision)}
+
+
+def digest_of_batches(batches: Iterable[Any]) -> str:
+    """Digest of all tensors of all batches, in order."""
+
+    def tensors():
+        for number, batch in enumerate(batches):
+            found: list[Tensor] = []
+            apply_to_collection(batch, Tensor, found.append)
+            yield from ((f"{number}.{position}", tensor) for position, tensor in enumerate(found))
+
+    return digest(tensors())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
