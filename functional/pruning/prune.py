@@ -9,8 +9,14 @@
 | d2_sparsegpt | W² / [H⁻¹]_jj + activation terms       | 128 columns         | OBS update         |
 
 With an N:M pattern every method compares within each group of M weights of a row.
+
+What is defined beyond that: weights of dead inputs (always 0) are pruned first, those kept stay as they are; without any live
+input all count alike, so |W| decides. Where the OBS update, which fixes columns from left to right, would end in a larger error
+than none, the rows that it harms stay without. Scales do not matter as long as float32 holds the sums of squares: far from 1
+the solve works in units, powers of two, in which the largest weight and the most energetic input are about 1.
 """
 
+import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,8 +33,10 @@ from functional.pruning.masks import (
     zeros_wanted,
 )
 from functional.pruning.scores import score_terms
-from functional.pruning.solver import obs_prune
-from functional.pruning.statistics import ActivationNorm, InputStatistics, OutputStatistics, check_activation_norm
+from functional.pruning.solver import obs_prune, safe_unit
+from functional.pruning.statistics import LARGEST, ActivationNorm, InputStatistics, OutputStatistics, check_activation_norm
+
+log = logging.getLogger(__name__)
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "d2_wanda", "d2_sparsegpt")
 
@@ -106,31 +114,43 @@ def prune_linear(
     _check(weight, inputs, outputs, method, sparsity, groups, lambda1, lambda2, scale, activation_norm, block_size, damping)
     dense = weight.to(inputs.gram.device, torch.float32)
     updates = method.endswith("sparsegpt")
+    x_unit, w_unit = inputs.unit(), _unit(dense)
+    if not inputs.square_norm.any():
+        log.warning("All inputs are 0, or so small that their squares are: the magnitude of the weights decides.")
     y_norm, x_norm = None, None
     if method.startswith("d2_"):
-        y_norm = outputs.activation_norm(activation_norm, scale)
+        y_norm = outputs.activation_norm(activation_norm, scale) * x_unit**0.5 * w_unit
         x_norm = (inputs.updated_activation_norm if updates else inputs.activation_norm)(activation_norm, scale)
+        x_norm = x_norm * x_unit**0.5
 
     used_damping = None
     if updates:
         factor, dead, used_damping = inputs.inverse_factor(damping)
-        terms = score_terms(factor.diagonal().square().reciprocal(), x_norm, y_norm, lambda1, lambda2)
-        pruned, mask, scores = obs_prune(dense.masked_fill(dead, 0), factor, terms, sparsity, groups, block_size)
+        second_order = factor.diagonal().square().reciprocal().masked_fill(dead & ~dead.all(), 0)
+        terms = score_terms(second_order, x_norm, y_norm, lambda1, lambda2)
+        pruned, mask, scores = obs_prune(dense * w_unit, factor, terms, sparsity, groups, block_size)
+        pruned = _cast(pruned / w_unit, weight.dtype)
     else:
-        terms = score_terms(inputs.mean_square_norm(), x_norm, y_norm, lambda1, lambda2)
-        scores = dense.abs() if method == "magnitude" else terms(dense)
+        energy = inputs.mean_square_norm() * x_unit
+        terms = score_terms(energy if energy.any() else torch.ones_like(energy), x_norm, y_norm, lambda1, lambda2)
+        scores = dense.abs() * w_unit if method == "magnitude" else terms(dense * w_unit)
         mask = _mask_without_update(scores, method, sparsity, groups)
-        pruned = dense.masked_fill(~mask, 0)
+        pruned = weight.to(mask.device).masked_fill(~mask, 0)
+    if not torch.isfinite(scores).all():
+        raise ValueError(
+            f"Arguments `lambda1` = {lambda1:g}, `lambda2` = {lambda2:g} and `scale` = {scale:g} give scores that overflow "
+            "float32. Use smaller λ or a larger scale."
+        )
 
-    pruned = pruned.to(weight.dtype)
-    if not torch.isfinite(pruned).all():
-        raise ValueError(f"The updated weight does not fit into {weight.dtype}. Use bfloat16 or float32, or more `damping`.")
+    energies = _energies(dense - pruned.float(), inputs)
+    if updates:
+        pruned, energies = _unharmed(pruned, energies, dense, mask, inputs)
     return PruneResult(
         weight=pruned.to(weight.device),
         mask=mask.to(weight.device),
-        error=_energy(dense - pruned.float(), inputs.gram),
-        norm=_energy(dense, inputs.gram),
-        scores=scores,
+        error=energies.sum().item(),
+        norm=_energies(dense, inputs).sum().item(),
+        scores=_in_units_of(scores, method, x_unit, w_unit),
         damping=used_damping,
     )
 
@@ -153,7 +173,8 @@ def partial_update(result: PruneResult, weight: Tensor, inputs: InputStatistics,
     dense = weight.to(inputs.gram.device, torch.float32)
     kept = dense.masked_fill(~result.mask.to(dense.device), 0)
     mixed = torch.lerp(kept, result.weight.to(kept), share).to(weight.dtype)
-    return replace(result, weight=mixed.to(weight.device), error=_energy(dense - mixed.float(), inputs.gram))
+    error = _energies(dense - mixed.float(), inputs).sum().item()
+    return replace(result, weight=mixed.to(weight.device), error=error)
 
 
 def _mask_without_update(scores: Tensor, method: str, sparsity: float, groups: Pattern | None) -> Tensor:
@@ -165,10 +186,48 @@ def _mask_without_update(scores: Tensor, method: str, sparsity: float, groups: P
     return keep_largest_of_rows(scores, zeros_wanted(scores.shape[1], sparsity))
 
 
-def _energy(weight: Tensor, gram: Tensor) -> float:
-    """Σ ‖W x‖² = tr(W G Wᵀ), never below 0."""
-    rows = (weight @ gram).mul_(weight).sum(1)
-    return max(rows.cpu().double().sum().item(), 0.0)
+def _unit(weight: Tensor) -> float:
+    """By what weights are multiplied so that float32 holds their scores and energies: 1, or a power of four."""
+    return safe_unit(weight.abs().max().item(), 16)
+
+
+def _cast(pruned: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = pruned.to(dtype)
+    if not torch.isfinite(cast).all():
+        wider = "" if dtype in (torch.float32, torch.float64) else "Use bfloat16 or float32, or more `damping`."
+        raise ValueError(
+            f"Argument `weight`: the updated weight does not fit into {dtype}, it reaches {pruned.abs().max().item():.3g}. "
+            f"{wider or 'Use more `damping`, or more calibration tokens.'}"
+        )
+    return cast
+
+
+def _unharmed(pruned: Tensor, energies: Tensor, dense: Tensor, mask: Tensor, inputs: InputStatistics) -> tuple[Tensor, Tensor]:
+    """The pruned weight without the update of those rows that are better off without, if it is worse as a whole than none."""
+    without = _energies(dense.masked_fill(mask, 0), inputs)
+    if energies.sum() <= without.sum():
+        return pruned, energies
+    harmed = energies > without
+    log.warning("The weight update raises the error: %d of %d rows stay without.", harmed.sum(), len(harmed))
+    kept = dense.masked_fill(~mask, 0).to(pruned.dtype)
+    return torch.where(harmed.to(pruned.device)[:, None], kept, pruned), torch.minimum(energies, without)
+
+
+def _energies(weight: Tensor, inputs: InputStatistics) -> Tensor:
+    """Σ ‖w x‖² = w G wᵀ of each row, never below 0: float64 on the CPU, (O,)."""
+    x_unit, w_unit = inputs.unit() ** 0.5, _unit(weight)
+    scaled = weight * w_unit * x_unit  # one after the other: float32 need not hold the product
+    rows = (scaled @ inputs.gram).mul_(scaled).sum(1)
+    return rows.cpu().double().clamp_min(0) / (w_unit * x_unit) ** 2
+
+
+def _in_units_of(scores: Tensor, method: str, x_unit: float, w_unit: float) -> Tensor:
+    """Scores as the table has them; what float32 cannot hold becomes its largest number."""
+    if w_unit == x_unit == 1:
+        return scores
+    for unit in (w_unit,) if method == "magnitude" else (w_unit, w_unit, x_unit):
+        scores = scores / unit
+    return scores.clamp(-LARGEST, LARGEST)
 
 
 def _check(
@@ -201,6 +260,8 @@ def _check(
     for name, value in {"lambda1": lambda1, "lambda2": lambda2}.items():
         if not abs(value) < float("inf"):
             raise ValueError(f"Argument `{name}` expected to be a finite number but got {value}.")
-    for name, tensor in {"weight": weight, "inputs": inputs.gram}.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"Argument `{name}` holds NaN or Inf.")
+    if not torch.isfinite(weight.float()).all():
+        raise ValueError("Argument `weight` holds NaN or Inf" + (" as float32." if weight.dtype == torch.float64 else "."))
+    inputs.check_finite("inputs")
+    if method.startswith("d2_"):
+        outputs.check_finite("outputs")

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from functional.pruning.solver import inverse_factor
+from functional.pruning.solver import inverse_factor, safe_unit
 
 ActivationNorm = Literal["rms", "official"]
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class _Statistics:
@@ -37,6 +39,8 @@ class _Statistics:
         self.features = features
         self.num_samples = 0
         self.num_tokens = 0
+        self.peaks: list[Tensor] = []
+        """Largest magnitude of each update, float32 scalars where the data was: NaN or Inf if it held any. Not summed."""
         self._device: torch.device | None = None
         self._sums: dict[str, Tensor] = {}
 
@@ -71,6 +75,7 @@ class _Statistics:
             )
         positions = _positions(sample_index, len(x), x.device)
         x = x.detach().float() if x.dtype == torch.float64 else x.detach()
+        self.peaks.append(_peak(x))
         norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)  # (samples, features)
         self._device = self._device or x.device
         self._add("square_norm", norm.square().sum(0))
@@ -91,6 +96,7 @@ class _Statistics:
             self._device = self._device or other._device
             for name, value in other.sums().items():
                 self._add(name, value.to(self._sum(name).device))
+        self.peaks += other.peaks
         self.num_samples += other.num_samples
         self.num_tokens += other.num_tokens
         return self
@@ -107,6 +113,15 @@ class _Statistics:
         """Raise a ValueError if no token was ever added."""
         if self.num_tokens == 0:
             raise ValueError(f"These {type(self).__name__} hold no tokens. Call `update` with calibration data first.")
+
+    def check_finite(self, argument: str) -> None:
+        """Raise a ValueError that names the argument unless every sum is finite."""
+        if all(torch.isfinite(value).all() for value in self.sums().values()):
+            return
+        peaks = [peak.item() for peak in self.peaks]
+        if all(peak < float("inf") for peak in peaks) and max(peaks, default=0.0) ** 2 * self.num_tokens > LARGEST:
+            raise ValueError(f"Argument `{argument}` {too_large(max(peaks))}")
+        raise ValueError(f"Argument `{argument}` holds NaN or Inf.")
 
     def _update_more(self, x: Tensor, norm: Tensor, positions: Tensor) -> None:
         """Further sums of a subclass."""
@@ -151,10 +166,15 @@ class InputStatistics(_Statistics):
         self.check_filled()
         return self.gram * (2 / self.num_samples)
 
+    def unit(self) -> float:
+        """By what squares of x are multiplied so that float32 holds what a solve makes of them: 1, or a power of four."""
+        return safe_unit(self.gram.diagonal().abs().max().item(), 64)
+
     def inverse_factor(self, damping: float) -> tuple[Tensor, Tensor, float]:
-        """:func:`functional.pruning.solver.inverse_factor` of the Hessian, computed once for all linears that share x."""
+        """:func:`functional.pruning.solver.inverse_factor` of H · `unit()`, computed once for all linears that share x."""
+        self.check_filled()
         if damping not in self._factors:
-            self._factors[damping] = inverse_factor(self.hessian(), damping)
+            self._factors[damping] = inverse_factor(self.gram * (2 / self.num_samples * self.unit()), damping)
         return self._factors[damping]
 
     def merge(self, other: Self) -> Self:
@@ -207,6 +227,21 @@ def check_activation_norm(mode: str, scale: float) -> None:
         raise ValueError(f"Argument `activation_norm` expected to be rms or official but got {mode!r}.")
     if not 0 < scale < float("inf"):
         raise ValueError(f"Argument `scale` expected to be a positive number but got {scale}.")
+
+
+def too_large(largest: float, where: str = "") -> str:
+    """What an error says of finite numbers that cannot be squared and summed in float32."""
+    return (
+        f"reaches {largest:.3g} in magnitude{where}, and sums of squares of such numbers overflow float32. Scale the data "
+        "down, or look for what makes it grow."
+    )
+
+
+def _peak(x: Tensor) -> Tensor:
+    """Largest magnitude in one pass, without a copy; not waited for. NaN if there is any."""
+    if not x.numel():
+        return x.new_zeros((), dtype=torch.float32)
+    return torch.stack(x.aminmax()).abs().amax().float()
 
 
 def _positions(sample_index: int | Tensor, num_samples: int, device: torch.device) -> Tensor:
