@@ -4,14 +4,44 @@
     python train.py validate --config configs/quickstart.yaml --model.model_name_or_path DIR
     python train.py fit --config FILE --print_config                 every setting with its value
 
-Any setting of the file can be given on the command line, e.g. --data.seq_len 1024 --trainer.devices 1.
+Any setting of the file can be given on the command line, e.g. --data.seq_len 1024 --trainer.devices 1. After a training run
+was interrupted, the same command with --ckpt_path last goes on with it.
 """
 
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 class CLI(LightningCLI):
     """LightningCLI with subclass mode for model and data; the model's path is also where data finds its tokenizer."""
+
+    def before_instantiate_classes(self) -> None:
+        """Let `ckpt_path: last` name the newest last.ckpt of the logger's runs, and log where that run did.
+
+        Lightning looks in the folder of this run, which is new and empty.
+        """
+        config = self.config.get(self.subcommand) if self.subcommand else None
+        if config is None or config.get("ckpt_path") != "last":
+            return
+        logger = config.trainer.logger
+        options = logger.get("init_args", {}) if hasattr(logger, "get") else {}
+        if not options.get("save_dir") or options.get("version") is not None:
+            return
+        folder = Path(options["save_dir"], options.get("name") or "")
+        found = sorted(folder.glob("version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+        if found:
+            config.ckpt_path, options["version"] = str(found[-1]), found[-1].parents[1].name
+        elif self.subcommand != "fit":
+            raise ValueError(
+                f"Argument `ckpt_path` = last: no run in {folder} has written checkpoints/last.ckpt. Give the path of a "
+                "checkpoint, or train first with a ModelCheckpoint whose filename is last."
+            )
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -33,5 +63,15 @@ def main(args: list[str] | None = None, run: bool = True) -> CLI:
     )
 
 
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Leave a run that SIGTERM has ended with 143, as the shell names it; Lightning's exception would be a 0, success."""
+    try:
+        yield
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()

@@ -61,17 +61,16 @@ class GraphMonitor(Callback):
                 writer.add_histogram(f"similarity/{name}", similarity[pairs], trainer.global_step)
                 writer.add_histogram(f"R/{name}", weights[pairs], trainer.global_step)
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        checkpoint = trainer.checkpoint_callback
+        folder, checkpoint = trainer.log_dir, trainer.checkpoint_callback  # of which all processes are asked
+        if not trainer.is_global_zero:
+            return
         if checkpoint is not None and getattr(checkpoint, "best_model_path", ""):
             score = float(checkpoint.best_model_score)
             rank_zero_info(
                 f"Best {checkpoint.monitor} {score:.4f}: {checkpoint.best_model_path}; measure it on test nodes with"
             )
-            rank_zero_info(
-                f"  python train.py test --config {trainer.log_dir}/config.yaml --ckpt_path {checkpoint.best_model_path}"
-            )
+            rank_zero_info(f"  python train.py test --config {folder}/config.yaml --ckpt_path {checkpoint.best_model_path}")
         writer = _writer(trainer)
         if writer is None or self._before is None:
             return

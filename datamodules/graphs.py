@@ -19,7 +19,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.utils import coalesce
 
-from datamodules.graph_sources import load_graph, split_nodes
+from datamodules.graph_sources import Graph, load_graph, split_nodes
 from datamodules.neighbors import NeighborSampler, SeedLoader
 
 Split = Literal["public", "random", "geom-gcn"]
@@ -38,6 +38,12 @@ class GraphDataModule(LightningDataModule):
     the whole graph, and masks are False on nodes that are not seeds. Seeds are all nodes for training, shuffled, and for
     prediction, in order; else the validation or the test nodes.
 
+    Several processes each see the whole graph, with the result of one process and no faster. Subgraphs they share: in training
+    the seeds of each step, of which each process sees the neighbours that it draws for its own; else the subgraphs that
+    one process would see. So a mean over labelled seeds is that of one process up to the draws of neighbours, and the
+    very same where `fanout` takes all neighbours of as many hops as the layers and one more; whatever looks at
+    other nodes of a batch (contrast, low-rank view, choice of pseudo-labels) sees those of its own process only.
+
     Args:
         source: digits, wine or breast_cancer (scikit-learn's tables as kNN graphs of standardised features), karate
             (featureless, so `x` is the identity), Cora, CiteSeer, PubMed, cornell, texas, wisconsin, Actor, Photo, Computers,
@@ -55,7 +61,7 @@ class GraphDataModule(LightningDataModule):
         knn: Neighbours of each node of a kNN graph; of no effect on others.
         row_normalize: Divide each node's features by their sum. Only done to words (Planetoid, WebKB, Actor, Amazon, Coauthor,
             .npz files without negative values), never to standardised features, embeddings or the identity.
-        batch_size: Seeds a batch; null takes the whole graph as one batch.
+        batch_size: Seeds a step, over all processes; null takes the whole graph as one batch.
         fanout: Neighbours drawn of each node, a hop; -1 takes all. Of no effect without `batch_size`.
         seed: Seed of the split, the noise, the order of seeds and their neighbours.
     """
@@ -123,6 +129,16 @@ class GraphDataModule(LightningDataModule):
         """What the split is, for logs and tables."""
         self._neighbors: NeighborSampler | None = None
         self._on_device: tuple[torch.device, Data] | None = None
+        self._told = False
+
+    def prepare_data(self) -> None:
+        """With several processes, let one download what all will read."""
+        if getattr(self.trainer, "world_size", 1) > 1:
+            self._load()
+
+    def _load(self) -> Graph:
+        options = self.hparams
+        return load_graph(options.source, options.root or "data", options.split, options.knn)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the graph, split its nodes and add noise, all once.
@@ -135,7 +151,7 @@ class GraphDataModule(LightningDataModule):
         if self.data is not None:
             return
         options = self.hparams
-        graph = load_graph(options.source, options.root or "data", options.split, options.knn)
+        graph = self._load()
         num_test = None if options.num_test == -1 else options.num_test
         (train, val, test), self.split_name = split_nodes(
             graph, options.split, options.labels_per_class, options.num_val, num_test, options.fold, options.seed
@@ -180,20 +196,31 @@ class GraphDataModule(LightningDataModule):
         """The whole graph, or subgraphs around all nodes in order."""
         return self._loader()
 
-    def _loader(self, mask: str | None = None, shuffle: bool = False) -> "WholeGraph | SeedLoader":
+    def all_nodes_dataloader(self) -> "WholeGraph | SeedLoader":
+        """As for prediction, but all nodes for the process that asks."""
+        return self._loader(alone=True)
+
+    def _loader(self, mask: str | None = None, shuffle: bool = False, alone: bool = False) -> "WholeGraph | SeedLoader":
         if self.data is None:
             raise RuntimeError("The graph expected `setup` to be called before its dataloaders are; call it, or use a Trainer.")
-        if getattr(self.trainer, "world_size", 1) > 1:
-            raise ValueError(
-                f"GraphDataModule expected one process but got {self.trainer.world_size}, each of which would see the same "
-                "nodes; run with trainer.devices = 1."
-            )
+        rank, processes = (0, 1) if alone or self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         if self.hparams.batch_size is None:
+            if processes > 1 and not self._told:
+                rank_zero_info(
+                    f"Each of {processes} processes works on the whole graph: the result is that of one process, and comes no "
+                    "sooner. Set `batch_size` to share the work."
+                )
+                self._told = True
             return WholeGraph(self.data)
+        if self.hparams.batch_size < processes:
+            raise ValueError(
+                f"Argument `batch_size` expected to be at least the number of processes, {processes}, but got "
+                f"{self.hparams.batch_size}; raise it, or lower trainer.devices."
+            )
         if self._neighbors is None:
             self._neighbors = NeighborSampler(self.data, self.hparams.fanout)
         seeds = self.data.node_ids if mask is None else self.data.node_ids[self.data[mask]]
-        return SeedLoader(self._neighbors, seeds, self.hparams.batch_size, self.hparams.seed, shuffle)
+        return SeedLoader(self._neighbors, seeds, self.hparams.batch_size, self.hparams.seed, shuffle, rank, processes)
 
     def transfer_batch_to_device(self, batch: Data, device: torch.device, dataloader_idx: int) -> Data:
         """Copy a subgraph to the device; the whole graph is copied once and kept there until another device is asked for."""

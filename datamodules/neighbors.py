@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.utils import to_undirected
 
+MASKS = ("train_mask", "val_mask", "test_mask")
 SAMPLING_STREAM = 2  # the split and the noise take the streams 0 and 1 of the same seed
 
 
@@ -58,7 +59,7 @@ class NeighborSampler:
         edge_index = to_undirected(self._place[torch.cat(edges, dim=1)], num_nodes=len(nodes))
         self._place[nodes] = -1
         is_seed = torch.arange(len(nodes)) < len(seeds)
-        masks = {name: self.data[name][nodes] & is_seed for name in ("train_mask", "val_mask", "test_mask")}
+        masks = {name: self.data[name][nodes] & is_seed for name in MASKS}
         whole = self.data
         return Data(x=whole.x[nodes], edge_index=edge_index, y=whole.y[nodes], node_ids=nodes, num_seeds=len(seeds), **masks)
 
@@ -77,22 +78,36 @@ class NeighborSampler:
 
 
 class SeedLoader:
-    """Subgraphs whose seeds are the given nodes, each once an epoch.
+    """Subgraphs whose seeds are the given nodes, each once an epoch, whatever the number of processes.
 
-    Shuffled, order and neighbours follow from seed and epoch; in order, they follow from the seed alone, so that validation
-    sees the same subgraphs in every epoch.
+    Shuffled, order and neighbours follow from seed and epoch, and the processes share the seeds of each step; in order, they
+    follow from the seed alone, so that validation sees the same subgraphs in every epoch, and the processes share these
+    subgraphs. A process that is left without any seed gets a subgraph that has none, so that none waits for another.
 
     Args:
         neighbors: Makes the subgraphs.
         seeds: Distinct nodes (S,).
-        batch_size: Seeds a subgraph; the last has what is left.
+        batch_size: Seeds a step, or in order a subgraph; the last has what is left.
         seed: Seed of all draws.
         shuffle: Whether the order is drawn anew each epoch.
+        rank: Which of the processes this is.
+        world_size: Number of processes.
     """
 
-    def __init__(self, neighbors: NeighborSampler, seeds: Tensor, batch_size: int, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self,
+        neighbors: NeighborSampler,
+        seeds: Tensor,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.neighbors, self.seeds, self.batch_size = neighbors, seeds, batch_size
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+        self.rank, self.world_size = rank, world_size
+        self._first = self._given = 0
 
     batch_sampler = None  # Lightning reads it of whatever has a sampler
 
@@ -105,12 +120,49 @@ class SeedLoader:
         """Say which epoch comes next."""
         self.epoch = epoch
 
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch were given, for a checkpoint within it."""
+        return {"given": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next iterator leave out the batches that were given."""
+        self._first = state["given"]
+
     def __len__(self) -> int:
-        return -(-len(self.seeds) // self.batch_size)
+        return len(self._numbers())
+
+    def _numbers(self) -> range:
+        """Steps, or in order the subgraphs of this process."""
+        count = -(-len(self.seeds) // self.batch_size)
+        if self.shuffle or count == 0:
+            return range(count)
+        return range(self.rank, max(count, self.rank + 1), self.world_size)
 
     def __iter__(self) -> Iterator[Data]:
-        entropy = np.random.SeedSequence([self.seed, SAMPLING_STREAM, self.epoch if self.shuffle else 0])
-        generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-        seeds = self.seeds[torch.randperm(len(self.seeds), generator=generator)] if self.shuffle else self.seeds
-        for part in seeds.split(self.batch_size):
-            yield self.neighbors.sample(part, generator)
+        first, self._first = self._first, 0  # now, not at the first batch: of an iterator that is never used too
+        return self._batches(first)
+
+    def _batches(self, first: int) -> Iterator[Data]:
+        seeds = self.seeds[torch.randperm(len(self.seeds), generator=self._generator())] if self.shuffle else self.seeds
+        parts = seeds.split(self.batch_size)
+        for given, number in enumerate(self._numbers()[first:], first + 1):
+            self._given = given
+            if not self.shuffle:
+                yield self._sample(parts[number], number) if number < len(parts) else self._without_seeds(parts[0], number)
+                continue
+            own = parts[number][self.rank :: self.world_size]
+            yield self._sample(own, number) if len(own) else self._without_seeds(parts[number], number)
+
+    def _sample(self, seeds: Tensor, number: int) -> Data:
+        return self.neighbors.sample(seeds, self._generator(number + 1, self.rank if self.shuffle else 0))
+
+    def _without_seeds(self, seeds: Tensor, number: int) -> Data:
+        batch = self._sample(seeds[:1], number)
+        batch.num_seeds = 0
+        for name in MASKS:
+            batch[name] = torch.zeros_like(batch[name])
+        return batch
+
+    def _generator(self, *numbers: int) -> torch.Generator:
+        entropy = np.random.SeedSequence([self.seed, SAMPLING_STREAM, self.epoch if self.shuffle else 0, *numbers])
+        return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))

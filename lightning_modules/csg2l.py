@@ -18,7 +18,6 @@ from functional.graph import (
     cluster,
     confident_share,
     low_rank_factors,
-    masked_cross_entropy,
     pair_weights,
     pseudo_labels,
     reweighted_info_nce,
@@ -149,6 +148,8 @@ class CSG2L(NodeModule):
             self.head = nn.Sequential(
                 nn.Linear(width, options.head_channels), nn.ELU(), nn.Linear(options.head_channels, options.head_channels)
             )
+        if not options.contrast_weight:
+            self.head.requires_grad_(False)  # several processes would wait for its gradients
         if options.view == "svd":
             factors = low_rank_factors(
                 data.edge_index,
@@ -216,13 +217,13 @@ class CSG2L(NodeModule):
         logits, loss = self.fused(local, other), 0.0
         labels, confident = self.trusted(batch, logits, epoch)
         if logits is not None:
-            found["cross_entropy"] = loss = masked_cross_entropy(logits, batch.y, batch.train_mask)
+            found["cross_entropy"] = loss = self.cross_entropy(batch, logits, batch.y, batch.train_mask)
         if options.contrast_weight:
             found["contrast"] = self.contrast(local[0], other[0], labels, confident)
             loss = loss + options.contrast_weight * found["contrast"]
         if options.pseudo_weight and logits is not None and labels is not None:
             taught = confident & ~batch.train_mask
-            pseudo = sum(masked_cross_entropy(view[1], labels, taught) for view in (local, other)) / 2
+            pseudo = sum(self.cross_entropy(batch, view[1], labels, taught) for view in (local, other)) / 2
             found["pseudo_cross_entropy"] = pseudo
             loss = loss + options.pseudo_weight * pseudo
         if confident is not None:
@@ -273,9 +274,18 @@ class CSG2L(NodeModule):
 
     def on_train_epoch_start(self) -> None:
         """Without labels, cluster the embeddings now and then."""
+        super().on_train_epoch_start()
         since = self.current_epoch - self.hparams.warmup_epochs
         if self.supervised or since < 0 or (since % self.hparams.cluster_every and int(self.clusters[0]) >= 0):
             return
-        labels, closeness = cluster(self.embed_all()[0], self.num_classes, self.hparams.seed)
+        found = None
+        if self.trainer.is_global_zero:
+            found = cluster(self.embed_all()[0], self.num_classes, self.hparams.seed)
+        labels, closeness = self.trainer.strategy.broadcast(found)
         self.clusters.copy_(labels)
         self.closeness.copy_(closeness)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Its factors are loaded next."""
+        super().on_load_checkpoint(checkpoint)
+        self._operator = None

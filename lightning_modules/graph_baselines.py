@@ -8,7 +8,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import DeepGraphInfomax
 from torch_geometric.utils import dropout_edge
 
-from functional.graph import alignment_share, confident_share, masked_cross_entropy, pseudo_labels, reweighted_info_nce
+from functional.graph import alignment_share, confident_share, pseudo_labels, reweighted_info_nce
 from lightning_modules.graph_encoders import GraphEncoder, drop_columns
 from lightning_modules.node_module import NodeModule
 
@@ -81,12 +81,12 @@ class NodeClassifier(_Encoded):
     def losses(self, batch: Data, epoch: int) -> dict[str, Tensor]:
         """Cross-entropy on labelled and, after the warm-up, on confident nodes."""
         logits = self.encode(batch)[1]
-        loss = masked_cross_entropy(logits, batch.y, batch.train_mask)
+        loss = self.cross_entropy(batch, logits, batch.y, batch.train_mask)
         found = {"cross_entropy": loss}
         if self.hparams.pseudo_weight and epoch >= self.hparams.warmup_epochs:
             labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask, self.alignment_share)
             trusted = confident_share(confidence, labels, self.hparams.confident, logits.shape[1]) & ~batch.train_mask
-            found["pseudo_cross_entropy"] = masked_cross_entropy(logits, labels, trusted)
+            found["pseudo_cross_entropy"] = self.cross_entropy(batch, logits, labels, trusted)
             loss = loss + self.hparams.pseudo_weight * found["pseudo_cross_entropy"]
         return found | {"loss": loss}
 

@@ -4,24 +4,32 @@ A batch is a torch-geometric Data: x (N, F), edge_index (2, E), y (N,), train_ma
 (N,). In a sampled batch the masks are False on nodes that only help others.
 """
 
+import warnings
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch_geometric.data import Data
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
+from functional.graph import masked_cross_entropy
 from lightning_modules.graph_encoders import GlobalOperator, GraphEncoder, sparse_features
 from lightning_modules.node_probes import clustering_scores, linear_probe
+from lightning_modules.resumable import ResumableModule, gathered, world_size
 
 
-class NodeModule(LightningModule):
+class NodeModule(ResumableModule):
     """Node classification or representation learning on one graph; subclasses say how to encode and what to minimise.
+
+    With several processes that see the whole graph, all draw the same random numbers, and the first one measures. Of
+    sampled graphs each draws its own, losses are means over the labelled nodes of all, and metrics are of all.
 
     Args:
         learning_rate: Of Adam.
@@ -44,6 +52,7 @@ class NodeModule(LightningModule):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.metrics = nn.ModuleDict()
         self._ready = False
+        self._learned = False
         self._sparse: tuple[Tensor, Tensor] | None = None
         self._local: tuple[Tensor, GlobalOperator] | None = None
 
@@ -61,12 +70,40 @@ class NodeModule(LightningModule):
 
     def training_step(self, batch: Data, batch_idx: int) -> Tensor | None:
         """Minimise the losses of a batch and log each."""
-        if self.needs_labels and not batch.train_mask.any():  # a sampled batch
+        teaches = not self.needs_labels or bool(self.count(batch, batch.train_mask))  # a sampled batch may have no labels
+        if not teaches and world_size() == 1:
             return None
+        self._learned |= teaches
         found = self.losses(batch, self.current_epoch)
-        self.log_dict({f"train/{name}": value for name, value in found.items() if name != "loss"}, batch_size=1)
-        self.log("train/loss", found["loss"], prog_bar=True, batch_size=1)
+        if teaches:
+            options = {"batch_size": 1, "sync_dist": self.shared(batch)}
+            self.log_dict({f"train/{name}": value for name, value in found.items() if name != "loss"}, **options)
+            self.log("train/loss", found["loss"], prog_bar=True, **options)
         return found["loss"]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move nothing where no process has labels, as one process does, which then has no loss."""
+        if not self._learned:
+            optimizer.zero_grad()
+        self._learned = False
+
+    @staticmethod
+    def shared(batch: Data) -> bool:
+        """Whether other processes have other nodes of the same step."""
+        return "num_seeds" in batch and world_size() > 1
+
+    def count(self, batch: Data, mask: Tensor) -> Tensor:
+        """Nodes in a mask, of all processes by their number: gradients are means over processes."""
+        total = mask.sum()
+        if self.shared(batch):
+            total = total.float()
+            distributed.all_reduce(total)
+            total /= world_size()
+        return total
+
+    def cross_entropy(self, batch: Data, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """Mean over the nodes in a mask; of a shared step, what makes the mean over processes that over all their nodes."""
+        return masked_cross_entropy(logits, labels, mask, self.count(batch, mask))
 
     @property
     def graph(self) -> Data:
@@ -110,7 +147,40 @@ class NodeModule(LightningModule):
         }
         metrics = MetricCollection({"loss": MeanMetric(), **scores}, compute_groups=False)
         self.metrics.update({split: metrics.clone() for split in ("val", "test")})
+        if self.trainer.world_size > 1 and self.trainer.datamodule.hparams.get("batch_size"):
+            torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)  # weights of all become those of the first
         self._ready = True
+
+    def setup(self, stage: str) -> None:
+        """Let a callback that averages weights leave alone what is not learned, such as the factors."""
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, WeightAveraging) and stage == "fit":
+                callback._average_model.use_buffers = False
+
+    def on_fit_start(self) -> None:
+        """With DistributedDataParallel, find parameters for which it would wait forever."""
+        model = self.trainer.model
+        if not isinstance(model, DistributedDataParallel):
+            return
+        if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()):
+            model.broadcast_buffers = False  # all are equal since the start; the factors are large
+        if model.find_unused_parameters:
+            return
+        plugin, was_training = self.trainer.precision_plugin, self.training
+        self.eval()  # norms keep their statistics
+        with isolate_rng(), torch.enable_grad(), plugin.train_step_context():
+            batch = next(iter(self.trainer.datamodule.train_dataloader()))
+            batch = plugin.convert_input(self.trainer.datamodule.transfer_batch_to_device(batch, self.device, 0))
+            learned = {name: value for name, value in self.named_parameters() if value.requires_grad}
+            loss = self.losses(batch, 0)["loss"]
+            gradients = torch.autograd.grad(loss, list(learned.values()), allow_unused=True)
+        self.train(was_training)
+        unused = [name for name, gradient in zip(learned, gradients, strict=True) if gradient is None]
+        if unused:
+            raise ValueError(
+                f"The loss of {type(self).__name__} does not depend on {', '.join(unused)}, for whose gradients several "
+                "processes would wait. Use trainer.strategy = ddp_find_unused_parameters_true, or one process."
+            )
 
     def forward(self, batch: Data) -> tuple[Tensor, Tensor | None]:
         """Embeddings and logits."""
@@ -125,13 +195,14 @@ class NodeModule(LightningModule):
         self._measure(batch, "test")
 
     def _measure(self, batch: Data, split: str) -> None:
-        embeddings, logits = self.encode(batch)
-        mask = batch[f"{split}_mask"]
-        if logits is None:
-            self._embedded.append((batch.node_ids.cpu(), embeddings.float().cpu()))
+        mask, whole = batch[f"{split}_mask"], "num_seeds" not in batch
+        if not self.supervised:
+            if split == "val" and self.trainer.is_global_zero and self._embedded is None:
+                self._embedded = self.encode(batch)[0].float().cpu() if whole else self.embed_all()[0]
             return
-        if not mask.any():
+        if not mask.any() or (whole and not self.trainer.is_global_zero):  # else each process would count the same nodes
             return
+        logits = self.encode(batch)[1]
         predicted, labels = logits[mask].float(), batch.y[mask]
         for name, metric in self.metrics[split].items():
             if name == "loss":
@@ -147,49 +218,61 @@ class NodeModule(LightningModule):
 
     def _restart(self, split: str) -> None:
         self.metrics[split].reset()
-        self._embedded: list[tuple[Tensor, Tensor]] = []
+        # In float32 a sum would depend on which process adds what; MPS has nothing wider.
+        self.metrics[split]["loss"].set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
+        self._embedded: Tensor | None = None
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the validation nodes; without logits those of a linear probe."""
         if self.supervised:
             self._log_scores("val")
         else:
-            self.log("val/accuracy", self._probe("val"), prog_bar=True)
+            self._log_equal("val/accuracy", self.trainer.strategy.broadcast(self._probe()))
 
     def on_test_epoch_end(self) -> None:
         """Log the scores of the test nodes, a linear probe on all embeddings, and how well k-means finds the classes."""
         if self.supervised:
             self._log_scores("test")
-        embeddings, data = self.embed_all()[0], self.graph
-        accuracy = linear_probe(embeddings, data.y.cpu(), data.train_mask.cpu(), data.val_mask.cpu(), data.test_mask.cpu())
-        self.log("test/probe_accuracy", accuracy)
-        if not self.supervised:
-            self.log("test/accuracy", accuracy)
-        for name, value in clustering_scores(embeddings, data.y.cpu(), self.num_classes).items():
-            self.log(f"test/{name}", value)
+        scores: dict[str, float] = {}
+        if self.trainer.is_global_zero:
+            embeddings, data = self.embed_all()[0], self.graph
+            masks = (data.train_mask.cpu(), data.val_mask.cpu(), data.test_mask.cpu())
+            scores["probe_accuracy"] = linear_probe(embeddings, data.y.cpu(), *masks)
+            if not self.supervised:
+                scores["accuracy"] = scores["probe_accuracy"]
+            scores |= clustering_scores(embeddings, data.y.cpu(), self.num_classes)
+        for name, value in self.trainer.strategy.broadcast(scores).items():
+            self._log_equal(f"test/{name}", value)
+
+    def _log_equal(self, name: str, value: float | Tensor) -> None:
+        """Log what all processes have alike."""
+        self.log(name, value, prog_bar=name.endswith("/accuracy"), sync_dist=True, reduce_fx="max")
 
     def _log_scores(self, split: str) -> None:
-        if self.metrics[split]["loss"].update_called:
+        if not any(gathered(self.metrics[split]["loss"].update_called)):
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*was called before the ``update`` method")  # in processes without nodes
             values = self.metrics[split].compute()
-            for name, value in values.items():
-                self.log(f"{split}/{name}", value, prog_bar=name == "accuracy")
+        for name, value in values.items():
+            self._log_equal(f"{split}/{name}", value)
 
-    def _probe(self, split: str) -> float:
+    def _probe(self) -> float:
+        if not self.trainer.is_global_zero:
+            return 0.0
         data = self.graph
-        if sum(len(ids) for ids, _ in self._embedded) < len(data.y):  # a sampled batch holds validation nodes only
-            embeddings = self.embed_all()[0]
-        else:
-            ids, values = (torch.cat(parts) for parts in zip(*self._embedded, strict=True))
-            embeddings = torch.empty_like(values).index_copy_(0, ids, values)
         train, val = data.train_mask.cpu(), data.val_mask.cpu()
-        return linear_probe(embeddings, data.y.cpu(), train, val, data[f"{split}_mask"].cpu())
+        return linear_probe(self._embedded, data.y.cpu(), train, val, val)
 
     @torch.no_grad()
     def embed_all(self) -> tuple[Tensor, Tensor | None]:
-        """Embeddings (N, H) and logits (N, C) of all nodes in their order, on the CPU, in evaluation mode."""
+        """Embeddings (N, H) and logits (N, C) of all nodes in their order, on the CPU, in evaluation mode.
+
+        A process can ask alone: it takes no other's help.
+        """
         training, parts = self.training, []
         self.eval()
-        for batch in self.trainer.datamodule.predict_dataloader():
+        for batch in self.trainer.datamodule.all_nodes_dataloader():
             batch = self.trainer.datamodule.transfer_batch_to_device(batch, self.device, 0)
             seeds = slice(0, int(batch.get("num_seeds", batch.num_nodes)))
             parts.append([None if values is None else values[seeds].float().cpu() for values in self.encode(batch)])
@@ -204,7 +287,8 @@ class NodeModule(LightningModule):
         found = {"node_ids": batch.node_ids[seeds], "embeddings": embeddings[seeds].float()}
         if logits is not None:
             found["probabilities"] = logits[seeds].float().softmax(-1)
-        self._predicted.append({name: value.cpu().contiguous() for name, value in found.items()})
+        if "num_seeds" in batch or self.trainer.is_global_zero:  # each process has the whole graph
+            self._predicted.append({name: value.cpu() for name, value in found.items()})
         return found
 
     def on_predict_epoch_start(self) -> None:
@@ -214,9 +298,15 @@ class NodeModule(LightningModule):
         """Write predictions.safetensors, nodes in their order, to the run's folder."""
         from safetensors.torch import save_file
 
+        processes = gathered(self._predicted)
+        if not self.trainer.is_global_zero:
+            return
+        parts = [part for predicted in processes for part in predicted]
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        order = found["node_ids"].argsort()
+        found = {name: values[order] for name, values in found.items()}
         folder = Path(getattr(self.logger, "log_dir", None) or self.trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        found = {name: torch.cat([part[name] for part in self._predicted]) for name in self._predicted[0]}
         save_file(found, folder / "predictions.safetensors")
         rank_zero_info(f"{', '.join(found)} of {len(found['node_ids'])} nodes written to {folder / 'predictions.safetensors'}.")
 

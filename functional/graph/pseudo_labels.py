@@ -69,16 +69,18 @@ def confident_share(confidence: Tensor, labels: Tensor, share: float, num_classe
     return chosen.index_copy(0, order[by_label], position < math.ceil(share * len(labels) / num_classes))
 
 
-def masked_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+def masked_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of the nodes in a mask, 0 if there is none; unlike indexing, never waits for a GPU.
 
     Args:
         logits: (N, C).
         labels: (N,).
         mask: (N,) bool.
+        count: By which the sum is divided; the nodes of the mask when None.
     """
     total = cross_entropy(logits, labels.where(mask, -1), ignore_index=-1, reduction="sum")
-    return total / mask.sum().clamp_min(1)
+    count = mask.sum() if count is None else count
+    return total / count.where(count > 0, 1)
 
 
 def cluster(embeddings: Tensor, num_clusters: int, seed: int) -> tuple[Tensor, Tensor]:

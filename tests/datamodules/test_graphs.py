@@ -507,11 +507,19 @@ def test_whole_graph_is_copied_to_a_device_once():
 def test_dataloaders_say_what_they_need():
     with pytest.raises(RuntimeError, match="expected `setup` to be called before"):
         GraphDataModule().train_dataloader()
-    module = ready()
-    module.trainer = SimpleNamespace(world_size=2)
+    module = ready(batch_size=2)
+    module.trainer = SimpleNamespace(world_size=3, global_rank=1)
     for name in LOADERS:
-        with pytest.raises(ValueError, match=r"expected one process but got 2, .*trainer\.devices = 1"):
+        with pytest.raises(ValueError, match=r"`batch_size` expected to be at least the number of processes, 3, but got 2"):
             getattr(module, name)()
+    assert len(module.all_nodes_dataloader()) == 89
+
+
+def test_every_process_sees_the_whole_graph(caplog):
+    module = ready()
+    module.trainer = SimpleNamespace(world_size=2, global_rank=1)
+    assert all(next(iter(getattr(module, name)())) is module.data for name in LOADERS)
+    assert caplog.text.count("the result is that of one process") == 1
 
 
 class Probe(LightningModule):

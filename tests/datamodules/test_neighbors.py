@@ -141,6 +141,44 @@ def test_in_order_every_epoch_is_the_same():
     assert [node for nodes, _, size in epoch_of(loader, 0) for node in nodes[:size]] == list(range(40))
 
 
+@pytest.mark.parametrize(("batch_size", "world_size"), [(7, 2), (7, 3), (4, 4), (13, 2), (40, 3), (100, 5)])
+def test_processes_share_seeds_and_subgraphs(batch_size, world_size):
+    data = random_graph()
+    sampler = NeighborSampler(data, (3, 3))
+
+    def batches(shuffle, rank, count):
+        return list(SeedLoader(sampler, data.node_ids, batch_size, 0, shuffle, rank, count))
+
+    def seeds(batch):
+        return batch.node_ids[: batch.num_seeds].tolist()
+
+    shuffled = [batches(True, rank, world_size) for rank in range(world_size)]
+    for alone, *shares in zip(batches(True, 0, 1), *shuffled, strict=True):
+        assert sorted(node for share in shares for node in seeds(share)) == sorted(seeds(alone))
+        assert max(share.num_seeds for share in shares) - min(share.num_seeds for share in shares) <= 1
+    in_order = [batches(False, rank, world_size) for rank in range(world_size)]
+    assert all(in_order)  # Lightning refuses processes without a batch
+    found = {tuple(seeds(batch)): batch for share in in_order for batch in share if batch.num_seeds}
+    alone = batches(False, 0, 1)
+    assert len(found) == len(alone)
+    for batch in alone:
+        assert torch.equal(found[tuple(seeds(batch))].edge_index, batch.edge_index)
+    for batch in (batch for share in in_order + shuffled for batch in share if not batch.num_seeds):
+        assert batch.num_nodes and not (batch.train_mask | batch.val_mask | batch.test_mask).any()
+
+
+def test_goes_on_within_an_epoch():
+    loader = make_loader()
+    whole, batches = epoch_of(loader, 3), iter(loader)
+    for _ in range(4):
+        next(batches)
+    again = make_loader()
+    again.load_state_dict(loader.state_dict())
+    iter(again)  # Lightning makes one as it sets up
+    again.load_state_dict(loader.state_dict())
+    assert epoch_of(again, 3) == whole[4:] and epoch_of(again, 3) == whole
+
+
 def test_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     list(make_loader())
