@@ -82,7 +82,7 @@ class BlockPruner:
             RuntimeError: If another process failed, or holds other weights afterwards.
         """
         processes, linears = self._processes, collector.linears
-        processes.together(lambda: [collector.inputs(name) for name in linears])  # one that was never called is an error
+        processes.together(lambda: collector.check(record.name))  # each its own batches, before they are summed
         chosen_from = self._roles(collector).values() if self._settings.rule == "attention" else ()
         owners = owners_of(collector, processes.size, chosen_from)
         processes.reduce(collector, owners)

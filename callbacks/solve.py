@@ -22,8 +22,9 @@ def solve(settings: PruningSettings, collector: StatisticsCollector, block: str,
     """Prune one linear of a block; its module keeps its weights.
 
     Raises:
-        ValueError: As `prune_linear`, naming block and linear.
+        ValueError: As `prune_linear` and `StatisticsCollector.check`, naming block and linear.
     """
+    collector.check(block)
     inputs, outputs = collector.inputs(name), collector.outputs[name]
     arguments = settings.arguments(inputs.num_tokens / inputs.num_samples)
     try:
