@@ -10,7 +10,6 @@ processes tell each other is Processes', what a dead run leaves is PruningState'
 """
 
 import logging
-import os
 import time
 import warnings
 from dataclasses import asdict
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -34,8 +32,9 @@ from callbacks.held_runs import HeldRuns
 from callbacks.processes import Processes, processes_of
 from callbacks.progress import BlockProgressBar, use_block_progress_bar
 from callbacks.pruning_state import PruningState
-from callbacks.report import BlockRecord, environment, log_scalars, peak_memory_gib, sparsity_of, write_json
-from callbacks.result import REPORT, check_output, print_summary, save_result
+from callbacks.report import BlockRecord, log_scalars, peak_memory_gib, write_json
+from callbacks.result import REPORT, check_output, print_summary, report_of, save_result
+from callbacks.rule_windows import RuleWindows
 from callbacks.settings import Method, NonUpdated, Plan, PruningSettings
 from callbacks.update_rules import Candidates, Objective, UpdateRule
 from callbacks.validation import validate_within_fit
@@ -149,6 +148,7 @@ class BlockwisePruning(Callback):
         self._attention: AttentionStep | None = None
         self._runs: HeldRuns | None = None
         self._processes = Processes()
+        self._rng: Tensor | None = None
         self._state: PruningState | None = None
 
     @override
@@ -189,7 +189,8 @@ class BlockwisePruning(Callback):
         self._modes = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
         self._run_model = pl_module.calibration_forward
-        self._sample_positions, self._select_samples = pl_module.sample_positions, pl_module.select_samples
+        self._sample_positions = pl_module.sample_positions
+        self._windows = RuleWindows(trainer, pl_module, self.settings, self._processes)
         self._pruner = BlockPruner(pl_module, self.settings, self._processes, trainer.precision_plugin.forward_context)
         if self._processes.size > 1:
             self._processes.check_equal(pl_module.identity()["model"], "The model")
@@ -210,7 +211,7 @@ class BlockwisePruning(Callback):
         self._state, self._resumed = None, 0
         if not self.resume:
             return
-        fingerprint = fingerprint_of(pl_module, self.settings, trainer, self._processes, self._rule_batches(trainer))
+        fingerprint = fingerprint_of(pl_module, self.settings, trainer, self._processes, self._windows.of_source())
         root = getattr(trainer.logger, "root_dir", None) or trainer.default_root_dir
         beside = self._output.with_name(f"{self._output.name}.state")
         state = PruningState(beside if self.output_dir else Path(root) / "pruning_state")
@@ -247,25 +248,10 @@ class BlockwisePruning(Callback):
             self._runs.restart()
             self._held = HeldRuns.held[run]
             self._plan = self.settings.plan(pl_module, self._held)
-        looks = self.settings.rule == "attention" or self.log_attention
-        if looks and self._processes.is_first and not self._run_finished:
+        looks = (self.settings.rule == "attention" or self.log_attention) and not self._run_finished
+        if looks and self._processes.is_first:
             self._attention = AttentionStep(pl_module, self.settings, self._drawn())
-            for batch in self._rule_batches(trainer):
-                with trainer.precision_plugin.forward_context():
-                    self._attention.feed(batch, len(pl_module.sample_positions(batch)))
-
-    def _rule_batches(self, trainer: Trainer):
-        """Batches of `rule_source`; none without it, and in other processes than the first."""
-        data = trainer.datamodule
-        if self.settings.rule_source is None or not self._processes.is_first:
-            return
-        if not hasattr(data, "rule_dataloader"):
-            raise ValueError(
-                f"Argument `rule_source` needs a data module that reads it, but {type(data).__name__} has no rule_dataloader. "
-                "Leave it out: the rule then looks at calibration data."
-            )
-        for batch in data.rule_dataloader(self.settings.rule_source, self.settings.rule_windows):
-            yield trainer.strategy.batch_to_device(batch)
+        self._windows.start(self._attention, looks)
 
     def _calibrate(self, batch: Any, batch_idx: int) -> None:
         """The training step: one batch through the block pruned last and the block to be pruned next."""
@@ -276,7 +262,7 @@ class BlockwisePruning(Callback):
             if self._index == 0:
                 self._positions[batch_idx] = positions
                 self._stream.capture(batch_idx, lambda: self._run_model(batch))
-                self._keep_for_rule(batch, positions)
+                self._windows.see(batch, positions)
             else:
                 if not torch.equal(self._positions[batch_idx], positions):
                     raise ValueError("The train dataloader gives other batches in this epoch. Turn its shuffling off.")
@@ -285,40 +271,12 @@ class BlockwisePruning(Callback):
                 with self._collector.collecting(positions):
                     self._stream.run(batch_idx, self._index)
 
-    def _keep_for_rule(self, batch: Any, positions: Tensor) -> None:
-        """Without `rule_source` attention is looked at on the first calibration windows, wherever they are."""
-        if self.settings.rule_source is not None:
-            return
-        if self._processes.size == 1:
-            if self._attention is not None:
-                self._attention.feed(batch, len(positions))
-        elif self.settings.rule == "attention" or self.log_attention:
-            for sample, position in enumerate(positions.tolist()):
-                if position < self.settings.rule_windows:
-                    self._rule_samples[position] = self._select_samples(batch, slice(sample, sample + 1))
-
-    def _feed_gathered(self, trainer: Trainer) -> None:
-        """After all windows were seen: those that the rule looks at go to the first process, in their order."""
-        shares = self._processes.gather(move_data_to_device(self._rule_samples, torch.device("cpu")))
-        self._rule_samples = {}
-        seen = [position for share in self._processes.gather(_all_positions(self._positions)) for position in share]
-        if len(set(seen)) != len(seen):
-            raise ValueError(
-                "Some calibration samples reach several processes: the dataloader's sampler repeats them. Use a data module of "
-                "this project, or a sampler that does not (datamodules/shards.py)."
-            )
-        if self._attention is not None and self.settings.rule_source is None:
-            samples = {position: sample for share in shares for position, sample in share.items()}
-            for position in sorted(samples):
-                with trainer.precision_plugin.forward_context():
-                    self._attention.feed(trainer.strategy.batch_to_device(samples[position]), 1)
-
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
         _synchronize(pl_module.device)
         collected = time.perf_counter()
-        if self._index == 0 and self._processes.size > 1 and not self._run_finished:
-            self._feed_gathered(trainer)
+        if self._index == 0 and not self._run_finished:
+            self._windows.seen_all([position for batch in self._positions.values() for position in batch.tolist()])
         if self._finished:
             record = self._restore_block(trainer)
         else:
@@ -418,13 +376,13 @@ class BlockwisePruning(Callback):
         if stage == "fit" and isinstance(pl_module, PrunableModule):
             pl_module.disarm()
             trainer.strategy.__dict__.pop("configure_ddp", None)
-            torch.set_rng_state(self._rng)
+            if self._rng is not None:  # else it failed before `setup`
+                torch.set_rng_state(self._rng)
 
     def _release(self) -> None:
         """Give the calibration data back: hidden states and statistics are larger than a small model."""
         self._stream.clear()
         self._positions.clear()
-        self._rule_samples = {}
         self._collector = StatisticsCollector({})
         if self._attention is not None:
             self._attention.clear()
@@ -447,24 +405,10 @@ class BlockwisePruning(Callback):
 
     def _report(self, trainer: Trainer, pl_module: PrunableModule) -> dict[str, Any]:
         """Content of pruning.json."""
-        data = trainer.datamodule.hparams if trainer.datamodule is not None else {}
-        return {
-            "settings": asdict(self.settings) | {"update_rule": self.settings.rule, "non_updated": self._held},
-            "model": dict(pl_module.hparams),
-            "data": dict(data),
-            "calibration": self._processes.from_first(self._pruner.calibration),
-            "processes": self._processes.size,
-            "seed": int(data.get("seed") or os.environ.get("PL_GLOBAL_SEED", 0)),
-            **environment(pl_module.device),
-            "metrics": self.metrics,
-            "sparsity": sparsity_of(self.records),
-            "seconds": self._seconds,
-            "blocks": [record.as_json() for record in self.records],
-        }
-
-
-def _all_positions(positions: dict[int, Tensor]) -> list[int]:
-    return [position for batch in positions.values() for position in batch.tolist()]
+        chosen = {"update_rule": self.settings.rule, "non_updated": self._held}
+        run = {"settings": asdict(self.settings) | chosen, "calibration": self._processes.from_first(self._pruner.calibration)}
+        run |= {"processes": self._processes.size, "metrics": self.metrics, "seconds": self._seconds}
+        return report_of(trainer, pl_module, run, self.records)
 
 
 def _synchronize(device: torch.device) -> None:

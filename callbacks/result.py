@@ -10,14 +10,14 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.report import BlockRecord, print_table, python_command, sparsity_of, write_json
+from callbacks.report import BlockRecord, environment, print_table, python_command, sparsity_of, write_json
 from lightning_modules.prunable import PrunableModule
 
 REPORT = "pruning.json"
 
 
 def check_output(output: Path) -> None:
-    """Make the parent of `output`.
+    """Make the parent of `output`, and see that files can be written there.
 
     Raises:
         ValueError: If the result cannot go there: nothing that is not ours is ever replaced.
@@ -28,7 +28,15 @@ def check_output(output: Path) -> None:
             f"Argument `output_dir` = {str(output)!r} exists and holds no {REPORT}, so it is not a pruned model of ours to "
             "replace. Choose another directory."
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"Argument `output_dir` = {str(output)!r} cannot be written ({error.strerror}). Choose another directory, or make "
+            f"{str(output.parent)!r} writable."
+        ) from error
 
 
 def save_result(module: PrunableModule, output: Path, report: dict[str, Any]) -> None:
@@ -43,6 +51,20 @@ def save_result(module: PrunableModule, output: Path, report: dict[str, Any]) ->
         os.replace(target, old)
     os.replace(new, target)
     shutil.rmtree(scratch)
+
+
+def report_of(trainer: Trainer, module: PrunableModule, run: dict[str, Any], records: list[BlockRecord]) -> dict[str, Any]:
+    """Content of pruning.json: model, data, hardware and versions beside what the run says of itself and of its blocks."""
+    data = trainer.datamodule.hparams if trainer.datamodule is not None else {}
+    return {
+        "model": dict(module.hparams),
+        "data": dict(data),
+        "seed": int(data.get("seed") or os.environ.get("PL_GLOBAL_SEED", 0)),
+        **environment(module.device),
+        **run,
+        "sparsity": sparsity_of(records),
+        "blocks": [record.as_json() for record in records],
+    }
 
 
 def print_summary(
