@@ -8,6 +8,7 @@ Any setting of the file can be given on the command line, e.g. --data.seq_len 10
 was interrupted, the same command with --ckpt_path last goes on with it.
 """
 
+import pickle
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,18 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 class CLI(LightningCLI):
     """LightningCLI with subclass mode for model and data; the model's path is also where data finds its tokenizer."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's, which reads a checkpoint before anything else does, with an error that says which."""
+        try:
+            super()._parse_ckpt_path()
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            path = self.config[self.config.subcommand].ckpt_path
+            raise ValueError(
+                f"Argument `ckpt_path` expected a checkpoint of Lightning but {path!r} could not be read as one "
+                f"({type(error).__name__}). Give another, such as checkpoints/last.ckpt of a run; models that were saved as a "
+                "directory go into model.model_name_or_path."
+            ) from error
 
     def before_instantiate_classes(self) -> None:
         """Let `ckpt_path: last` name the newest last.ckpt of the logger's runs, and log where that run did.
@@ -44,10 +57,15 @@ class CLI(LightningCLI):
             )
 
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if error.__cause__ is None:
+                raise
+            raise error.__cause__ from None  # what our class said, without every type and setting that jsonargparse lists
         data = self.datamodule.hparams if self.datamodule is not None else {}
         if data.get("tokenizer", "") is None:
-            data["tokenizer"] = self.model.hparams["model_name_or_path"]
+            data["tokenizer"] = self.model.hparams.get("model_name_or_path")
 
 
 def main(args: list[str] | None = None, run: bool = True) -> CLI:

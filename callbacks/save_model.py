@@ -29,8 +29,19 @@ class SaveModel(Callback):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if not isinstance(pl_module, PrunableModule):
             raise TypeError(f"SaveModel needs a module with a `save`, such as CausalLM, but got {type(pl_module).__name__}.")
-        if self.output_dir is not None and Path(self.output_dir).expanduser().is_file():
+        if self.output_dir is None or stage != "fit":
+            return
+        target = Path(self.output_dir).expanduser()
+        if target.is_file():
             raise ValueError(f"Argument `output_dir` = {self.output_dir!r} is a file. Give a directory.")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=target.parent):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"Argument `output_dir` = {self.output_dir!r} cannot be written ({error.strerror}). Choose another directory."
+            ) from error
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:

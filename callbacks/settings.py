@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import isfinite
 from typing import Literal, get_args
 
 from callbacks.attention_probe import Reference
@@ -61,6 +62,9 @@ class PruningSettings:
                 f"Give either `sparsity`, a share of zeros in [0, 1), or `pattern`, N zeros in every M weights such as '2:4', "
                 f"but got sparsity={self.sparsity!r} and pattern={self.pattern!r}."
             )
+        for name in ("lambda1", "lambda2"):
+            if not isfinite(value := getattr(self, name)):
+                raise ValueError(f"Argument `{name}` expected to be a finite number but got {value}.")
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
         parse_pattern(self.pattern)

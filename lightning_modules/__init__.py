@@ -16,5 +16,5 @@ __all__ = ["CSG2L", "DGI", "GRACE", "CausalLM", "ImageClassifier", "NodeClassifi
 
 def __getattr__(name: str):
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -7,11 +7,14 @@ work: no token is added, all windows have one length.
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -48,6 +51,9 @@ class CausalLM(PrunableModule):
         max_new_tokens: int = 64,
     ) -> None:
         super().__init__()
+        for name, value, least in (("learning_rate", learning_rate, 0), ("max_new_tokens", max_new_tokens, 1)):
+            if not value >= least:
+                raise ValueError(f"Argument `{name}` expected to be at least {least} but got {value}.")
         self.save_hyperparameters()
         self.model_name_or_path = model_name_or_path
         self.model: nn.Module | None = None
@@ -62,13 +68,41 @@ class CausalLM(PrunableModule):
 
         name, arguments = resolve_model_path(self.model_name_or_path)
         # Asked before the weights are read, which takes minutes for a large model.
-        self.architecture = find_architecture(AutoConfig.from_pretrained(name, **arguments).model_type)
-        self.tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+        with _loading(self.model_name_or_path):
+            config = AutoConfig.from_pretrained(name, **arguments)
+        self.architecture = find_architecture(config.model_type)
+        self._check_length(config)
+        with _loading(self.model_name_or_path):
+            self.tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
         options = {"dtype": self.hparams.dtype, "attn_implementation": self.hparams.attn_implementation}
         if "gguf_file" in arguments:
             rank_zero_info(f"Dequantising {arguments['gguf_file']}.")
             options |= _dequantised(self.hparams.dtype)
-        self.model = AutoModelForCausalLM.from_pretrained(name, **arguments, **options)
+        with _loading(self.model_name_or_path):
+            self.model = AutoModelForCausalLM.from_pretrained(name, **arguments, **options)
+
+    def _check_length(self, config: Any) -> None:
+        """Refuse windows longer than the positions that a model has learned; of rotary ones, only say so."""
+        seq_len = getattr(getattr(self._trainer, "datamodule", None), "hparams", {}).get("seq_len")
+        limit = getattr(config, "max_position_embeddings", None)
+        if seq_len is None or limit is None:
+            return
+        argument = "`seq_len`"
+        if self.trainer.state.fn == TrainerFn.PREDICTING:
+            argument, seq_len = "`seq_len` / 2 + `max_new_tokens`", seq_len // 2 + self.hparams.max_new_tokens
+        rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+        if rotary or hasattr(config, "rope_theta"):
+            stretch = rotary.get("factor") if isinstance(rotary, dict) else None
+            if seq_len > limit * max(stretch or 1, 1):
+                rank_zero_warn(
+                    f"Argument {argument} = {seq_len} is more than the {limit} positions with which {self.model_name_or_path} "
+                    "was trained; its perplexity suffers. Lower data.seq_len unless this is meant."
+                )
+        elif seq_len > limit:
+            raise ValueError(
+                f"Argument {argument} expected to be at most {limit}, the positions that {self.model_name_or_path} has "
+                f"learned, but got {seq_len}. Lower data.seq_len."
+            )
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits, (samples, tokens, vocabulary)."""
@@ -158,6 +192,21 @@ class CausalLM(PrunableModule):
         # A pruning run logs by block; the trainer's step would be the number of calibration batches.
         values = {f"{split}/loss": loss, f"{split}/perplexity": perplexity}
         self.log_dict(values, prog_bar=False, logger=self.calibration_step is None)
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """Say which argument is to blame for what a library reports."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers, the hub client and the readers of files share no base class below this one
+        raise ValueError(
+            f"Argument `model_name_or_path`: no model could be loaded from {path!r} ({type(error).__name__}: {error}). Give a "
+            "hub id, a local directory, a .gguf file, or package://<python package>/<file> with config, tokenizer and weights; "
+            "a hub id needs a connection or a filled cache."
+        ) from error
 
 
 def _dequantised(dtype: str) -> dict[str, Any]:

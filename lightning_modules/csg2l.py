@@ -112,13 +112,16 @@ class CSG2L(NodeModule):
             ("confident", confident),
             ("drop_edges", drop_edges),
             ("drop_features", drop_features),
+            ("dropout", dropout),
         ):
             if not 0 <= value <= 1:
                 raise ValueError(f"Argument `{name}` expected to be in [0, 1] but got {value}.")
         least = {"rank": 1, "hidden_channels": 1, "head_channels": 0, "anchors": 0, "warmup_epochs": 0, "cluster_every": 1}
-        least |= {"pseudo_weight": 0, "contrast_weight": 0, "alignment": 0}
+        least |= {"pseudo_weight": 0, "contrast_weight": 0, "alignment": 0, "beta": 0, "diffusion_steps": 1, "num_layers": 2}
+        if not temperature > 0:
+            raise ValueError(f"Argument `temperature` expected to be above 0 but got {temperature}; 0.5 is usual.")
         for name, limit in least.items():
-            if (value := locals()[name]) < limit:
+            if not (value := locals()[name]) >= limit:
                 raise ValueError(f"Argument `{name}` expected to be at least {limit} but got {value}.")
         if not supervised and contrast_weight == 0:
             raise ValueError("With `supervised` = False and `contrast_weight` = 0 nothing is left to learn from.")

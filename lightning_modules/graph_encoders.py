@@ -142,15 +142,23 @@ class GraphEncoder(nn.Module):
             raise ValueError(
                 f"Argument `num_layers` expected to be at least 2 (hidden layers and logits) but got {num_layers}."
             )
-        arguments = {**DEFAULTS.get(kind, {}), **arguments}
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"Argument `dropout` expected to be in [0, 1] but got {dropout}.")
+        given, arguments = arguments, {**DEFAULTS.get(kind, {}), **arguments}
         self.dropout, self.act = nn.Dropout(dropout), nn.ReLU()
-        if kind in ("appnp", "sgc"):
-            self.body = Diffusion(in_channels, hidden_channels, dropout, conv.APPNP(**arguments), nonlinear=kind == "appnp")
-            self.act = nn.Identity()  # APPNP's ReLU stands before its propagation, SGC has none
-            cls = None
-        else:
-            cls = BASIC.get(kind) or _imported(name)
-            self.body = cls(in_channels, hidden_channels, num_layers - 1, dropout=dropout, **arguments)
+        cls = None if kind in ("appnp", "sgc") else BASIC.get(kind) or _imported(name)
+        try:
+            if cls is None:
+                propagation = conv.APPNP(**arguments)
+                self.body = Diffusion(in_channels, hidden_channels, dropout, propagation, nonlinear=kind == "appnp")
+                self.act = nn.Identity()  # APPNP's ReLU stands before its propagation, SGC has none
+            else:
+                self.body = cls(in_channels, hidden_channels, num_layers - 1, dropout=dropout, **arguments)
+        except TypeError as error:
+            raise ValueError(
+                f"Argument `encoder_args` expected further arguments of {name!r} but got {given} ({error}). Leave out what it "
+                "does not take."
+            ) from error
         if not out_channels:
             self.head: nn.Module | None = None
         elif cls is not None and issubclass(cls, BasicGNN):

@@ -56,8 +56,9 @@ class ImageClassifier(PrunableModule):
         for name, value, below in (("warmup", warmup, 1), ("label_smoothing", label_smoothing, 1)):
             if not 0 <= value < below:
                 raise ValueError(f"Argument `{name}` expected to be in [0, {below}) but got {value}.")
-        for name, value in (("mixup", mixup), ("cutmix", cutmix), ("learning_rate", learning_rate)):
-            if value < 0:
+        least = {"mixup": mixup, "cutmix": cutmix, "learning_rate": learning_rate, "weight_decay": weight_decay}
+        for name, value in least.items():
+            if not value >= 0:
                 raise ValueError(f"Argument `{name}` expected to be at least 0 but got {value}.")
         self.save_hyperparameters()
         self.model: nn.Module | None = None
@@ -70,6 +71,7 @@ class ImageClassifier(PrunableModule):
         options = self.hparams
         model = vision_models.make_model(options.model_name_or_path, options.pretrained, options.checkpoint, options.model_args)
         self.architecture = find_architecture(vision_models.model_type(model))
+        self._check_size(model)
         self.model = model
         self.num_classes = vision_models.num_classes(model)
         accuracies = {
@@ -83,6 +85,16 @@ class ImageClassifier(PrunableModule):
 
             self._mixup = Mixup(
                 options.mixup, options.cutmix, label_smoothing=options.label_smoothing, num_classes=self.num_classes
+            )
+
+    def _check_size(self, model: nn.Module) -> None:
+        """Positions belong to one image size, unless the model was made for any."""
+        size = getattr(getattr(self._trainer, "datamodule", None), "hparams", {}).get("image_size")
+        own = vision_models.data_config(model)["input_size"][-1]
+        if size not in (None, own) and getattr(getattr(model, "patch_embed", None), "strict_img_size", True):
+            raise ValueError(
+                f"Argument `image_size` expected to be {own}, that of {self.hparams.model_name_or_path}, but got {size}. Leave "
+                "it out, or make the model for it with model_args (img_size, or dynamic_img_size: true)."
             )
 
     @property

@@ -4,6 +4,7 @@ A batch is a torch-geometric Data: x (N, F), edge_index (2, E), y (N,), train_ma
 (N,). In a sampled batch the masks are False on nodes that only help others.
 """
 
+import math
 import warnings
 from abc import abstractmethod
 from pathlib import Path
@@ -47,8 +48,8 @@ class NodeModule(ResumableModule):
     def __init__(self, learning_rate: float, weight_decay: float) -> None:
         super().__init__()
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-            if value < 0:
-                raise ValueError(f"Argument `{name}` expected to be at least 0 but got {value}.")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"Argument `{name}` expected to be at least 0 and finite but got {value}.")
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.metrics = nn.ModuleDict()
         self._ready = False

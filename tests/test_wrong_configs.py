@@ -1,0 +1,339 @@
+"""Wrong configurations, each as a user would write it, and what the user is told before anything is written or a weight moves.
+
+A message names the argument, what it got, and what it accepts or what to do next.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import lightning_modules
+from tests.tiny import make_tokenizer, tiny_config
+from train import main
+
+ROOT = Path(__file__).parents[1]
+VIT = {"img_size": 8, "patch_size": 2, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 10}
+PRUNE = "--trainer.callbacks."
+NO_CALLBACKS = ["--trainer.callbacks", "null"]
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args", "ignore:.*Jsonargparse", "ignore:.*is deprecated")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the user has: two models, broken ones, text, a folder and a file of other things."""
+    import transformers
+
+    work = tmp_path_factory.mktemp("user")
+    for family in ("opt", "llama"):
+        transformers.AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(work / family)
+        make_tokenizer(family).save_pretrained(work / family)
+    (work / "words.txt").write_text(" ".join(f"w{i % 90 + 2}" for i in range(4000)))
+    for name, kind in (("gpt2", "gpt2"), ("unknown", "nosuch")):
+        shutil.copytree(work / "llama", work / name)
+        (work / name / "config.json").write_text(json.dumps({"model_type": kind}))
+    for name in ("no_weights", "cut"):
+        shutil.copytree(work / "llama", work / name)
+    (work / "no_weights/model.safetensors").unlink()
+    weights = work / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (work / "no_tokenizer").mkdir()
+    shutil.copy(work / "llama/config.json", work / "no_tokenizer")
+    (work / "theirs").mkdir()
+    (work / "theirs/thesis.txt").write_text("a year's work")
+    (work / "file").write_text("not a directory")
+    (work / "bad.ckpt").write_text("not a checkpoint")
+    for name, content in configs().items():
+        (work / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return work
+
+
+def configs():
+    """The shipped configs, small, without logs."""
+    names = {"llama": "quickstart", "graph": "csg2l/karate", "vit": "deit/digits", "prune_vit": "deit/prune_digits"}
+    found = {name: yaml.safe_load((ROOT / f"configs/{path}.yaml").read_text()) for name, path in names.items()}
+    for name, content in found.items():
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        quiet["default_root_dir"] = "run"
+        content["trainer"] |= quiet | {"max_epochs": 1}
+        if name in ("graph", "vit"):
+            content["trainer"]["callbacks"] = []
+    text = {"source": "words.txt", "seq_len": 24, "num_calibration": 8, "num_heldout": 4}
+    found["llama"]["data"]["init_args"] |= text
+    found["llama"]["model"]["init_args"]["model_name_or_path"] = "./llama"
+    found["opt"] = yaml.safe_load(yaml.safe_dump(found["llama"]))
+    found["opt"]["model"]["init_args"]["model_name_or_path"] = "./opt"
+    found["vit"]["model"]["init_args"]["model_args"] = VIT
+    found["prune_vit"]["model"]["init_args"] |= {"model_name_or_path": "deit_tiny_patch16_224", "model_args": VIT}
+    found["prune_vit"]["trainer"]["callbacks"] = found["prune_vit"]["trainer"]["callbacks"][:1]
+    return found
+
+
+PRUNING = [
+    ("llama", [PRUNE + "sparsity", "1.5"], r"`sparsity` expected to be a share of zeros in \[0, 1\) but got 1.5"),
+    ("llama", [PRUNE + "sparsity", "half"], r"\"sparsity\":[\s\S]*Expected a <class 'float'>[\s\S]*Given value: half"),
+    ("llama", [PRUNE + "pattern", "2:4"], "Give either `sparsity`.* or `pattern`.*got sparsity=0.5 and pattern='2:4'"),
+    ("llama", [PRUNE + "sparsity", "null"], "Give either `sparsity`.* or `pattern`.*got sparsity=None and pattern=None"),
+    (
+        "llama",
+        [PRUNE + "sparsity", "null", PRUNE + "pattern", "4:2"],
+        "`pattern` expected to be N:M.*such as '2:4', but got '4:2'",
+    ),
+    (
+        "llama",
+        [PRUNE + "sparsity", "null", PRUNE + "pattern", "3:7"],
+        "q_proj: Argument `pattern`: 3:7 needs .*groups of 7, but in_features is 32. Choose an M that divides it",
+    ),
+    ("llama", [PRUNE + "method", "sparse"], r"\"method\":[\s\S]*'d2prune', 'magnitude'.*Got value: sparse"),
+    ("llama", [PRUNE + "method", "wanda", PRUNE + "update_rule", "outlier"], "`update_rule` = 'outlier' belongs.*Leave it out"),
+    ("llama", [PRUNE + "update_rule", "outlier", PRUNE + "non_updated", "q"], "`non_updated` = 'q' belongs.*Leave one of them"),
+    ("llama", [PRUNE + "damping", "3"], r"`damping` expected to be in \[0, 1\] but got 3.0"),
+    ("llama", [PRUNE + "block_size", "0"], "`block_size` expected to be a positive number of columns but got 0"),
+    ("llama", [PRUNE + "scale", "-1"], "`scale` expected to be a positive number but got -1"),
+    ("llama", [PRUNE + "lambda1", ".nan"], "`lambda1` expected to be a finite number but got nan"),
+    ("llama", [PRUNE + "lambda2", ".inf"], "`lambda2` expected to be a finite number but got inf"),
+    ("llama", [PRUNE + "rho", "-1"], "`rho` expected to be a number of at least 0 but got -1"),
+    ("llama", [PRUNE + "rule_windows", "0"], "`rule_windows` expected to be a positive integer but got 0"),
+    ("llama", [PRUNE + "attention_maps", "[9]"], r"`attention_maps` expected to name some of 3 blocks, got \[9\]"),
+    (
+        "llama",
+        [PRUNE + "ignore", "[head]"],
+        "`ignore`: 'head' matches no linear. Names look like 'model.layers.0.self_attn.q_proj'",
+    ),
+    ("llama", [PRUNE + "ignore", "['*']"], r"`ignore` = \['\*'\] leaves no linear to prune"),
+    ("llama", [PRUNE + "rule_source", "nowhere.txt"], "`rule_source`: .*'nowhere.txt' does not exist.*Accepted are"),
+    ("llama", [PRUNE + "output_dir", "theirs"], "`output_dir` = '.*theirs' exists and holds no pruning.json.*Choose another"),
+    ("llama", [PRUNE + "output_dir", "file/x"], r"`output_dir` = '.*file/x' cannot be written \(File exists\). Choose another"),
+    ("llama", [PRUNE + "output_dir", "/proc/x"], r"`output_dir` = '/proc/x' cannot be written .*make '/proc' writable"),
+    ("llama", ["--trainer.limit_train_batches", "0"], "limit_train_batches=0"),
+    (
+        "graph",
+        ["--trainer.callbacks", "callbacks.BlockwisePruning", PRUNE + "sparsity", "0.5"],
+        "needs a PrunableModule such as",
+    ),
+    ("prune_vit", ["--data.num_heldout", "0"], r"`update_rule` = 'perplexity' chooses by heldout/loss.*Hold some out"),
+    ("prune_vit", ["--data.num_calibration", "9999"], "`num_calibration` = 9999 .* expected at most 1438 images.*lower one"),
+]
+TEXT_AND_LANGUAGE = [
+    ("llama", ["--data.seq_len", "1"], "`seq_len` must be an integer of at least 2, got 1"),
+    ("llama", ["--data.batch_size", "0"], "`batch_size` must be an integer of at least 1, got 0"),
+    ("llama", ["--data.num_calibration", "0"], "`num_calibration` must be an integer of at least 1, got 0"),
+    ("llama", ["--data.num_workers", "-1"], "`num_workers` must be an integer of at least 0, got -1"),
+    ("llama", ["--data.sampling", "documents"], r"\"sampling\":[\s\S]*'joined', 'document'.*Got value: documents"),
+    (
+        "llama",
+        ["--data.sampling", "document", *NO_CALLBACKS],
+        "`sampling` is 'document', but 1 documents are too few.*Give more",
+    ),
+    ("llama", ["--data.source", "nowhere.txt"], r"'nowhere.txt' does not exist[\s\S]*Accepted are[\s\S]*<file>"),
+    ("validate llama", ["--model.model_name_or_path", "./nowhere"], "'./nowhere' is not an existing directory. Give a hub id"),
+    ("llama", ["--data.seq_len", "2000", *NO_CALLBACKS], "`source`: .*need 10000 tokens, found 4000. Give more text, or lower"),
+    ("llama", ["--data.tokenizer", "./nowhere", *NO_CALLBACKS], "'./nowhere' is not an existing directory. Give a hub id"),
+    ("validate llama", ["--model.model_name_or_path", "./no_tokenizer", *NO_CALLBACKS], "`tokenizer`: none could be loaded"),
+    ("validate llama", ["--data.num_heldout", "0", *NO_CALLBACKS], "`num_heldout` is 0: .*Set it to 1 or more"),
+    ("test llama", ["--data.test_source", "nowhere.txt", *NO_CALLBACKS], r"'nowhere.txt' does not exist[\s\S]*Accepted are"),
+    (
+        "opt",
+        ["--data.seq_len", "100"],
+        r"`seq_len` expected to be at most 64, the positions that ./opt has learned, but got 100",
+    ),
+    ("predict opt", NO_CALLBACKS, r"`seq_len` / 2 \+ `max_new_tokens` expected to be at most 64.* got 76. Lower data.seq_len"),
+    ("llama", ["--model.learning_rate", "-1"], "`learning_rate` expected to be at least 0 but got -1"),
+    ("predict llama", ["--model.max_new_tokens", "0"], "`max_new_tokens` expected to be at least 1 but got 0"),
+    ("llama", ["--model.dtype", "int8"], r"\"dtype\":[\s\S]*'auto', 'float32', 'bfloat16', 'float16'.*Got value: int8"),
+    (
+        "validate llama",
+        ["--model.attn_implementation", "flash", *NO_CALLBACKS],
+        r"attn_implementation=.flash.. is not supported[\s\S]*eager",
+    ),
+    ("validate llama", ["--model.model_name_or_path", "a.gguf", *NO_CALLBACKS], "'a.gguf': there is no file.*Give an existing"),
+    (
+        "validate llama",
+        ["--model.model_name_or_path", "package://nothing/a.gguf", *NO_CALLBACKS],
+        "no installed Python package 'nothing'. Install it",
+    ),
+    *(
+        ("validate llama", ["--model.model_name_or_path", path, "--data.tokenizer", "./llama", *NO_CALLBACKS], message)
+        for path, message in (
+            (
+                "nowhere/model",
+                r"`model_name_or_path`: no model could be loaded from 'nowhere/model'[\s\S]*a connection or a filled",
+            ),
+            ("./theirs", r"`model_name_or_path`: no model could be loaded from './theirs'[\s\S]*Give a hub id"),
+            ("./unknown", r"`model_name_or_path`: .* from './unknown'[\s\S]*`nosuch`[\s\S]*Give a hub id"),
+            ("./gpt2", "'gpt2' is not in ARCHITECTURES, which has .*llama.*Add an entry to lightning_modules/architectures.py"),
+            (
+                "./no_weights",
+                r"`model_name_or_path`: .* from './no_weights'[\s\S]*no file named model.safetensors[\s\S]*weights",
+            ),
+            ("./cut", r"`model_name_or_path`: .* from './cut'[\s\S]*header[\s\S]*weights"),
+        )
+    ),
+]
+GRAPHS = [
+    *(
+        ("graph", [f"--model.{name}", value], message)
+        for name, value, message in (
+            ("mix", "3", r"`mix` expected to be in \[0, 1\] but got 3"),
+            ("rank", "0", "`rank` expected to be at least 1 but got 0"),
+            ("temperature", "0", "`temperature` expected to be above 0 but got 0"),
+            ("beta", "-1", "`beta` expected to be at least 0 but got -1"),
+            ("dropout", "2", r"`dropout` expected to be in \[0, 1\] but got 2"),
+            ("num_layers", "1", "`num_layers` expected to be at least 2 but got 1"),
+            ("diffusion_steps", "0", "`diffusion_steps` expected to be at least 1 but got 0"),
+            ("learning_rate", "-1", "`learning_rate` expected to be at least 0 and finite but got -1"),
+            ("weight_decay", ".nan", "`weight_decay` expected to be at least 0 and finite but got nan"),
+            ("view", "svg", r"\"view\":[\s\S]*'svd', 'drop'.*Got value: svg"),
+            ("supervised", "maybe", r"\"supervised\":[\s\S]*<class 'bool'>.*Got value: maybe"),
+            ("encoder", "gcnn", "`encoder` expected to be one of gcn, gat.* or a class's path, but got 'gcnn'"),
+            ("encoder", "torch.nn.No", "`encoder` expected to be one of gcn, gat.* but got 'torch.nn.No'.*no attribute 'No'"),
+            ("encoder_args", "{headz: 3}", "`encoder_args` expected .*'gcn' but got {'headz': 3}.*Leave out"),
+        )
+    ),
+    *(
+        ("graph", [f"--data.{name}", value], message)
+        for name, value, message in (
+            ("source", "coraa", "`source` expected to be digits, wine.* but got 'coraa'; choose one"),
+            ("source", "nowhere.npz", "`source` expected a .npz file with .* but got 'nowhere.npz'.*check it"),
+            ("num_val", "1000", "`num_val` = 1000 .*expected to need at most 30 nodes.*lower it"),
+            ("labels_per_class", "500", "`labels_per_class` expected to be at most 1, .* but got 500; lower it"),
+            ("fold", "3", "`fold` expected to be below 1, .* but got 3; lower it"),
+            ("edge_noise", "100", "`edge_noise` expected to add at most 483 edges.*use at most 6.192"),
+            ("fanout", "[]", r"`fanout` expected to be a list of integers but got \[\]; give one for each hop"),
+            ("batch_size", "0", "`batch_size` expected to be an integer of at least 1 but got 0; null takes the whole graph"),
+        )
+    ),
+    (
+        "graph",
+        ["--trainer.callbacks", "callbacks.GraphMonitor", PRUNE + "every_n_epochs", "0"],
+        "`every_n_epochs` expected to be at",
+    ),
+    (
+        "graph",
+        ["--trainer.callbacks", "callbacks.SaveModel"],
+        "SaveModel needs a module with a `save`, such as CausalLM, but got",
+    ),
+    ("graph", ["--data", "datamodules.TextDataModule"], "`tokenizer` is null. Give a hub id"),
+]
+IMAGES = [
+    ("vit", ["--model.model_name_or_path", "deit_tinny"], "`model_name_or_path` = 'deit_tinny' is neither .*Near: deit"),
+    ("vit", ["--model.model_name_or_path", "./nowhere"], "'./nowhere' is not an existing directory. Give a name of timm"),
+    ("vit", ["--model.checkpoint", "w.pth"], "`checkpoint` expected to be an existing .safetensors file but got 'w.pth'"),
+    ("vit", ["--model.model_args", "{colour: 1}"], "`model_args` = {'colour': 1}: .*'colour'"),
+    ("vit", ["--model.warmup", "1"], r"`warmup` expected to be in \[0, 1\) but got 1"),
+    ("vit", ["--model.weight_decay", "-1"], "`weight_decay` expected to be at least 0 but got -1"),
+    ("vit", ["--model.mixup", "-1"], "`mixup` expected to be at least 0 but got -1"),
+    ("vit", ["--data.root", "nowhere"], "`root` expected digits, a folder .* but got 'nowhere', which does not exist; check"),
+    (
+        "vit",
+        ["--data.image_size", "9"],
+        "`image_size` expected to be 8, that of deit_tiny_patch16_224, but got 9. Leave it out",
+    ),
+    ("vit", ["--data.crop_pct", "2"], r"`crop_pct` expected to be in \(0, 1\] but got 2"),
+    ("vit", ["--data.mean", "[1, 2]"], r"`mean` expected a number for R, G and B but got \[1.0, 2.0\]; null takes the model's"),
+    ("vit", ["--data.classes", "nowhere.txt"], "`classes` expected imagenet, or a text file .* but got 'nowhere.txt'.*check"),
+    ("vit", ["--data.augmentation", "{flip: 1}"], "`augmentation` expected arguments of .* got 'flip'; accepted are .*hflip"),
+    ("vit", ["--data.on_corrupt", "drop"], r"\"on_corrupt\":[\s\S]*'error', 'skip'.*Got value: drop"),
+    (
+        "vit",
+        ["--model.model_args", json.dumps(VIT | {"num_classes": 7})],
+        "`classes` is null, .*10 of 'digits', but the model has 7.*Give data.classes",
+    ),
+    (
+        "vit",
+        ["--trainer.callbacks", "callbacks.SaveModel", PRUNE + "output_dir", "file"],
+        "`output_dir` = 'file' is a file. Give a",
+    ),
+    (
+        "vit",
+        ["--trainer.callbacks", "callbacks.SaveModel", PRUNE + "output_dir", "/proc/x"],
+        "`output_dir` = '/proc/x' cannot be",
+    ),
+]
+COMMAND_LINE = [
+    ("llama", [PRUNE + "sparsty", "0.5"], r"callbacks.BlockwisePruning':\s+Option 'sparsty' is not accepted"),
+    ("llama", ["--model.model_name", "x"], r"lightning_modules.CausalLM':\s+Option 'model_name' is not accepted"),
+    ("llama", ["--data.seqlen", "24"], r"datamodules.TextDataModule':\s+Option 'seqlen' is not accepted"),
+    ("llama", ["--trainer.epochs", "24"], "unrecognized arguments: --trainer.epochs 24"),
+    ("llama", ["--model", "lightning_modules.CausalLLM"], "no attribute 'CausalLLM'; it has .*CausalLM"),
+    ("llama", ["--data", "datamodules.TextData"], "no attribute 'TextData'; it has .*TextDataModule"),
+    ("llama", ["--trainer.callbacks", "callbacks.Blockwise"], "no attribute 'Blockwise'; it has .*BlockwisePruning"),
+    ("llama", ["--config", "nowhere.yaml"], "File does not exist: .*nowhere.yaml"),
+    ("train llama", [], r"invalid choice: 'train' \(choose from '?fit"),
+    ("graph", ["--trainer.max_epochs", "-5"], "`max_epochs` must be a non-negative integer or -1. You passed in -5"),
+    ("graph", ["--trainer.accelerator", "gpuu"], "`accelerator='gpuu'`. Available names are: .*cpu"),
+    ("graph", ["--trainer.strategy", "ddpp"], "`strategy='ddpp'`.*Example choices: auto, ddp"),
+    ("graph", ["--trainer.precision", "8"], r"\"trainer.precision\":[\s\S]*'bf16-true'[\s\S]*Given value: 8"),
+    ("graph", ["--trainer.devices", "0"], r"devices='0'\)` value is not a valid input using cpu"),
+    ("test graph", ["--ckpt_path", "nowhere.ckpt"], "Checkpoint file not found: nowhere.ckpt"),
+    (
+        "test graph",
+        ["--ckpt_path", "bad.ckpt"],
+        "`ckpt_path` expected a checkpoint of Lightning but 'bad.ckpt' could not be read",
+    ),
+]
+ALL = [*PRUNING, *TEXT_AND_LANGUAGE, *GRAPHS, *IMAGES, *COMMAND_LINE]
+
+
+def snapshot(folder):
+    """All but the folder of the run, which holds the config that any run writes."""
+    return {
+        path: path.is_dir() or hashlib.sha256(path.read_bytes()).digest()
+        for path in folder.rglob("*")
+        if path.relative_to(folder).parts[0] != "run"
+    }
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Every module that was made, with the weights that it had then."""
+    found = []
+    for name in ("CausalLM", "ImageClassifier", "CSG2L"):
+        cls = getattr(lightning_modules, name)
+
+        def configure(module, original=cls.configure_model):
+            original(module)
+            found.append((module, {key: value.clone() for key, value in module.state_dict().items()}))
+
+        monkeypatch.setattr(cls, "configure_model", configure)
+    return found
+
+
+@pytest.mark.parametrize(("config", "arguments", "message"), ALL, ids=[" ".join([row[0], *row[1]])[:90] for row in ALL])
+def test_what_a_user_is_told(config, arguments, message, folder, made, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    shutil.rmtree("run", ignore_errors=True)
+    before = snapshot(folder)
+    command, _, name = config.rpartition(" ")
+    with pytest.raises(BaseException) as raised:
+        main([command or "fit", "--config", f"{name}.yaml", *arguments])
+    told = capfd.readouterr().err if isinstance(raised.value, SystemExit) else str(raised.value)
+    assert re.search(message, told), f"{raised.type.__name__}: {told[-1500:]}"
+    assert snapshot(folder) == before
+    assert not [path for path in (folder / "run").rglob("*") if path.suffix in (".safetensors", ".ckpt")]
+    for module, weights in made:
+        assert all(torch.equal(value, weights[key]) for key, value in module.state_dict().items())
+
+
+def test_rotary_models_may_see_more_than_they_were_trained_with(folder, monkeypatch):
+    """Only a warning, and none where the rotation is stretched."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    arguments = ["validate", "--config", "llama.yaml", "--data.seq_len", "100", *NO_CALLBACKS]
+    with pytest.warns(UserWarning, match="`seq_len` = 100 is more than the 64 positions with which ./llama was trained"):
+        main(arguments)
+    shutil.copytree("llama", "stretched", dirs_exist_ok=True)
+    content = json.loads(Path("stretched/config.json").read_text())
+    content["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    Path("stretched/config.json").write_text(json.dumps(content))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*positions with which")
+        main([*arguments, "--model.model_name_or_path", "./stretched"])
