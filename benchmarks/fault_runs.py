@@ -83,6 +83,23 @@ class PruningRun:
         return Path(f"{self.output}.state")
 
 
+@dataclass(frozen=True)
+class VisionRun(PruningRun):
+    """The same of a random DeiT of two blocks on scikit-learn's digits; model and text mean nothing."""
+
+    def work(self) -> None:
+        """What each of the processes does."""
+        from callbacks.blockwise_pruning import BlockwisePruning
+        from datamodules.images import ImageDataModule
+        from lightning_modules.image_classifier import ImageClassifier
+
+        sizes = {"img_size": 8, "patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+        settings = {"resume": True, "output_dir": self.output} | dict(self.settings)
+        data = {"num_calibration": 33, "num_heldout": 7, "batch_size": 8, "crop_pct": 1.0} | dict(self.data)
+        trainer = quiet_trainer(self, Path(self.output).parent, callbacks=[BlockwisePruning(**settings)])
+        trainer.fit(ImageClassifier("deit_tiny_patch16_224", model_args=sizes), datamodule=ImageDataModule("digits", **data))
+
+
 class Run(Protocol):
     """Anything that several processes do."""
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import load
 
-from benchmarks.fault_runs import PruningRun, go, quiet_trainer, tiny
+from benchmarks.fault_runs import PruningRun, VisionRun, go, quiet_trainer, tiny
 from callbacks.collector import StatisticsCollector
 from callbacks.processes import Processes, owners_of, processes_of
 from lightning_modules.architectures import PrunableLinear
@@ -76,6 +76,20 @@ def test_same_result_as_one_process(family, processes, settings, data, models, o
         for name, linear in same["linears"].items():
             assert block["linears"][name]["error"] == pytest.approx(linear["error"], rel=1e-3)
         assert block["attention"].keys() == same["attention"].keys()
+
+
+def test_vision_transformer_with_fused_projections(tmp_path):
+    runs = [VisionRun("", "", str(tmp_path / str(processes)), processes) for processes in (1, 2)]
+    for run in runs:
+        assert go(run) == [0] * run.processes
+    alone, both = (load(run.weights) for run in runs)
+    assert all(((both[name] != 0) == (weight != 0)).all() for name, weight in alone.items())
+    found, expected = (torch.cat([weights[name].flatten() for name in alone]) for weights in (both, alone))
+    assert (found - expected).norm() <= 1e-5 * expected.norm()  # of single linears less: random attention gives a poor Hessian
+    reports = [report_of(run) for run in runs]
+    assert reports[0]["metrics"]["pruned"].keys() == reports[1]["metrics"]["pruned"].keys()
+    for name, value in reports[0]["metrics"]["dense"].items():
+        assert reports[1]["metrics"]["dense"][name] == pytest.approx(value, rel=0 if "top" in name else 1e-6), name
 
 
 def test_two_nodes_of_one_process(models, one_process, tmp_path):

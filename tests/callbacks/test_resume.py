@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fault_runs import PLACES, Fault, PruningRun, finish, go, start, tiny
+from benchmarks.fault_runs import PLACES, Fault, PruningRun, VisionRun, finish, go, start, tiny
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,16 @@ def test_every_rule_resumes(settings, tiny_run, whole, tmp_path):
     assert len(list(run.state.glob("*.safetensors"))) == blocks - 3
     assert go(run, {0: Fault(place, 3)}) == [-signal.SIGKILL]
     assert go(run) == [0] and run.weights == whole(run)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_vision_transformer(processes, tmp_path):
+    whole = VisionRun("", "", str(tmp_path / "whole"), processes)
+    run = replace(whole, output=str(tmp_path / "pruned"))
+    assert go(whole) == [0] * processes
+    assert go(run, {0: Fault("before a file is renamed", 3)})[0] == -signal.SIGKILL
+    assert len(list(run.state.glob("*.safetensors"))) == 1
+    assert go(run) == [0] * processes and run.weights == whole.weights
 
 
 def test_report_of_a_resumed_run_is_that_of_a_whole_one(tiny_run, whole, tmp_path):
