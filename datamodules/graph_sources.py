@@ -1,8 +1,8 @@
 """Where graphs come from: kNN graphs of scikit-learn's tables, karate club, PyG's and OGB's data sets, .npz files; splits.
 
-Every graph becomes undirected, coalesced and free of self-loops, whatever its files hold. Files are read without pickle but for
-the raw files of Planetoid: these are pickles, which PyG reads when it processes them the first time, so take them from their
-publisher. Processed files are read with weights_only=True, and nothing else is tried if that fails.
+Every graph becomes undirected, coalesced and free of self-loops, whatever its files hold. No file runs code: the raw files of
+Planetoid, which are pickles, may hold arrays and plain values only, PyG's and OGB's processed files are read with
+weights_only=True, and nothing else is tried if that fails. Whatever is wrong with a file is a ValueError that names it.
 
 Legend: N nodes, E directed edges (each undirected edge twice), F features.
 """
@@ -10,7 +10,6 @@ Legend: N nodes, E directed edges (each undirected edge twice), F features.
 import errno
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch_geometric import datasets
+from torch_geometric.data import Data
+from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
+from torch_geometric.data.storage import GlobalStorage
 from torch_geometric.utils import remove_self_loops, to_undirected
+
+from functional.safe_load import brief, check_arrays, weights_only
 
 SPLIT_STREAM = 0
 EMBEDDED = ("digits", "wine", "breast_cancer", "karate")
@@ -39,7 +43,10 @@ PYG = {
     "WikiCS": "WikiCS",
 }
 ACCEPTED_SOURCES = f"{', '.join((*EMBEDDED, *PYG))}, ogbn-arxiv or the path of a .npz file"
+PLANETOID_PICKLES = ("x", "tx", "allx", "y", "ty", "ally", "graph")
 NPZ_KEYS = ("attr_data", "attr_indices", "attr_indptr", "attr_shape", "edge", "labels")
+LARGEST_FEATURES = 2**30
+"""Most entries of a feature matrix read from a .npz file: 4 GiB, since it is dense in memory."""
 
 Masks = tuple[Tensor, Tensor | None, Tensor | None]
 """Training, validation and test nodes, each (N,) or (N, folds); None where the data set has none."""
@@ -133,6 +140,10 @@ def _read_pyg(name: str, root: Path, split: str) -> Graph:
     if kind == "WikiCS":
         arguments["is_undirected"] = True
     with _explained(name, root, raw):
+        if kind == "Planetoid":
+            for part in PLANETOID_PICKLES:
+                if (path := raw / f"ind.{name.lower()}.{part}").is_file():
+                    _check_pickle(path)
         data = getattr(datasets, kind)(**arguments)[0]
     graph = Graph(name, data.x, data.edge_index, data.y, bag_of_words=kind != "WikiCS")
     if kind in ("Amazon", "Coauthor"):
@@ -154,7 +165,8 @@ def _read_arxiv(root: Path) -> Graph:
     except ModuleNotFoundError as error:
         message = f"Argument `source` = 'ogbn-arxiv' needs the package {error.name!r}, which is not installed: pip install ogb"
         raise ModuleNotFoundError(message, name=error.name) from error
-    with _explained("ogbn-arxiv", root, root / "ogbn_arxiv" / "raw"):
+    known = torch.serialization.safe_globals([Data, DataEdgeAttr, DataTensorAttr, GlobalStorage])  # what OGB pickles whole
+    with _explained("ogbn-arxiv", root, root / "ogbn_arxiv" / "raw"), known:
         dataset = PygNodePropPredDataset("ogbn-arxiv", root=str(root))
         data, parts = dataset[0], dataset.get_idx_split()
     masks = tuple(_as_mask(parts[part], len(data.x)) for part in ("train", "valid", "test"))
@@ -163,15 +175,14 @@ def _read_arxiv(root: Path) -> Graph:
 
 @contextmanager
 def _explained(name: str, root: Path, raw: Path) -> Iterator[None]:
-    """Turn what a data set raises into a ValueError that says what to do."""
+    """Turn what a data set raises into a ValueError that says what to do; nothing that it loads unpickles objects."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), weights_only():
             warnings.filterwarnings("error", "Weights only load failed")  # PyG would then go on to unpickle the file
+            warnings.filterwarnings("ignore", ".*`scipy.sparse.csr`")  # as the files of Planetoid call it
             yield
-    except MemoryError:
-        raise
     except Exception as error:  # PyG, fsspec and urllib raise many kinds, none of which names the data set
-        cause = f"{type(error).__name__}: {error}"
+        cause = brief(error)
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ValueError(
                 f"Argument `root` expected a folder that can be written to, since PyG keeps processed/ beside raw/, but got "
@@ -181,6 +192,13 @@ def _explained(name: str, root: Path, raw: Path) -> Iterator[None]:
             f"Argument `source` = {name!r} expected to be in, or downloadable to, `root` = '{root}' but got {cause}; without a "
             f"network, put its raw files into '{raw}'; if they are there, delete '{raw.parent}' and get them anew."
         ) from error
+
+
+def _check_pickle(path: Path) -> None:
+    try:
+        check_arrays(path)
+    except Exception as error:  # bytes that are no pickle make anything of the reader
+        raise ValueError(f"'{path}' is no pickle of arrays ({brief(error)})") from error
 
 
 def read_npz(path: Path) -> Graph:
@@ -193,35 +211,56 @@ def read_npz(path: Path) -> Graph:
     keys = ", ".join(NPZ_KEYS)
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"Argument `source` expected a .npz file with {keys} but got '{path}' ({error}); check it.") from error
+            arrays = {
+                key: np.asarray(file[key])
+                for key in file.files
+                if key in NPZ_KEYS or re.fullmatch(r"(train|test)[0-9]{1,9}", key)
+            }
+    except Exception as error:  # what zipfile, zlib and numpy make of damaged bytes shares no base class below this one
+        raise ValueError(
+            f"Argument `source` expected a .npz file with {keys} but got '{path}' ({brief(error)}); check it."
+        ) from error
     missing = [key for key in NPZ_KEYS if key not in arrays]
     if missing:
         raise ValueError(f"File '{path}' expected to hold {keys} but has no {', '.join(missing)}; add it.")
-    parts = {key: torch.from_numpy(arrays[key].astype(np.int64)) for key in NPZ_KEYS[1:]}
-    indices, pointers, shape, edges, labels = parts.values()
-    num_nodes, num_features = shape.tolist() if len(shape) == 2 else (0, 0)
-    splits = {key: array for key, array in arrays.items() if re.fullmatch(r"(train|test)\d+", key)}
-    counts = pointers.diff()
-    for what, holds in (
-        (f"`labels` of {num_nodes} nodes, from 0", labels.shape == (num_nodes,) and num_nodes > 0 and labels.min() >= 0),
-        (f"`edge` (e, 2) of nodes below {num_nodes}", edges.ndim == 2 and edges.shape[1] == 2 and _within(edges, num_nodes)),
-        ("`attr_indptr` that rises from 0 to the number of values", len(counts) == num_nodes and bool((counts >= 0).all())
-         and pointers[0] == 0 and pointers[-1] == len(indices) == len(arrays["attr_data"])),
-        (f"`attr_indices` below {num_features}", _within(indices, num_features)),
-        *((f"`{key}` of nodes below {num_nodes}", _within(torch.from_numpy(splits[key].astype(np.int64)), num_nodes))
-          for key in splits),
-    ):  # fmt: skip
+
+    def expect(holds: bool, what: str) -> None:
         if not holds:
             raise ValueError(f"File '{path}' expected to hold {what} but does not; write it again.")
+
+    for key, array in arrays.items():
+        whole = array.dtype.kind in "biu" or (array.dtype.kind == "f" and bool((np.floor(array) == array).all()))
+        if key == "attr_data":
+            expect(array.dtype.kind in "biuf", "numbers in `attr_data`")
+        else:
+            expect(whole, f"integers in `{key}`")
+        expect(array.ndim == 1 or key == "edge", f"`{key}` in one dimension")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes Inf, which is refused below
+        values = torch.from_numpy(arrays.pop("attr_data").astype(np.float32))
+    with np.errstate(invalid="ignore"):  # and Inf a number that is refused, too
+        parts = {key: torch.from_numpy(array.astype(np.int64)) for key, array in arrays.items()}
+    indices, pointers, shape, edges, labels = (parts.pop(key) for key in NPZ_KEYS[1:])
+    expect(len(shape) == 2 and bool((shape > 0).all()), "two positive numbers in `attr_shape`")
+    num_nodes, num_features = shape.tolist()
+    expect(num_nodes * num_features <= LARGEST_FEATURES, f"an `attr_shape` of at most {LARGEST_FEATURES:,} entries")
+    expect(
+        len(labels) == num_nodes and _within(labels, num_nodes), f"`labels` of {num_nodes} nodes, from 0, below their number"
+    )
+    expect(edges.ndim == 2 and edges.shape[1] == 2 and _within(edges, num_nodes), f"`edge` (e, 2) of nodes below {num_nodes}")
+    counts = pointers.diff()
+    rises = len(counts) == num_nodes and bool((counts >= 0).all()) and pointers[0] == 0
+    expect(rises and pointers[-1] == len(indices) == len(values), "`attr_indptr` that rises from 0 to the number of values")
+    expect(_within(indices, num_features), f"`attr_indices` below {num_features}")
+    expect(bool(values.isfinite().all()), "finite numbers in `attr_data`")
+    for key, nodes in parts.items():
+        expect(_within(nodes, num_nodes), f"`{key}` of nodes below {num_nodes}")
     x = torch.zeros(num_nodes, num_features)
     rows = torch.arange(num_nodes).repeat_interleave(counts)
-    x.index_put_((rows, indices), torch.from_numpy(arrays["attr_data"].astype(np.float32)), accumulate=True)
+    x.index_put_((rows, indices), values, accumulate=True)
     public = {
-        labels_per_class: (_as_mask(splits[f"train{labels_per_class}"], num_nodes), None, _as_mask(splits[test], num_nodes))
-        for labels_per_class in sorted(int(key[5:]) for key in splits if key.startswith("train"))
-        if (test := f"test{labels_per_class}") in splits
+        labels_per_class: (_as_mask(parts[f"train{labels_per_class}"], num_nodes), None, _as_mask(parts[test], num_nodes))
+        for labels_per_class in sorted(int(key[5:]) for key in parts if key.startswith("train"))
+        if (test := f"test{labels_per_class}") in parts and f"train{labels_per_class}" in parts
     }
     return Graph(path.stem, x, edges.T, labels, bag_of_words=True, public=public)
 

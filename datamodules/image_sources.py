@@ -8,7 +8,7 @@ import io
 import os
 import re
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -21,12 +21,19 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from functional.safe_load import brief
+
+INDEX = re.compile(r"[0-9]{1,9}")
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:/]+)?")
 ACCEPTED_ROOTS = "digits, a folder with <train>/<class>/ and <val>/<class>/, or a dataset on the hub as owner/name[:config]"
 DIGITS_HELD_OUT = 0.2
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+"""What is looked for in a file, whatever its name; Pillow knows others, and starts Ghostscript for one of them."""
+LONGEST_SIDE = 1000
+"""Times the shorter one; resized to the shorter side, an image beyond that would take gigabytes."""
 
 
-class UnreadableImage(RuntimeError):
+class UnreadableImage(RuntimeError, ValueError):
     """A file that is missing, truncated or no image."""
 
 
@@ -48,12 +55,10 @@ class Images:
         """
         try:
             return decode(self.encoded(position))
-        except MemoryError:
-            raise
-        except Exception as error:  # what Pillow raises on damaged data ranges from OSError to SyntaxError and struct.error
+        except Exception as error:  # of damaged data Pillow makes anything from OSError to SyntaxError and MemoryError
             raise UnreadableImage(
-                f"Image {self.name(position)} cannot be read ({type(error).__name__}: {error}). Delete or replace it, or set "
-                "data.on_corrupt to skip."
+                f"Image {self.name(position)} cannot be read ({brief(error)}). Delete or replace it, or set data.on_corrupt to "
+                "skip."
             ) from error
 
     def encoded(self, position: int) -> bytes:
@@ -201,10 +206,16 @@ class Collate:
 
 
 def decode(content: bytes) -> Image.Image:
-    """Decode a whole image file to 8-bit RGB; 16 bits are scaled, transparency is dropped as timm and torchvision do."""
+    """Decode a whole image file to 8-bit RGB; 16 bits are scaled, transparency is dropped as timm and torchvision do.
+
+    Raises:
+        Exception: Of any type, if the content is not one of FORMATS, damaged, or too long for its breadth.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error from twice that size on
-        image = Image.open(io.BytesIO(content))
+        warnings.simplefilter("ignore")  # of large images, an error from twice that size on; of damaged metadata
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if max(image.size) > LONGEST_SIDE * min(image.size):
+        raise ValueError(f"its size is {image.width} x {image.height}, more than {LONGEST_SIDE} to 1")
     if image.mode.startswith("I"):  # Pillow would clip these at 255
         values = np.asarray(image).astype(np.float64)
         image = Image.fromarray(np.rint(values.clip(0, 65535) / 257).astype(np.uint8))
@@ -260,15 +271,15 @@ def read_classes(classes: str) -> list[str]:
     accepted = "imagenet, or a text file with one class a line: `name`, or `index<TAB>name`"
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or no possible path
         raise ValueError(f"Argument `classes` expected {accepted} but got {classes!r} ({error}); check the path.") from error
     lines = [line.strip("\r") for line in text.split("\n") if line.strip()]
     names = [line.strip() for line in lines]
     if any("\t" in line for line in lines):
         cells = [line.split("\t") for line in lines]
-        wrong = [row for row in cells if len(row) < 2 or not row[0].strip().isdecimal() or not row[1].strip()]
+        wrong = [row for row in cells if len(row) < 2 or not INDEX.fullmatch(row[0].strip()) or not row[1].strip()]
         if wrong:
-            raise ValueError(f"File '{path}' expected lines index<TAB>name but got {wrong[0]}; correct that line.")
+            raise ValueError(f"File '{path}' expected lines index<TAB>name but got {repr(wrong[0])[:200]}; correct that line.")
         indices = [int(row[0]) for row in cells]
         if sorted(indices) != list(range(len(indices))):
             raise ValueError(
@@ -276,9 +287,9 @@ def read_classes(classes: str) -> list[str]:
                 f"{max(indices)} and {len(set(indices))} differ; number its {len(indices)} classes as the model does."
             )
         names = [row[1].strip() for row in sorted(cells, key=lambda row: int(row[0]))]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice or not names:
-        what = f"{twice[0]!r} twice" if twice else "an empty file"
+        what = f"{repr(twice[0])[:200]} twice" if twice else "an empty file"
         raise ValueError(f"File '{path}' expected one class a line but got {what}; write each name once.")
     return names
 

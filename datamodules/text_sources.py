@@ -8,12 +8,14 @@ import gzip
 import json
 import os
 import re
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
+
+from functional.safe_load import brief
 
 # Suffix -> kind; a kind is also the name of the builder that `datasets` has for it.
 KINDS = {
@@ -144,17 +146,34 @@ def read_file(path: Path, text_field: str) -> list[str]:
         raise ValueError(f"Text file '{path}' has an unknown suffix. Accepted: {ACCEPTED_FILES}.")
     try:
         documents = reader(path, text_field)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"Text file '{path}' is not intact gzip ({error}). Copy or download it again.") from error
     except OSError as error:
-        raise ValueError(f"Text file '{path}' cannot be read ({error}). Check it and its permissions.") from error
+        raise ValueError(f"Text file '{path}' cannot be read ({brief(error)}). Check it and its permissions.") from error
     if not any(document.strip() for document in documents):
         raise ValueError(f"Text file '{path}' holds no text. Remove it from the sources or give a file with text.")
     return documents
 
 
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    with open(path, "rb") as file:
+        if not path.name.lower().endswith(".gz"):
+            yield file
+            return
+        try:
+            yield gzip.GzipFile(fileobj=file)
+        except ValueError:  # what is inside is wrong
+            raise
+        except Exception as error:  # BadGzipFile, EOFError, zlib.error
+            raise ValueError(f"Text file '{path}' is not intact gzip ({brief(error)}). Copy or download it again.") from error
+
+
+def _short(value: object, length: int = 300) -> str:
+    text = str(value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def _names(names: Iterable[str]) -> str:
+    return _short(sorted(names))
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -186,11 +205,11 @@ def _text_of_line(line: bytes, text_field: str, where: str) -> str:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         hint = "Write one JSON object a line, for example with `jq -c '.[]'`."
-        raise ValueError(f"{where} is not JSON ({error}). {hint}") from error
+        raise ValueError(f"{where} is not JSON ({brief(error)}). {hint}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where} is of type {type(row).__name__}, not a JSON object. Write one JSON object a line.")
     if text_field not in row:
-        raise ValueError(f"{where} has no field {text_field!r}; it has {sorted(row)}. Set `text_field`.")
+        raise ValueError(f"{where} has no field {text_field!r}; it has {_names(row)}. Set `text_field`.")
     document = row[text_field]
     if not isinstance(document, str):
         kind = type(document).__name__
@@ -198,21 +217,31 @@ def _text_of_line(line: bytes, text_field: str, where: str) -> str:
     try:
         document.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} field {text_field!r} holds half a surrogate pair ({error}). Remove it.") from error
+        raise ValueError(f"{where} field {text_field!r} holds half a surrogate pair ({brief(error)}). Remove it.") from error
     return document
 
 
 def _read_parquet(path: Path, text_field: str) -> list[str]:
     parquet = _import_extra("pyarrow.parquet", f"'{path}'")
-    arrow = _import_extra("pyarrow", f"'{path}'")
-    try:
-        with parquet.ParquetFile(path) as file:
-            _check_column(file.schema_arrow, text_field, f"Text file '{path}'")
-            column = file.read(columns=[text_field]).column(text_field)
-        _check_no_null(column, text_field, f"Text file '{path}'")
+    where = f"Text file '{path}'"
+    with open(path, "rb") as source, _parquet_explained(where):
+        file = parquet.ParquetFile(source)
+        schema = file.schema_arrow
+    _check_column(schema, text_field, where)
+    with open(path, "rb") as source, _parquet_explained(where):
+        column = parquet.ParquetFile(source).read(columns=[text_field]).column(text_field)
+        column.validate(full=True)
+    _check_no_null(column, text_field, where)
+    with _parquet_explained(where):
         return column.to_pylist()
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"Text file '{path}' is not intact parquet ({error}). Copy or download it again.") from error
+
+
+@contextmanager
+def _parquet_explained(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # pyarrow's own, and OSError, MemoryError, UnicodeDecodeError and OverflowError of damaged bytes
+        raise ValueError(f"{where} is not intact parquet ({brief(error)}). Copy or download it again.") from error
 
 
 # Hugging Face datasets
@@ -266,10 +295,10 @@ def _load_column(source: str, text_field: str, *arguments: str | None, **options
 def _check_column(schema, text_field: str, where: str) -> None:
     arrow = _import_extra("pyarrow", where)
     if text_field not in schema.names:
-        raise ValueError(f"{where} has no column {text_field!r}; it has {schema.names}. Set `text_field`.")
+        raise ValueError(f"{where} has no column {text_field!r}; it has {_names(schema.names)}. Set `text_field`.")
     kind = schema.field(text_field).type
     if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
-        raise ValueError(f"{where} column {text_field!r} is of type {kind}, not string. Set `text_field` to another.")
+        raise ValueError(f"{where} column {text_field!r} is of type {_short(kind)}, not string. Set `text_field` to another.")
 
 
 def _check_no_null(column, text_field: str, where: str) -> None:
