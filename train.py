@@ -18,6 +18,8 @@ from pathlib import Path
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from functional.safe_load import brief, weights_only
+
 
 class CLI(LightningCLI):
     """LightningCLI with subclass mode for model and data; the model's path is also where data finds its tokenizer."""
@@ -26,7 +28,7 @@ class CLI(LightningCLI):
         """Lightning's, which reads a checkpoint before anything else does, with an error that says which."""
         try:
             super()._parse_ckpt_path()
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except Exception as error:  # of any type, as the bytes of the file will have it
             path = self.config[self.config.subcommand].ckpt_path
             raise ValueError(
                 f"Argument `ckpt_path` expected a checkpoint of Lightning but {path!r} could not be read as one "
@@ -70,15 +72,22 @@ class CLI(LightningCLI):
 
 def main(args: list[str] | None = None, run: bool = True) -> CLI:
     """Run one command; `args` instead of the process's own, and `run=False` to stop once everything is instantiated."""
-    return CLI(
-        args=args,
-        run=run,
-        seed_everything_default=0,
-        trainer_defaults={
-            "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "logs"}}
-        },
-        save_config_kwargs={"overwrite": True},
-    )
+    try:
+        with weights_only():  # whatever `--weights_only` says: a checkpoint needs no objects, and theirs could run anything
+            return CLI(
+                args=args,
+                run=run,
+                seed_everything_default=0,
+                trainer_defaults={
+                    "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "logs"}}
+                },
+                save_config_kwargs={"overwrite": True},
+            )
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"Argument `ckpt_path` expected a checkpoint of tensors and plain values, but it holds others or is damaged "
+            f"({brief(error, 120)}). Nothing of it was run. Give another."
+        ) from error
 
 
 @contextmanager

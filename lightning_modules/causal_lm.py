@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from functional.hub import resolve_model_path
+from functional.safe_load import brief
 from lightning_modules.architectures import find_architecture
 from lightning_modules.prunable import PrunableModule
 
@@ -78,8 +79,10 @@ class CausalLM(PrunableModule):
         if "gguf_file" in arguments:
             rank_zero_info(f"Dequantising {arguments['gguf_file']}.")
             options |= _dequantised(self.hparams.dtype)
+        elif Path(name).is_dir():
+            options["use_safetensors"] = True  # on the hub, OPT has pickled weights only: of these, tensors and nothing else
         with _loading(self.model_name_or_path):
-            self.model = AutoModelForCausalLM.from_pretrained(name, **arguments, **options)
+            self.model = AutoModelForCausalLM.from_pretrained(name, **arguments, **options, weights_only=True)
 
     def _check_length(self, config: Any) -> None:
         """Refuse windows longer than the positions that a model has learned; of rotary ones, only say so."""
@@ -203,9 +206,9 @@ def _loading(path: str) -> Iterator[None]:
         raise
     except Exception as error:  # transformers, the hub client and the readers of files share no base class below this one
         raise ValueError(
-            f"Argument `model_name_or_path`: no model could be loaded from {path!r} ({type(error).__name__}: {error}). Give a "
-            "hub id, a local directory, a .gguf file, or package://<python package>/<file> with config, tokenizer and weights; "
-            "a hub id needs a connection or a filled cache."
+            f"Argument `model_name_or_path`: no model could be loaded from {path!r} ({brief(error)}). Give a hub id, a local "
+            "directory, a .gguf file, or package://<python package>/<file> with config, tokenizer and weights (safetensors); a "
+            "hub id needs a connection or a filled cache."
         ) from error
 
 

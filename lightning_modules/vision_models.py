@@ -6,13 +6,19 @@ begins with timm's `hf-hub:`, and every other name is one of timm's. Weights are
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from functional.safe_load import brief, weights_only
+
 WEIGHTS = "model.safetensors"
+SOURCES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""Arguments of `timm.create_model` that say where weights are."""
 
 
 def make_model(
@@ -41,7 +47,8 @@ def make_model(
             return _from_transformers(str(folder))
         import timm
 
-        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+        with _loading(name):
+            return timm.create_model(f"local-dir:{folder}", pretrained=True)
     if pretrained and checkpoint:
         raise ValueError("Give `pretrained` or `checkpoint`, not both: each is a source of weights.")
     if "/" in name and not name.startswith("hf-hub:"):
@@ -60,15 +67,27 @@ def _from_timm(name: str, pretrained: bool, checkpoint: str | None, model_args: 
         )
     if checkpoint is not None and (not checkpoint.endswith(".safetensors") or not Path(checkpoint).expanduser().is_file()):
         raise ValueError(f"Argument `checkpoint` expected to be an existing .safetensors file but got {checkpoint!r}.")
+    if sources := [argument for argument in SOURCES if argument in model_args]:
+        raise ValueError(
+            f"Argument `model_args`: {', '.join(sources)} would say where weights come from. Use `checkpoint`, a .safetensors "
+            "file, or `pretrained`."
+        )
     try:
-        model = timm.create_model(name, pretrained=pretrained, **model_args)
+        with weights_only():
+            model = timm.create_model(name, pretrained=pretrained, **model_args)
     except TypeError as error:
         raise ValueError(f"Argument `model_args` = {model_args}: {error}.") from error
     if checkpoint is not None:
         from safetensors.torch import load_file
 
         try:
-            model.load_state_dict(load_file(Path(checkpoint).expanduser()))
+            tensors = load_file(Path(checkpoint).expanduser())
+        except Exception as error:  # SafetensorError, and what damaged bytes make of its reader
+            raise ValueError(
+                f"Argument `checkpoint` = {checkpoint!r} is no intact safetensors file ({brief(error)}). Copy it again."
+            ) from error
+        try:
+            model.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(
                 f"Argument `checkpoint` = {checkpoint!r} does not fit {name} with model_args = {model_args}; img_size, "
@@ -94,9 +113,23 @@ def _hub_id_of_transformers(name: str, pretrained: bool, checkpoint: str | None,
 def _from_transformers(name: str) -> nn.Module:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    model = AutoModelForImageClassification.from_pretrained(name)
-    model.image_processor = AutoImageProcessor.from_pretrained(name)
+    with _loading(name):
+        model = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True)
+        model.image_processor = AutoImageProcessor.from_pretrained(name)
     return model
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Say which argument is to blame for what a library reports; pickled objects are not made."""
+    try:
+        with weights_only():
+            yield
+    except Exception as error:  # timm, transformers, the hub client and safetensors share no base class below this one
+        raise ValueError(
+            f"Argument `model_name_or_path`: no model could be loaded from {name!r} ({brief(error)}). Give a name of timm, a "
+            "hub id, or a directory that timm or transformers wrote, with weights as safetensors."
+        ) from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -105,7 +138,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"Argument `model_name_or_path` = {str(folder)!r} holds no config.json and {WEIGHTS}. "
             "Give a directory that timm or transformers wrote, or that a run here saved."
         )
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with _loading(str(folder)):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError("config.json is no JSON object")
+    return config
 
 
 def is_timm(model: nn.Module) -> bool:
