@@ -21,6 +21,8 @@ PRELOADED = (
 """Imported once in a server, from which every run is forked: importing takes longer than a tiny run."""
 LIMIT = 120.0
 """Seconds after which a run counts as hanging."""
+GRACE = 20.0
+"""Seconds that a process has to notice that another one has failed."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +149,24 @@ def start(run: Run, faults: Mapping[int, Fault] | None = None, log: Path | None 
 
 
 def finish(processes: list, limit: float = LIMIT) -> list[int | None]:
-    """Exit codes (negative: a signal), None of one that had to be killed for hanging."""
+    """Exit codes (negative: a signal), None of one that had to be killed for hanging.
+
+    As torchrun and Lightning's launcher do: where a process has failed, the others are killed after a while. Once they are
+    connected they end by themselves; before, they would wait for it for half an hour.
+    """
     end = time.monotonic() + limit
-    for process in processes:
-        process.join(max(end - time.monotonic(), 0.0))
+    while any(process.is_alive() for process in processes) and time.monotonic() < end:
+        if any(process.exitcode not in (0, None) for process in processes):
+            end = min(end, time.monotonic() + GRACE)
+            for process in processes:
+                process.join(max(end - time.monotonic(), 0.0))
+            for process in processes:
+                process.kill()
+        time.sleep(0.01)
     codes = [process.exitcode for process in processes]
     for process in processes:
-        if process.exitcode is None:
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
     return codes
 
 

@@ -44,15 +44,21 @@ class PruningState:
         A file that is damaged is named in a warning; that block and those after it are forgotten.
 
         Raises:
-            ValueError: If another process uses the directory, or what is in it belongs to a run with another fingerprint.
+            ValueError: If another process uses the directory, it cannot be written to, or what is in it belongs to a run with
+                another fingerprint.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.directory / "lock")
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise ValueError(
                 f"Another pruning run is using {self.directory}. Wait for it, or give this run another `output_dir` or logger."
+            ) from error
+        except OSError as error:
+            raise ValueError(
+                f"Finished blocks cannot be kept in {self.directory} ({error.strerror or error}). Choose another "
+                "`output_dir` or logger, or `resume: false`, which keeps nothing."
             ) from error
         for partial in self.directory.glob("*.partial"):
             partial.unlink()
