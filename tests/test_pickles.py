@@ -4,13 +4,16 @@ import io
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch_geometric.data import Data
 
 from datamodules import GraphDataModule, TextDataModule
 from datamodules.graph_sources import read_npz
@@ -233,6 +236,35 @@ def test_processed_graphs_of_other_sets(name, marker, tmp_path):
         (tmp_path / folder / file).write_bytes(contents(marker)["zip"])
     with pytest.raises(ValueError, match=f"^Argument `source` = '{name}' "):
         GraphDataModule(name, root=str(tmp_path)).setup()
+
+
+def test_what_ogb_pickles_is_read_if_it_is_data(marker, tmp_path, monkeypatch):
+    """OGB saves PyG's Data object whole and reads it with torch.load, which refuses classes that it does not know."""
+    path = tmp_path / "processed.pt"
+
+    class Dataset:
+        def __init__(self, name, root):
+            self.data, _ = torch.load(path)
+
+        def __getitem__(self, index):
+            return self.data
+
+        def get_idx_split(self):
+            return {"train": torch.arange(4), "valid": torch.arange(4, 6), "test": torch.arange(6, 8)}
+
+    monkeypatch.setitem(sys.modules, "ogb", ModuleType("ogb"))
+    monkeypatch.setitem(sys.modules, "ogb.nodeproppred", ModuleType("ogb.nodeproppred"))
+    sys.modules["ogb.nodeproppred"].PygNodePropPredDataset = Dataset
+    ring = torch.stack([torch.arange(8), torch.arange(8).roll(1)])
+    data = Data(x=torch.ones(8, 2), edge_index=ring, y=torch.arange(8)[:, None] % 2)
+    torch.save((data, None), path)
+    module = GraphDataModule("ogbn-arxiv", root=str(tmp_path), split="public")
+    module.setup()
+    assert module.data.train_mask.sum() == 4
+    data.more = Harmful(marker)
+    torch.save((data, None), path)
+    with pytest.raises(ValueError, match=r"^Argument `source` = 'ogbn-arxiv' .*Weights only load failed"):
+        GraphDataModule("ogbn-arxiv", root=str(tmp_path), split="public").setup()
 
 
 @pytest.mark.parametrize("part", ["x", "ty", "graph"])
