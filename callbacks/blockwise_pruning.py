@@ -176,6 +176,11 @@ class BlockwisePruning(Callback):
                 f"Pruning needs a Trainer that has run no epoch and reads calibration batches, but got current_epoch="
                 f"{trainer.current_epoch} and limit_train_batches={trainer.limit_train_batches}. Make a new Trainer."
             )
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"Argument `trainer.accumulate_grad_batches` = {trainer.accumulate_grad_batches} belongs to training; pruning "
+                "has no gradients. Leave it out; `data.batch_size` says how many samples go through a block at a time."
+            )
         self._output = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "pruned").expanduser()
         self._processes.together(lambda: check_output(self._output) if self._processes.is_first else None)
         self._num_runs = len(HeldRuns.held) if self.settings.rule == "perplexity" else 1

@@ -171,7 +171,10 @@ class ImageDataModule(LightningDataModule):
         if root == "digits":
             return DigitImages(part)
         if (folder := Path(root).expanduser()).is_dir():
-            return FolderImages(folder / name)
+            try:
+                return FolderImages(folder / name)
+            except ValueError as error:
+                raise ValueError(f"Arguments `root` = {root!r}, `{part}` = {name!r}: {error}") from error
         if not HUB_ID.fullmatch(root):
             raise ValueError(
                 f"Argument `root` expected {ACCEPTED_ROOTS}, but got {root!r}, which does not exist; check the path."

@@ -120,14 +120,14 @@ class TextDataModule(LightningDataModule):
         """Windows (number, seq_len) of each part asked for, and in words what they were cut from."""
         options, cut = self.hparams, {}
         if parts == ["test"] and options.test_source is not None:
-            documents = read_documents(options.test_source, options.text_field)
+            documents = self._documents("test_source")
             tokens = self._tokenise(SEPARATOR.join(documents))
             return {"test": (consecutive_windows(tokens, options.seq_len, "test_source"), f"{len(tokens):,} tokens")}
         if parts == ["test"] and options.num_heldout == 0:
             raise ValueError("Argument `test_source` is null and `num_heldout` is 0: there is no text to test on.")
 
         generator = Generator().manual_seed(self._seed)
-        documents = read_documents(options.source, options.text_field)
+        documents = self._documents("source")
         calibration, heldout, rule = self._split(documents, generator)
         origin = f"{len(heldout):,} held-out tokens ({rule})"
         if "test" in parts:
@@ -138,6 +138,12 @@ class TextDataModule(LightningDataModule):
             size = options.num_heldout * options.seq_len
             cut["heldout"] = heldout[:size].view(options.num_heldout, options.seq_len), origin
         return cut
+
+    def _documents(self, argument: str) -> Sequence[str]:
+        try:
+            return read_documents(self.hparams[argument], self.hparams.text_field)
+        except ValueError as error:
+            raise ValueError(f"Argument `{argument}`: {error}") from error
 
     def _split(self, documents: Sequence[str], generator: Generator) -> tuple[list[int] | Tensor, Tensor, str]:
         """Calibration (document indices, or tokens if split inside a text), held-out tokens, the rule applied."""

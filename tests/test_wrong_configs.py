@@ -114,6 +114,11 @@ PRUNING = [
     ("llama", [PRUNE + "output_dir", "/proc/x"], r"`output_dir` = '/proc/x' cannot be written .*make '/proc' writable"),
     ("llama", ["--trainer.limit_train_batches", "0"], "limit_train_batches=0"),
     (
+        "llama",
+        ["--trainer.accumulate_grad_batches", "2"],
+        "`trainer.accumulate_grad_batches` = 2 belongs to training.*Leave it out",
+    ),
+    (
         "graph",
         ["--trainer.callbacks", "callbacks.BlockwisePruning", PRUNE + "sparsity", "0.5"],
         "needs a PrunableModule such as",

@@ -10,10 +10,11 @@
 
 With an N:M pattern every method compares within each group of M weights of a row.
 
-What is defined beyond that: weights of dead inputs (always 0) are pruned first, those kept stay as they are; without any live
-input all count alike, so |W| decides. Where the OBS update, which fixes columns from left to right, would end in a larger error
-than none, the rows that it harms stay without. Scales do not matter as long as float32 holds the sums of squares: far from 1
-the solve works in units, powers of two, in which the largest weight and the most energetic input are about 1.
+What is defined beyond that: weights of dead inputs (always 0) are pruned first, and with the update become 0 even where they
+are kept, as in the released code; without any live input all count alike, so |W| decides. Where the OBS update, which fixes
+columns from left to right, would end in a larger error than none, the rows that it harms stay without. Scales do not matter as
+long as float32 holds the sums of squares: far from 1 the solve works in units, powers of two, in which the largest weight and
+the most energetic input are about 1.
 """
 
 import logging
@@ -126,10 +127,11 @@ def prune_linear(
     used_damping = None
     if updates:
         factor, dead, used_damping = inputs.inverse_factor(damping)
-        second_order = factor.diagonal().square().reciprocal().masked_fill(dead & ~dead.all(), 0)
+        dead = dead & ~dead.all()
+        second_order = factor.diagonal().square().reciprocal().masked_fill(dead, 0)
         terms = score_terms(second_order, x_norm, y_norm, lambda1, lambda2)
         pruned, mask, scores = obs_prune(dense * w_unit, factor, terms, sparsity, groups, block_size)
-        pruned = _cast(pruned / w_unit, weight.dtype)
+        pruned = _cast(pruned.masked_fill_(dead, 0) / w_unit, weight.dtype)
     else:
         energy = inputs.mean_square_norm() * x_unit
         terms = score_terms(energy if energy.any() else torch.ones_like(energy), x_norm, y_norm, lambda1, lambda2)
