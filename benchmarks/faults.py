@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ class Trial:
         name: Of the fault.
         run: The run.
         faults: Rank -> fault.
-        after: Seconds after which a process is killed from outside, instead.
+        after: Instead, a process is killed from outside after this share of the time that an untouched run takes.
         damage: What happens to the finished blocks between death and the next start.
     """
 
@@ -40,11 +41,11 @@ class Trial:
     after: float | None = None
     damage: Callable[[PruningRun, random.Random], None] | None = None
 
-    def go(self, expected: bytes, draw: random.Random) -> tuple[str, int]:
+    def go(self, expected: bytes, seconds: float, draw: random.Random) -> tuple[str, int]:
         """Outcome, and number of finished blocks that the second start could use."""
         processes = start(self.run, self.faults)
         if self.after is not None:
-            processes[-1].join(self.after)
+            processes[-1].join(self.after * seconds)
             processes[draw.randrange(len(processes))].kill()
         codes = finish(processes)
         if None in codes:
@@ -77,11 +78,11 @@ def trials(run: PruningRun, seeds: int, folder: Path) -> list[tuple[Trial, rando
             if place in ("statistics", "hidden states", "solve", "half a file written"):
                 rank = seed % 2 if place != "half a file written" else 0
                 add(f"SIGKILL of one of two processes: {place}", processes=2, faults={rank: Fault(place, max(count // 3, 1))})
-        at = random.Random(seed).uniform(0, 0.8)
+        at = random.Random(seed).random()
         add("SIGKILL at a random time", after=at)
-        add("SIGKILL of one of two processes at a random time", processes=2, after=2 * at)
+        add("SIGKILL of one of two processes at a random time", processes=2, after=at)
         for name, number in (("SIGTERM", signal.SIGTERM), ("Ctrl-C", signal.SIGINT)):
-            add(name, faults={0: Fault("statistics", 1 + seed % 60, number)})
+            add(name, faults={0: Fault("statistics", random.Random(f"{name}{seed}").randint(1, 60), number)})
         add("disk full", faults={0: Fault("disk", 12_000 + 1000 * seed)})
         for name, damage in DAMAGES.items():
             add(f"kept block: {name}", faults={0: Fault("model saved")}, damage=damage)
@@ -124,7 +125,7 @@ def main() -> None:
                 draw, processes = random.Random(seed), 1 + seed % 2
                 name = "SIGKILL at a random time" if processes == 1 else "SIGKILL of one of two processes at a random time"
                 one = replace(run, output=str(folder / f"{seed}"), processes=processes)
-                found.append((Trial(name, one, after=draw.uniform(15, 60)), draw))
+                found.append((Trial(name, one, after=draw.random()), draw))
         else:
             run = PruningRun(*tiny(folder), str(folder / "whole"))
             found = trials(run, options.seeds, folder)
@@ -139,12 +140,14 @@ def _try_all(found: list[tuple[Trial, random.Random]], run: PruningRun, out: Pat
     expected = {}
     for processes in sorted({trial.run.processes for trial, _ in found}):
         whole = replace(run, processes=processes, output=f"{run.output}{processes}")
+        go(replace(whole, output=f"{whole.output}-first"))  # which waits for imports
+        begun = time.monotonic()
         if go(whole) != [0] * processes:
             raise SystemExit(f"A run of {processes} processes failed without any fault.")
-        expected[processes] = whole.weights
+        expected[processes] = whole.weights, time.monotonic() - begun
     outcomes: dict[str, list[tuple[str, int]]] = {}
     for number, (trial, draw) in enumerate(found, 1):
-        outcome = trial.go(expected[trial.run.processes], draw)
+        outcome = trial.go(*expected[trial.run.processes], draw)
         outcomes.setdefault(trial.name, []).append(outcome)
         print(f"{number}/{len(found)} {trial.name}: {outcome[0]}, {outcome[1]} blocks kept", flush=True)
         shutil.rmtree(trial.run.output, ignore_errors=True)
