@@ -243,6 +243,7 @@ PLACES = {
 
 def _arm(fault: Fault) -> None:
     """Let the fault happen in this process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
     if fault.place == "disk":
         import resource
 

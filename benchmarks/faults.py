@@ -9,6 +9,7 @@ happened to. The tests use the same functions (tests/callbacks/test_resume.py).
 
 import argparse
 import csv
+import fnmatch
 import random
 import shutil
 import signal
@@ -114,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--smollm2", action="store_true", help="the real model; seeds are then random times of death")
+    parser.add_argument("--only", default="*", help="glob of the faults to try")
     parser.add_argument("--out", type=Path, default=Path("results/faults.csv"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -129,6 +131,7 @@ def main() -> None:
         else:
             run = PruningRun(*tiny(folder), str(folder / "whole"))
             found = trials(run, options.seeds, folder)
+        found = [(trial, draw) for trial, draw in found if fnmatch.fnmatchcase(trial.name, options.only)]
         _try_all(found, run, options.out, "SmolLM2-135M" if options.smollm2 else "3 blocks of width 32")
 
 
@@ -158,7 +161,7 @@ def _try_all(found: list[tuple[Trial, random.Random]], run: PruningRun, out: Pat
         for outcome in sorted({result for result, _ in results})
     ]
     facts = environment()
-    others = [row for row in read(out) if row["model"] != model]
+    others = [row for row in read(out) if row["model"] != model or row["fault"] not in outcomes]
     with out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
         writer.writeheader()

@@ -87,7 +87,7 @@ class StatisticsCollector:
         """Batch, order of the call, argument, linear and largest magnitude, wherever that has no square in float32; sorted."""
         seen = [
             (batch, order, argument, name, peak)
-            for order, name in enumerate((*self._leaders, *(self.linears.keys() - self._leaders)))
+            for order, name in enumerate((*self._leaders, *(name for name in self.linears if name not in self._leaders)))
             for argument, statistics in (("inputs", self.inputs(name)), ("outputs", self.outputs[name]))
             for batch, peak in zip(self._called[name], statistics.peaks, strict=True)
         ]

@@ -165,8 +165,9 @@ def _read_arxiv(root: Path) -> Graph:
     except ModuleNotFoundError as error:
         message = f"Argument `source` = 'ogbn-arxiv' needs the package {error.name!r}, which is not installed: pip install ogb"
         raise ModuleNotFoundError(message, name=error.name) from error
-    known = torch.serialization.safe_globals([Data, DataEdgeAttr, DataTensorAttr, GlobalStorage])  # what OGB pickles whole
-    with _explained("ogbn-arxiv", root, root / "ogbn_arxiv" / "raw"), known:
+    before = torch.serialization.get_safe_globals()  # PyG's own: the end of the block would take them away
+    pickled = [kind for kind in (Data, DataEdgeAttr, DataTensorAttr, GlobalStorage) if kind not in before]  # whole, by OGB
+    with _explained("ogbn-arxiv", root, root / "ogbn_arxiv" / "raw"), torch.serialization.safe_globals(pickled):
         dataset = PygNodePropPredDataset("ogbn-arxiv", root=str(root))
         data, parts = dataset[0], dataset.get_idx_split()
     masks = tuple(_as_mask(parts[part], len(data.x)) for part in ("train", "valid", "test"))
