@@ -27,9 +27,9 @@ from callbacks.attention_probe import Reference
 from callbacks.attention_step import AttentionStep
 from callbacks.block_pruner import BlockPruner
 from callbacks.collector import StatisticsCollector
-from callbacks.fingerprint import fingerprint_of
+from callbacks.fingerprint import circumstances_of, digests_of
 from callbacks.held_runs import HeldRuns
-from callbacks.processes import Processes, processes_of
+from callbacks.processes import Processes, give_back, processes_of
 from callbacks.progress import BlockProgressBar, use_block_progress_bar
 from callbacks.pruning_state import PruningState
 from callbacks.report import BlockRecord, log_scalars, peak_memory_gib, write_json
@@ -150,6 +150,7 @@ class BlockwisePruning(Callback):
         self._processes = Processes()
         self._rng: Tensor | None = None
         self._state: PruningState | None = None
+        self._resumed = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -165,6 +166,7 @@ class BlockwisePruning(Callback):
         trainer.num_sanity_val_steps = 0  # the dense model is validated as a whole, below
         pl_module.arm(self._calibrate)
         self.records, self.metrics = [], {}
+        self._state, self._resumed = None, 0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: PrunableModule) -> None:
@@ -182,7 +184,7 @@ class BlockwisePruning(Callback):
                 "has no gradients. Leave it out; `data.batch_size` says how many samples go through a block at a time."
             )
         self._output = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "pruned").expanduser()
-        self._processes.together(lambda: check_output(self._output) if self._processes.is_first else None)
+        self._processes.in_first(lambda: check_output(self._output))
         self._num_runs = len(HeldRuns.held) if self.settings.rule == "perplexity" else 1
         trainer.fit_loop.max_epochs = len(self._blocks) * self._num_runs
         trainer.check_val_every_n_epoch = trainer.fit_loop.max_epochs + 1  # validation is ours: before and after
@@ -197,9 +199,11 @@ class BlockwisePruning(Callback):
         self._sample_positions = pl_module.sample_positions
         self._windows = RuleWindows(trainer, pl_module, self.settings, self._processes)
         self._pruner = BlockPruner(pl_module, self.settings, self._processes, trainer.precision_plugin.forward_context)
-        if self._processes.size > 1:
-            self._processes.check_equal(pl_module.identity()["model"], "The model")
-        self._open_state(trainer, pl_module)
+        if self.resume or self._processes.size > 1:
+            identity = pl_module.identity()
+            self._processes.check_equal(identity["model"], "The model")
+        if self.resume:
+            self._open_state(trainer, pl_module, identity)
         self.metrics["dense"] = validate_within_fit(trainer)
         log_scalars(trainer.loggers, self.metrics["dense"], step=0)
         if self.settings.rule == "perplexity":
@@ -211,18 +215,17 @@ class BlockwisePruning(Callback):
             rank_zero_info(f"update_rule perplexity: pruning {self._num_runs} times, with {', '.join(HeldRuns.held)} held.")
             self._runs = HeldRuns(pl_module, self._plan)
 
-    def _open_state(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        """With `resume`: find what an earlier run has finished."""
-        self._state, self._resumed = None, 0
-        if not self.resume:
-            return
-        fingerprint = fingerprint_of(pl_module, self.settings, trainer, self._processes, self._windows.of_source())
+    def _open_state(self, trainer: Trainer, pl_module: PrunableModule, identity: dict[str, str]) -> None:
+        """Find what an earlier run has finished."""
+        read = digests_of(trainer, self._processes, self._windows.of_source())
+        fingerprint = identity | read | circumstances_of(pl_module, self.settings, trainer, self._processes)
         root = getattr(trainer.logger, "root_dir", None) or trainer.default_root_dir
         beside = self._output.with_name(f"{self._output.name}.state")
         state = PruningState(beside if self.output_dir else Path(root) / "pruning_state")
-        first = self._processes.is_first
-        count = self._processes.together(lambda: state.open(fingerprint) if first else 0)
-        self._state, self._resumed = state, self._processes.from_first(count)
+        self._state, self._resumed = (
+            state,
+            self._processes.from_first(self._processes.in_first(lambda: state.open(fingerprint))),
+        )
         if self._resumed:
             rank_zero_info(
                 f"An earlier run has finished {self._resumed} of {trainer.fit_loop.max_epochs} blocks: going on after them."
@@ -312,14 +315,12 @@ class BlockwisePruning(Callback):
                 "seconds": self._seconds_now(),
             }
             tensors = weights | {RNG_STATE: torch.get_rng_state()}
-            first = self._processes.is_first
-            self._processes.together(lambda: self._state.write(trainer.current_epoch, tensors, content) if first else None)
+            self._processes.in_first(lambda: self._state.write(trainer.current_epoch, tensors, content))
         return record
 
     def _restore_block(self, trainer: Trainer) -> BlockRecord:
         """The block as an earlier run has left it."""
-        first = self._processes.is_first
-        weights, content = self._processes.together(lambda: self._state.read(trainer.current_epoch) if first else ({}, {}))
+        weights, content = self._processes.in_first(lambda: self._state.read(trainer.current_epoch)) or ({}, {})
         content = self._processes.from_first(content)
         record = BlockRecord.from_dict(content["record"])
         self._pruner.restore(self._index, record, weights, self._plan[self._block_name], self._attention)
@@ -348,14 +349,14 @@ class BlockwisePruning(Callback):
             best = self._runs.finish()
             self.records, self._held = best.records, best.held
             self.metrics |= {f"hold_{held}": metrics for held, metrics in self._runs.metrics.items()}
-        self._seconds, first = self._seconds_now(), self._processes.is_first
+        self._seconds = self._seconds_now()
         report = self._report(trainer, pl_module)  # before evaluation could fail
-        self._processes.together(lambda: save_result(pl_module, self._output, report) if first else None)
+        self._processes.in_first(lambda: save_result(pl_module, self._output, report))
         self.metrics["pruned"] = validate_within_fit(trainer)
         log_scalars(trainer.loggers, self.metrics["pruned"], step=len(self._blocks))
         self._restore_modes()
         report = self._report(trainer, pl_module)
-        if first:
+        if self._processes.is_first:
             write_json(self._output / REPORT, report)
             if self._state is not None:
                 self._state.remove()
@@ -380,7 +381,7 @@ class BlockwisePruning(Callback):
     def teardown(self, trainer: Trainer, pl_module: PrunableModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, PrunableModule):
             pl_module.disarm()
-            trainer.strategy.__dict__.pop("configure_ddp", None)
+            give_back(trainer)
             if self._rng is not None:  # else it failed before `setup`
                 torch.set_rng_state(self._rng)
 

@@ -19,23 +19,19 @@ from lightning_modules.prunable import PrunableModule
 PACKAGES = ("torch", "lightning", "transformers", "timm", "d2prune")
 
 
-def fingerprint_of(
-    module: PrunableModule, settings: PruningSettings, trainer: Trainer, processes: Processes, rule_batches: Iterable[Any]
-) -> dict[str, str]:
-    """Model, tokenizer, calibration data, settings, processes, device and versions.
+def digests_of(trainer: Trainer, processes: Processes, rule_batches: Iterable[Any]) -> dict[str, str]:
+    """What is read: the calibration data, of which each process reads its own share, and what the update rule has beside it."""
+    return {
+        "calibration": " ".join(processes.gather(digest_of_batches(trainer.train_dataloader))),
+        "rule_source": processes.from_first(digest_of_batches(rule_batches)),
+    }
 
-    Args:
-        module: The module, still dense.
-        settings: Of the run.
-        trainer: Its train dataloader is read once.
-        processes: Of the run; each reads its own share.
-        rule_batches: What the update rule looks at beside the calibration data.
-    """
-    found = module.identity()
-    shares = processes.gather(digest_of_batches(trainer.train_dataloader))
-    found["calibration"] = shares[0] if len(shares) == 1 else " ".join(shares)
-    found["rule_source"] = processes.from_first(digest_of_batches(rule_batches))
-    found |= {f"settings.{name}": repr(value) for name, value in asdict(settings).items()}
+
+def circumstances_of(
+    module: PrunableModule, settings: PruningSettings, trainer: Trainer, processes: Processes
+) -> dict[str, str]:
+    """Settings, processes, device and versions."""
+    found = {f"settings.{name}": repr(value) for name, value in asdict(settings).items()}
     found |= {f"version.{name}": _version(name) for name in PACKAGES} | {"version.python": platform.python_version()}
     device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else module.device.type
     return found | {"processes": str(processes.size), "device": device, "precision": str(trainer.precision)}

@@ -6,7 +6,7 @@ same bits. An error of one process is raised in all, so that none waits for it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from callbacks.collector import StatisticsCollector
 from functional.digest import as_bytes
+from lightning_modules.resumable import gathered
 
 T = TypeVar("T")
 
@@ -38,11 +39,7 @@ class Processes:
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks."""
-        if self.size == 1:
-            return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        return [value] if self.size == 1 else gathered(value)
 
     def from_first(self, value: T) -> T:
         """The value of the first process."""
@@ -66,6 +63,10 @@ class Processes:
             if message is not None:
                 raise RuntimeError(f"Process {rank} of {self.size} failed, so this one stops too: {message}")
         return result
+
+    def in_first(self, work: Callable[[], T]) -> T | None:
+        """Do some work in the first process; if it fails, it fails in all. Its result there, None elsewhere."""
+        return self.together(lambda: work() if self.is_first else None)
 
     def reduce(self, collector: StatisticsCollector, owners: Mapping[str, int]) -> None:
         """Add up the statistics of all processes, those of a linear in its owner; elsewhere they are worth nothing then.
@@ -129,6 +130,11 @@ def processes_of(trainer: Trainer) -> Processes:
     # No wrapper: there is no gradient, for which it would take as much memory as the model, and buffers are constants.
     strategy.configure_ddp = lambda: None
     return Processes(trainer.global_rank, trainer.world_size)
+
+
+def give_back(trainer: Trainer) -> None:
+    """Undo what `processes_of` did to the strategy."""
+    trainer.strategy.__dict__.pop("configure_ddp", None)
 
 
 def owners_of(collector: StatisticsCollector, size: int, first: Iterable[str] = ()) -> dict[str, int]:

@@ -95,8 +95,8 @@ class PruningState:
         path = self._path(index)
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata, names = file.metadata(), file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
             whole = metadata["sha256"] == _checksum(tensors, metadata["content"])
             content = json.loads(metadata["content"])
         except Exception as error:  # whatever the bytes of a damaged file make of the reader

@@ -28,6 +28,15 @@ def check_output(output: Path) -> None:
             f"Argument `output_dir` = {str(output)!r} exists and holds no {REPORT}, so it is not a pruned model of ours to "
             "replace. Choose another directory."
         )
+    check_writable(output)
+
+
+def check_writable(output: Path) -> None:
+    """Make the parent of `output`.
+
+    Raises:
+        ValueError: If files cannot be written there.
+    """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output.parent):

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from callbacks.result import check_writable
 from lightning_modules.prunable import PrunableModule
 
 
@@ -34,14 +35,7 @@ class SaveModel(Callback):
         target = Path(self.output_dir).expanduser()
         if target.is_file():
             raise ValueError(f"Argument `output_dir` = {self.output_dir!r} is a file. Give a directory.")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=target.parent):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"Argument `output_dir` = {self.output_dir!r} cannot be written ({error.strerror}). Choose another directory."
-            ) from error
+        check_writable(target)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:

@@ -32,8 +32,9 @@ def _sweep_kernel(
         linear = tl.load(linear_ptr + column, mask=column < columns, other=0.0)
         row_term = tl.load(row_ptr + row, mask=row < rows, other=0.0)
     for j in range(columns):
-        if GROUP > 0:  # noqa: SIM102, a constant of the compiled kernel
-            if j % GROUP == 0:  # the scores of this group, from the weights as updated by now
+        if GROUP > 0:  # a constant: without a pattern nothing of this is compiled
+            begins = j % GROUP == 0
+            if begins:  # the scores of this group, from the weights as updated by now
                 now = square[None, :] * weight * weight + row_term[:, None] * linear[None, :] * tl.abs(weight)
                 rank = tl.zeros((ROWS, WIDTH), tl.int32)
                 for k in tl.static_range(GROUP):
