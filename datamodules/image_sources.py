@@ -8,6 +8,7 @@ import io
 import os
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -37,7 +38,7 @@ class UnreadableImage(RuntimeError, ValueError):
     """A file that is missing, truncated or no image."""
 
 
-class Images:
+class Images(ABC):
     """Images and their labels; `names[label]` is the class, `where` says in messages where they are from."""
 
     where: str
@@ -47,12 +48,19 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @abstractmethod
     def read(self, position: int) -> Image.Image:
         """One image as RGB.
 
         Raises:
             UnreadableImage: If it cannot be had or decoded.
         """
+
+
+class EncodedImages(Images):
+    """Images that are decoded when they are read."""
+
+    def read(self, position: int) -> Image.Image:
         try:
             return decode(self.encoded(position))
         except Exception as error:  # of damaged data Pillow makes anything from OSError to SyntaxError and MemoryError
@@ -61,16 +69,16 @@ class Images:
                 "skip."
             ) from error
 
+    @abstractmethod
     def encoded(self, position: int) -> bytes:
         """The content of the image's file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def name(self, position: int) -> str:
         """What a message calls the image."""
-        raise NotImplementedError
 
 
-class FolderImages(Images):
+class FolderImages(EncodedImages):
     """Image files, at any depth, below the class folders of a folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -122,7 +130,7 @@ class DigitImages(Images):
         return Image.fromarray(self.scans[position]).convert("RGB")
 
 
-class HubImages(Images):
+class HubImages(EncodedImages):
     """A split of a dataset of the `datasets` library that has one column of images and one of class labels."""
 
     def __init__(self, root: str, split: str) -> None:

@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; read when they are defined
 
-from tests.tiny import VOCABULARY, make_tokenizer, tiny_config
+from tests.tiny import VOCABULARY, make_tokenizer, tiny_config, write_citeseer
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +45,10 @@ def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(" ".join(f"w{i}" for i in steps.tolist()))
     return str(path)
+
+
+@pytest.fixture
+def citeseer(tmp_path):
+    """Root of a small CiteSeer, as raw files."""
+    write_citeseer(tmp_path)
+    return str(tmp_path)

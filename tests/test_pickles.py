@@ -21,7 +21,6 @@ from datamodules.image_sources import FolderImages, read_classes
 from datamodules.text_sources import read_file
 from functional.safe_load import FORCED, check_arrays
 from lightning_modules import CausalLM, ImageClassifier
-from tests.datamodules.test_graphs import citeseer  # noqa: F401, a fixture
 from train import main
 
 
@@ -199,7 +198,7 @@ def test_npz_files(form, marker, tmp_path):
 @pytest.mark.parametrize("split", ["public", "geom-gcn"])
 @pytest.mark.parametrize("name", ["data.pt", "pre_transform.pt", "pre_filter.pt"])
 @pytest.mark.parametrize("form", ["pickle", "zip", "legacy"])
-def test_processed_graphs(form, name, split, marker, tmp_path, citeseer):  # noqa: F811
+def test_processed_graphs(form, name, split, marker, tmp_path, citeseer):
     def read():
         data = GraphDataModule("CiteSeer", root=citeseer, split=split)
         data.setup()
@@ -269,7 +268,7 @@ def test_what_ogb_pickles_is_read_if_it_is_data(marker, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("part", ["x", "ty", "graph"])
 @pytest.mark.parametrize("form", ["pickle", "old pickle"])
-def test_raw_graphs(form, part, marker, citeseer):  # noqa: F811
+def test_raw_graphs(form, part, marker, citeseer):
     (Path(citeseer) / "CiteSeer" / "raw" / f"ind.citeseer.{part}").write_bytes(contents(marker)[form])
     with pytest.raises(ValueError, match=rf"ind\.citeseer\.{part}' is no pickle of arrays .*posix\.mkdir, which is no data"):
         GraphDataModule("CiteSeer", root=citeseer, split="public").setup()

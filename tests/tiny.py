@@ -95,3 +95,35 @@ def tiny_images(count: int, seed: int):
     images = torch.nn.functional.interpolate(coarse, size=16) + 0.1 * torch.randn(count, 3, 16, 16, generator=generator)
     labels = torch.randint(5, (count,), generator=generator)
     return [{"image": image, "label": label, "index": i} for i, (image, label) in enumerate(zip(images, labels, strict=True))]
+
+
+def write_citeseer(folder):
+    """Raw files of 700 nodes: 600 for training and validation, 100 from which 3 test indices are missing, as in CiteSeer."""
+    import pickle
+
+    import numpy as np
+    import scipy.sparse
+
+    rng = np.random.default_rng(0)
+    tests = np.setdiff1d(np.arange(600, 700), [610, 620, 630])
+    one_hot = np.eye(2)[np.arange(700) % 2]
+    words = rng.integers(0, 2, (700, 8)).astype(np.float32)
+    words[:, 0] = 1
+    parts = {
+        "x": scipy.sparse.csr_matrix(words[:40]),
+        "allx": scipy.sparse.csr_matrix(words[:600]),
+        "tx": scipy.sparse.csr_matrix(words[tests]),
+        "y": one_hot[:40],
+        "ally": one_hot[:600],
+        "ty": one_hot[tests],
+        "graph": {i: [i, (i + 1) % 600] for i in range(600)} | {i: [] for i in range(600, 700)},
+    }
+    masks = {f"{part}_mask": np.arange(700) % 3 == index for index, part in enumerate(("train", "val", "test"))}
+    for raw in (folder / "CiteSeer" / "raw", folder / "CiteSeer" / "geom-gcn" / "raw"):
+        raw.mkdir(parents=True)
+        for name, value in parts.items():
+            (raw / f"ind.citeseer.{name}").write_bytes(pickle.dumps(value))
+        (raw / "ind.citeseer.test.index").write_text("".join(f"{index}\n" for index in rng.permutation(tests)))
+        for fold in range(10):
+            turned = {name: np.roll(mask, fold) for name, mask in masks.items()}
+            np.savez(raw / f"citeseer_split_0.6_0.2_{fold}.npz", **turned)

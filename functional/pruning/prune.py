@@ -18,7 +18,9 @@ the most energetic input are about 1.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,11 +35,14 @@ from functional.pruning.masks import (
     parse_pattern,
     zeros_wanted,
 )
-from functional.pruning.scores import score_terms
+from functional.pruning.scores import ScoreTerms, score_terms
 from functional.pruning.solver import obs_prune, safe_unit
 from functional.pruning.statistics import LARGEST, ActivationNorm, InputStatistics, OutputStatistics, check_activation_norm
 
 log = logging.getLogger(__name__)
+
+TermsOf = Callable[[Tensor], ScoreTerms]
+"""Makes the score of a second-order term (I,)."""
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "d2_wanda", "d2_sparsegpt")
 
@@ -118,32 +123,19 @@ def prune_linear(
     x_unit, w_unit = inputs.unit(), _unit(dense)
     if not inputs.square_norm.any():
         log.warning("All inputs are 0, or so small that their squares are: the magnitude of the weights decides.")
-    y_norm, x_norm = None, None
-    if method.startswith("d2_"):
-        y_norm = outputs.activation_norm(activation_norm, scale) * x_unit**0.5 * w_unit
-        x_norm = (inputs.updated_activation_norm if updates else inputs.activation_norm)(activation_norm, scale)
-        x_norm = x_norm * x_unit**0.5
-
+    x_norm, y_norm = _activation_norms(method, inputs, outputs, activation_norm, scale, x_unit, w_unit)
+    terms_of = partial(score_terms, x_norm=x_norm, y_norm=y_norm, lambda1=lambda1, lambda2=lambda2)
     used_damping = None
     if updates:
         factor, dead, used_damping = inputs.inverse_factor(damping)
-        dead = dead & ~dead.all()
-        second_order = factor.diagonal().square().reciprocal().masked_fill(dead, 0)
-        terms = score_terms(second_order, x_norm, y_norm, lambda1, lambda2)
-        pruned, mask, scores = obs_prune(dense * w_unit, factor, terms, sparsity, groups, block_size)
-        pruned = _cast(pruned.masked_fill_(dead, 0) / w_unit, weight.dtype)
+        pruned, mask, scores = _updated(dense * w_unit, factor, dead, terms_of, sparsity, groups, block_size)
+        pruned = _cast(pruned / w_unit, weight.dtype)
     else:
         energy = inputs.mean_square_norm() * x_unit
-        terms = score_terms(energy if energy.any() else torch.ones_like(energy), x_norm, y_norm, lambda1, lambda2)
-        scores = dense.abs() * w_unit if method == "magnitude" else terms(dense * w_unit)
+        scores = _scores_without_update(dense * w_unit, energy, terms_of, method)
         mask = _mask_without_update(scores, method, sparsity, groups)
         pruned = weight.to(mask.device).masked_fill(~mask, 0)
-    if not torch.isfinite(scores).all():
-        raise ValueError(
-            f"Arguments `lambda1` = {lambda1:g}, `lambda2` = {lambda2:g} and `scale` = {scale:g} give scores that overflow "
-            "float32. Use smaller λ or a larger scale."
-        )
-
+    _check_scores(scores, lambda1, lambda2, scale)
     energies = _energies(dense - pruned.float(), inputs)
     if updates:
         pruned, energies = _unharmed(pruned, energies, dense, mask, inputs)
@@ -177,6 +169,39 @@ def partial_update(result: PruneResult, weight: Tensor, inputs: InputStatistics,
     mixed = torch.lerp(kept, result.weight.to(kept), share).to(weight.dtype)
     error = _energies(dense - mixed.float(), inputs).sum().item()
     return replace(result, weight=mixed.to(weight.device), error=error)
+
+
+def _activation_norms(
+    method: str,
+    inputs: InputStatistics,
+    outputs: OutputStatistics | None,
+    mode: ActivationNorm,
+    scale: float,
+    x_unit: float,
+    w_unit: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """x̂ and ŷ in units, where the method has activation terms."""
+    if not method.startswith("d2_"):
+        return None, None
+    of_inputs = inputs.updated_activation_norm if method.endswith("sparsegpt") else inputs.activation_norm
+    return of_inputs(mode, scale) * x_unit**0.5, outputs.activation_norm(mode, scale) * x_unit**0.5 * w_unit
+
+
+def _updated(
+    weight: Tensor, factor: Tensor, dead: Tensor, terms_of: TermsOf, sparsity: float, groups: Pattern | None, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`obs_prune` with the scores of the inverse Hessian; dead inputs count nothing while there are others."""
+    dead = dead & ~dead.all()
+    terms = terms_of(factor.diagonal().square().reciprocal().masked_fill(dead, 0))
+    pruned, mask, scores = obs_prune(weight, factor, terms, sparsity, groups, block_size)
+    return pruned.masked_fill_(dead, 0), mask, scores
+
+
+def _scores_without_update(weight: Tensor, energy: Tensor, terms_of: TermsOf, method: str) -> Tensor:
+    """|W|, or the scores of the inputs' energies; without any energy all inputs count alike."""
+    if method == "magnitude":
+        return weight.abs()
+    return terms_of(energy if energy.any() else torch.ones_like(energy))(weight)
 
 
 def _mask_without_update(scores: Tensor, method: str, sparsity: float, groups: Pattern | None) -> Tensor:
@@ -230,6 +255,14 @@ def _in_units_of(scores: Tensor, method: str, x_unit: float, w_unit: float) -> T
     for unit in (w_unit,) if method == "magnitude" else (w_unit, w_unit, x_unit):
         scores = scores / unit
     return scores.clamp(-LARGEST, LARGEST)
+
+
+def _check_scores(scores: Tensor, lambda1: float, lambda2: float, scale: float) -> None:
+    if not torch.isfinite(scores).all():
+        raise ValueError(
+            f"Arguments `lambda1` = {lambda1:g}, `lambda2` = {lambda2:g} and `scale` = {scale:g} give scores that overflow "
+            "float32. Use smaller λ or a larger scale."
+        )
 
 
 def _check(
