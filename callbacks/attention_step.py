@@ -5,8 +5,8 @@ candidate), the record of a block and TensorBoard.
 """
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -30,10 +30,17 @@ class AttentionStep:
         module: The model, still dense.
         settings: Of the run.
         drawn: Indices of the blocks whose attention maps are kept for a figure.
+        forward_context: What the model's forward runs in, such as autocast.
     """
 
-    def __init__(self, module: PrunableModule, settings: PruningSettings, drawn: set[int]) -> None:
-        self._module, self._settings, self._drawn = module, settings, drawn
+    def __init__(
+        self,
+        module: PrunableModule,
+        settings: PruningSettings,
+        drawn: set[int],
+        forward_context: Callable[[], AbstractContextManager],
+    ) -> None:
+        self._module, self._settings, self._drawn, self._context = module, settings, drawn, forward_context
         distributions = "all" if settings.objective == "divergence" else "first"
         self._probe = AttentionProbe(module, settings.reference, distributions)
         self._rule = AttentionRule(settings.candidates, settings.objective, settings.rho)
@@ -47,7 +54,8 @@ class AttentionStep:
         while start < end:
             alone = self._settings.objective == "divergence" or self._probe.num_windows == 0
             stop = start + 1 if alone else end
-            self._probe.capture(self._module.select_samples(batch, slice(start, stop)), stop - start)
+            with self._context():
+                self._probe.capture(self._module.select_samples(batch, slice(start, stop)), stop - start)
             start = stop
 
     def enter(self, index: int) -> None:
@@ -79,7 +87,8 @@ class AttentionStep:
 
     def pass_by(self, index: int) -> None:
         """As `leave`, of a block that an earlier run has measured."""
-        self._probe.pass_by(index)
+        with self._context():
+            self._probe.pass_by(index)
 
     def clear(self) -> None:
         """Give the hidden states back."""
@@ -98,5 +107,6 @@ class AttentionStep:
     @contextmanager
     def _timed(self) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with self._context():
+            yield
         self.seconds += time.perf_counter() - start

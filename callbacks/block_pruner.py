@@ -8,8 +8,7 @@
 BlockwisePruning says when; the mathematics is `functional.pruning`.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +37,6 @@ class BlockPruner:
         module: The model.
         settings: Of the run.
         processes: That share the work.
-        forward_context: What the model's forward runs in, such as autocast.
     """
 
     def __init__(
@@ -46,10 +44,8 @@ class BlockPruner:
         module: PrunableModule,
         settings: PruningSettings,
         processes: Processes,
-        forward_context: Callable[[], AbstractContextManager],
     ) -> None:
         self._module, self._settings, self._processes = module, settings, processes
-        self._context = forward_context
         self.calibration: dict[str, float] = {}
         """Samples, and tokens per sample, of the whole calibration set."""
 
@@ -88,7 +84,9 @@ class BlockPruner:
         processes.reduce(collector, owners)
 
         def solve_own() -> Solved:
-            found = self._choose(index, collector, methods, attention, record)
+            if attention is not None:
+                attention.enter(index)
+            found = self._choose(collector, methods, attention, record)
             own = {name: method for name, method in methods.items() if owners[name] == processes.rank and name not in found}
             return found | {name: (self._solve(collector, record.name, name, method), method) for name, method in own.items()}
 
@@ -102,8 +100,7 @@ class BlockPruner:
 
         def measure() -> dict[str, Any]:
             if attention is not None:
-                with self._context():
-                    attention.leave(index, record, loggers)
+                attention.leave(index, record, loggers)
             return {
                 name: record_of(self._settings, linears[name], result, method, f"{record.name}.{name}")
                 for name, (result, method) in solved.items()
@@ -118,22 +115,19 @@ class BlockPruner:
         return processes.from_first(record)
 
     def restore(
-        self, index: int, record: BlockRecord, weights: Mapping[str, Tensor], methods: Mapping[str, str],
-        attention: AttentionStep | None,
-    ) -> None:  # fmt: skip
+        self, index: int, block: str, weights: Mapping[str, Tensor], names: Iterable[str], attention: AttentionStep | None
+    ) -> None:
         """Give a block the weights that it got in an earlier run; only the first process has them."""
-        linears = self._module.linears(self._module.blocks[record.name])
+        linears = self._module.linears(self._module.blocks[block])
         if attention is not None:
-            with self._context():
-                attention.enter(index)
-        for name in methods:
+            attention.enter(index)
+        for name in names:
             linear = linears[name]
             weight = weights[name].to(linear.weight.device) if self._processes.is_first else linear.weight
             with torch.no_grad():
                 linear.weight.copy_(self._processes.send(weight, 0))
         if attention is not None:
-            with self._context():
-                attention.pass_by(index)
+            attention.pass_by(index)
 
     def _roles(self, collector: StatisticsCollector) -> dict[str, str]:
         projections = self._module.architecture.projections
@@ -141,7 +135,6 @@ class BlockPruner:
 
     def _choose(
         self,
-        index: int,
         collector: StatisticsCollector,
         methods: Mapping[str, str],
         attention: AttentionStep | None,
@@ -150,15 +143,11 @@ class BlockPruner:
         """Ask the update rule: what it has solved already."""
         roles = self._roles(collector)
         linears = {role: collector.linears[name] for role, name in roles.items()}
-        if attention is not None:
-            with self._context():
-                attention.enter(index)
         if self._settings.rule == "attention" and roles:
             if attention is None:  # another process chooses
                 return {}
             options = {role: self._states(collector, record.name, name) for role, name in roles.items()}
-            with self._context():
-                state, results = attention.choose(linears, options)
+            state, results = attention.choose(linears, options)
             return {name: (results[role], method_of(state[role])) for role, name in roles.items()}
         if self._settings.method == "d2prune":
             record.update_shares = {role: float(methods[name] == "d2_sparsegpt") for role, name in roles.items()}

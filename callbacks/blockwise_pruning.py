@@ -198,7 +198,7 @@ class BlockwisePruning(Callback):
         self._run_model = pl_module.calibration_forward
         self._sample_positions = pl_module.sample_positions
         self._windows = RuleWindows(trainer, pl_module, self.settings, self._processes)
-        self._pruner = BlockPruner(pl_module, self.settings, self._processes, trainer.precision_plugin.forward_context)
+        self._pruner = BlockPruner(pl_module, self.settings, self._processes)
         if self.resume or self._processes.size > 1:
             identity = pl_module.identity()
             self._processes.check_equal(identity["model"], "The model")
@@ -258,7 +258,7 @@ class BlockwisePruning(Callback):
             self._plan = self.settings.plan(pl_module, self._held)
         looks = (self.settings.rule == "attention" or self.log_attention) and not self._run_finished
         if looks and self._processes.is_first:
-            self._attention = AttentionStep(pl_module, self.settings, self._drawn())
+            self._attention = AttentionStep(pl_module, self.settings, self._drawn(), trainer.precision_plugin.forward_context)
         self._windows.start(self._attention, looks)
 
     def _calibrate(self, batch: Any, batch_idx: int) -> None:
@@ -323,7 +323,7 @@ class BlockwisePruning(Callback):
         weights, content = self._processes.in_first(lambda: self._state.read(trainer.current_epoch)) or ({}, {})
         content = self._processes.from_first(content)
         record = BlockRecord.from_dict(content["record"])
-        self._pruner.restore(self._index, record, weights, self._plan[self._block_name], self._attention)
+        self._pruner.restore(self._index, self._block_name, weights, self._plan[self._block_name], self._attention)
         self._pruner.calibration, self._seconds_before = content["calibration"], content["seconds"]
         torch.set_rng_state(self._processes.from_first(weights.get(RNG_STATE)))
         return record

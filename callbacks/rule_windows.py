@@ -91,5 +91,4 @@ class RuleWindows:
 
     def _feed(self, batch: Any, samples: int) -> None:
         if self._attention is not None:
-            with self._trainer.precision_plugin.forward_context():
-                self._attention.feed(batch, samples)
+            self._attention.feed(batch, samples)
