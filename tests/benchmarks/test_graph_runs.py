@@ -100,6 +100,28 @@ def test_validation_chooses(tmp_path):
     assert graph_robust.best(path, "acm", "csg2l, gcn: no reweighting") == {"rank": 2, "beta": 0.0}
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "chosen"),
+    [
+        ({0.0: 0.700, 0.1: 0.705, 0.3: 0.7031, 1.0: 0.702}, 0.3),  # in a tie the larger
+        ({0.0: 0.710, 0.1: 0.705, 0.3: 0.690, 1.0: 0.680}, 0.1),  # none is better, but not by enough
+        ({0.0: 0.716, 0.1: 0.705, 0.3: 0.690, 1.0: 0.680}, 0.0),
+        ({0.0: 0.500, 0.1: 0.600, 0.3: 0.600, 1.0: 0.650}, 1.0),
+    ],
+)
+def test_the_weight_that_validation_prefers(accuracies, chosen, tmp_path):
+    assert graph_robust.preferred(accuracies) == chosen
+    path = tmp_path / "x.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["phase", "arguments", "val", "test"])
+        for weight, value in accuracies.items():
+            for shift in (-0.1, 0.1):
+                writer.writerow(["scan", json.dumps({"contrast_weight": weight}), value + shift, 0])
+        writer.writerow(["final", json.dumps({"contrast_weight": 0.0}), 1, 1])
+    assert graph_robust.scanned(path) == pytest.approx(accuracies)
+
+
 def test_the_default_is_that_of_the_class():
     signature = inspect.signature(CSG2L.__init__).parameters
     assert all(signature[name].default == value for name, value in graph_runs.DEFAULT.items())
