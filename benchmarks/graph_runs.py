@@ -60,7 +60,7 @@ DEFAULT = {
     "weight_decay": 5e-4,
     "rank": 100,
     "mix": 0.2,
-    "contrast_weight": 1.0,
+    "contrast_weight": 0.3,
     "temperature": 0.5,
     "beta": 1.0,
     "anchors": 256,

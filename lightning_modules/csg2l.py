@@ -84,7 +84,7 @@ class CSG2L(NodeModule):
         drop_features: float = 0.3,
         fusion: Fusion = "mean",
         head_channels: int = 64,
-        contrast_weight: float = 1.0,
+        contrast_weight: float = 0.3,
         form: Form = "multi_positive",
         beta: float = 1.0,
         reweight: Literal["both", "positives", "negatives"] = "both",
