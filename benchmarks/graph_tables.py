@@ -1,5 +1,6 @@
 """Tables of README.md about graphs, from results/csg2l*.csv (python -m benchmarks.tables)."""
 
+import json
 import math
 import statistics
 from collections.abc import Iterable
@@ -64,12 +65,12 @@ def quality() -> str:
         [method, *(spread(found[method, name].values()) if (method, name) in found else "" for name in datasets)]
         for method in methods
     ]
-    for encoder in ("gcn", "appnp"):
+    for ours, alone in (("csg2l, gcn", "gcn"), ("csg2l, appnp", "appnp"), (DEFAULT, "gcn")):
         cells = []
         for name in datasets:
-            pair = [found.get((kind + encoder, name), {}) for kind in ("csg2l, ", "")]
+            pair = [found.get((method, name), {}) for method in (ours, alone)]
             cells.append("{:+.1f} ± {:.1f}".format(*interval(paired(*pair))) if all(pair) else "")
-        lines.append([f"csg2l, {encoder} − {encoder}", *cells])
+        lines.append([f"{ours} − {alone}", *cells])
     seeds = sorted({len(values) for values in found.values()})
     note = (
         f"Test accuracy in per cent, mean ± standard deviation of {' or '.join(map(str, seeds))} fresh seeds; differences are "
@@ -138,6 +139,32 @@ RIVALS = ("gcn", "gat", "appnp", "gcn, pseudo-labels", "appnp, pseudo-labels", "
 VARIANTS = ("no reweighting", "edge drop instead of SVD", "no contrast", "no pseudo-label cross-entropy")
 
 
+def weights() -> str:
+    """Validation accuracy of the default by the weight of its contrast."""
+    rows = read("csg2l_default.csv")
+    columns = {
+        "all": {},
+        **{NAMES[name]: {"dataset": name} for name in ("Cora", "CiteSeer", "acm")},
+        **{f"{n} label{'s' * (n != '1')}": {"labels": n} for n in ("1", "5", "20")},
+        **{f"{share} % noise": {"noise": noise} for noise, share in (("0.0", 0), ("0.2", 20), ("0.5", 50))},
+    }
+    found: dict[float, list[dict[str, str]]] = {}
+    for row in rows:
+        found.setdefault(json.loads(row["arguments"])["contrast_weight"], []).append(row)
+    lines = []
+    for weight, those in sorted(found.items()):
+        cells = []
+        for wanted in columns.values():
+            cells.append(statistics.mean(100 * float(row["val"]) for row in those if wanted.items() <= row.items()))
+        lines.append([str(weight), *(f"{cell:.2f}" for cell in cells)])
+    seeds = sorted({int(row["seed"]) for row in rows})
+    note = (
+        f"Validation accuracy in per cent, mean over the other settings and seeds {seeds[0]} to {seeds[-1]}, each with its own "
+        f"split and noise. {hardware(rows)}."
+    )
+    return f"{table(['λ', *columns], lines)}\n\n{note}"
+
+
 def ablation() -> str:
     """Change of test accuracy when one thing is changed in the chosen configuration, paired by seed."""
     found = accuracies(read("csg2l.csv"), "ablation", "method", "dataset")
@@ -179,6 +206,7 @@ TABLES = {
     "graphs": quality,
     "graphs-gains": lambda: differences({DEFAULT: RIVALS, "csg2l, appnp": RIVALS[2:5]}),
     "graphs-variants": lambda: differences({DEFAULT: tuple(f"{DEFAULT}: {variant}" for variant in VARIANTS)}),
+    "graphs-default": weights,
     "graphs-robust": robust,
     "graphs-ablation": ablation,
     "graphs-encoders": encoders,
