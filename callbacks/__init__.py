@@ -7,9 +7,19 @@ _HOME = {
     "BlockProgressBar": "progress",
     "BlockwisePruning": "blockwise_pruning",
     "GraphMonitor": "graph_monitor",
+    "KeepSparsity": "keep_sparsity",
+    "LoRA": "lora",
     "SaveModel": "save_model",
 }
-__all__ = ["AttentionImages", "BlockProgressBar", "BlockwisePruning", "GraphMonitor", "SaveModel"]
+__all__ = [
+    "AttentionImages",
+    "BlockProgressBar",
+    "BlockwisePruning",
+    "GraphMonitor",
+    "KeepSparsity",
+    "LoRA",
+    "SaveModel",
+]
 
 
 def __getattr__(name: str):

@@ -29,7 +29,9 @@ class SaveModel(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if not isinstance(pl_module, PrunableModule):
-            raise TypeError(f"SaveModel needs a module with a `save`, such as CausalLM, but got {type(pl_module).__name__}.")
+            raise TypeError(
+                f"{type(self).__name__} needs a module with a `save`, such as CausalLM, but got {type(pl_module).__name__}."
+            )
         if self.output_dir is None or stage != "fit":
             return
         target = Path(self.output_dir).expanduser()
@@ -39,12 +41,24 @@ class SaveModel(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        target = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "model").expanduser()
-        target.mkdir(parents=True, exist_ok=True)
+        target = self.target(trainer)
+        if trainer.is_global_zero:
+            target.mkdir(parents=True, exist_ok=True)
+            self.write(pl_module, target)
+            rank_zero_info(f"Model written to {target}.")
+
+    def target(self, trainer: Trainer) -> Path:
+        """Where the model goes; all processes have to ask, since the log directory is the first one's."""
+        return Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "model").expanduser()
+
+    def write(self, pl_module: PrunableModule, target: Path) -> None:
+        """Write the files of the model into a directory, in one process."""
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
             pl_module.save(Path(scratch))
-            for file in sorted(Path(scratch).iterdir()):
-                os.replace(file, target / file.name)
-        rank_zero_info(f"Model written to {target}.")
+            move_files(Path(scratch), target)
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Every file of a directory into another one on the same disk, in place of what has its name there."""
+    for file in sorted(source.iterdir()):
+        os.replace(file, target / file.name)

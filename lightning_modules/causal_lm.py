@@ -20,6 +20,7 @@ from torchmetrics import MeanMetric
 
 from functional.hub import resolve_model_path
 from functional.safe_load import brief
+from lightning_modules.adapters import has_adapters
 from lightning_modules.architectures import find_architecture
 from lightning_modules.prunable import PrunableModule
 
@@ -36,7 +37,8 @@ class CausalLM(PrunableModule):
     Weights are loaded when a run starts, not when the object is made.
 
     Args:
-        model_name_or_path: A hub id, a directory, a .gguf file (dequantised), or package://<python package>/<file>.
+        model_name_or_path: A hub id, a directory, a .gguf file (dequantised), or package://<python package>/<file>. Adapters
+            that lie in the directory beside the weights are added.
         dtype: Of the weights: auto keeps what the checkpoint holds (float32 for GGUF).
         attn_implementation: As in transformers (sdpa, eager, flash_attention_2); its own choice when None.
         learning_rate: Of AdamW, for ordinary training.
@@ -80,6 +82,7 @@ class CausalLM(PrunableModule):
             rank_zero_info(f"Dequantising {arguments['gguf_file']}.")
             options |= _dequantised(self.hparams.dtype)
         elif Path(name).is_dir():
+            has_adapters(name)
             options["use_safetensors"] = True  # on the hub, OPT has pickled weights only: of these, tensors and nothing else
         with _loading(self.model_name_or_path):
             self.model = AutoModelForCausalLM.from_pretrained(name, **arguments, **options, weights_only=True)
@@ -170,10 +173,11 @@ class CausalLM(PrunableModule):
         return texts
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
-        """AdamW, or nothing while pruning."""
+        """AdamW of what is not frozen, or nothing while pruning."""
         if self.calibration_step is not None:
             return None
-        return torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trained, lr=self.hparams.learning_rate)
 
     def identity(self) -> dict[str, str]:
         """The model's, and the tokenizer's, which is saved with the pruned model."""

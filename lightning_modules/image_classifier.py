@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules import vision_models
+from lightning_modules.adapters import add_adapters, has_adapters
 from lightning_modules.architectures import find_architecture
 from lightning_modules.prunable import PrunableModule
 
@@ -25,7 +26,7 @@ class ImageClassifier(PrunableModule):
 
     Args:
         model_name_or_path: A name of timm's such as deit_tiny_patch16_224, `hf-hub:owner/name`, a hub id of transformers, or
-            a directory that either library, or a run of this module, wrote.
+            a directory that either library, or a run of this module, wrote. Adapters that lie in it are added.
         pretrained: Whether to download the weights of a name.
         checkpoint: A .safetensors file for a model of timm.
         model_args: Further arguments of `timm.create_model`, such as img_size, patch_size, num_classes, drop_path_rate.
@@ -72,6 +73,8 @@ class ImageClassifier(PrunableModule):
         model = vision_models.make_model(options.model_name_or_path, options.pretrained, options.checkpoint, options.model_args)
         self.architecture = find_architecture(vision_models.model_type(model))
         self._check_size(model)
+        if has_adapters(options.model_name_or_path) and vision_models.is_timm(model):
+            add_adapters(model, options.model_name_or_path)
         self.model = model
         self.num_classes = vision_models.num_classes(model)
         accuracies = {

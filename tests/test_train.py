@@ -35,9 +35,12 @@ def test_every_config_is_instantiated(config, tmp_path, monkeypatch):
     elif config.parent.name == "deit":
         assert type(cli.model).__name__ == "ImageClassifier" and type(cli.datamodule).__name__ == "ImageDataModule"
         assert ("SaveModel" if config.stem == "digits" else "BlockwisePruning") in callbacks
+    elif config.stem == "deit_digits_full":
+        assert type(cli.model).__name__ == "ImageClassifier" and {"KeepSparsity", "SaveModel"} <= callbacks
     else:
         assert cli.model.model is None  # made when the run starts
-        assert type(cli.model).__name__ == "CausalLM" and "BlockwisePruning" in callbacks
+        expected = {"smollm2_lora": "LoRA", "smollm2_full": "KeepSparsity", "paper_tasks": "EvaluateTasks"}
+        assert type(cli.model).__name__ == "CausalLM" and expected.get(config.stem, "BlockwisePruning") in callbacks
         assert cli.datamodule.hparams.tokenizer == cli.model.hparams.model_name_or_path
     commands = re.findall(r"--config (\S+\.yaml)", config.read_text())
     assert commands and all(ROOT / command == config for command in commands), "the comment names another file"

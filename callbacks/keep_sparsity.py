@@ -1,0 +1,134 @@
+"""KeepSparsity: trains a pruned model further while its zeros stay zeros.
+
+    python train.py fit --config configs/recover/smollm2_full.yaml
+
+The zeros of the prunable linears when `fit` starts are the mask. It is applied after every step of every optimizer, so neither
+momentum nor weight decay nor a gradient matters: a masked weight is exactly 0 whenever anything looks at it.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_modules.prunable import PrunableModule
+
+LEAST_SPARSITY = 0.01
+"""Share of zeros below which a model counts as dense: a few weights are zero by chance, most in 8 and 4 bits."""
+
+
+class KeepSparsity(Callback):
+    """Keep the zeros of a PrunableModule's linears while it trains as usual; no arguments.
+
+    A checkpoint holds the mask, one bit a weight, and a resumed run takes it from there: a weight that training has brought
+    to 0 by chance is no part of it. In memory the mask takes a byte a weight.
+    """
+
+    def __init__(self) -> None:
+        self.zeros: dict[str, Tensor] = {}
+        """Full name of a linear -> (O, I), True where the weight stays 0."""
+        self._stored: dict[str, dict[str, Any]] | None = None
+        self._hooks: list[Any] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, PrunableModule):
+            raise TypeError(f"KeepSparsity needs a PrunableModule such as CausalLM but got {type(pl_module).__name__}.")
+        if not isinstance(trainer.strategy, SingleDeviceStrategy) and type(trainer.strategy) is not DDPStrategy:
+            raise ValueError(
+                "Argument `trainer.strategy` expected auto (one device) or ddp with KeepSparsity, which needs whole weights, "
+                f"but got {type(trainer.strategy).__name__}."
+            )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: PrunableModule) -> None:
+        if pl_module.calibration_step is not None:
+            raise ValueError("KeepSparsity keeps zeros while a model trains, but this run prunes. Leave one of the two out.")
+        weights = linear_weights(pl_module)
+        self.zeros = zeros_of(weights) if self._stored is None else self._restored(weights)
+        self._stored = None
+        share = share_of(self.zeros)
+        if share < LEAST_SPARSITY:
+            raise ValueError(
+                f"KeepSparsity expected a pruned model, but {share:.4%} of the weights of its prunable linears are zero. Give "
+                "the directory of a pruned model as model.model_name_or_path, or leave the callback out."
+            )
+        rank_zero_info(f"KeepSparsity: {share:.4%} of the weights of {len(weights)} linears are zero and stay zero.")
+        self._hooks = [
+            optimizer.register_step_post_hook(lambda *_: apply_zeros(linear_weights(pl_module), self.zeros))
+            for optimizer in trainer.optimizers
+        ]
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
+        pl_module.log("train/sparsity", share_of(zeros_of(linear_weights(pl_module))))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
+        for name, weight in linear_weights(pl_module).items():
+            if weight[self.zeros[name]].any():
+                raise RuntimeError(
+                    f"Weights of {name} that were zero are not any more: something other than an optimizer has changed them "
+                    "after the last step. Leave out the other callbacks that write weights."
+                )
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            name: {"shape": list(mask.shape), "bits": torch.from_numpy(np.packbits(mask.cpu().numpy()))}
+            for name, mask in self.zeros.items()
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._stored = state_dict
+
+    def _restored(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The mask of a checkpoint."""
+        shapes = {name: list(weight.shape) for name, weight in weights.items()}
+        if shapes != {name: stored["shape"] for name, stored in self._stored.items()}:
+            raise ValueError("Argument `ckpt_path`: its checkpoint holds the mask of another model. Give one of this model.")
+        found = {}
+        for name, weight in weights.items():
+            bits = np.unpackbits(self._stored[name]["bits"].cpu().numpy(), count=weight.numel())
+            found[name] = torch.from_numpy(bits).bool().view(weight.shape).to(weight.device)
+        return found
+
+
+def linear_weights(module: PrunableModule) -> dict[str, Tensor]:
+    """Weights of the prunable linears, (O, I) views, by full name."""
+    return {
+        f"{block_name}.{name}": linear.weight
+        for block_name, block in module.blocks.items()
+        for name, linear in module.linears(block).items()
+    }
+
+
+def zeros_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Where weights are 0, (O, I) each."""
+    return {name: weight == 0 for name, weight in weights.items()}
+
+
+def share_of(zeros: dict[str, Tensor]) -> float:
+    """Share of True over all masks."""
+    return sum(int(mask.sum()) for mask in zeros.values()) / sum(mask.numel() for mask in zeros.values())
+
+
+@torch.no_grad()
+def apply_zeros(weights: dict[str, Tensor], zeros: dict[str, Tensor]) -> None:
+    """Set weights to 0 where a mask is True; also what is not a number there."""
+    for name, weight in weights.items():
+        weight.masked_fill_(zeros[name], 0)
