@@ -1,0 +1,168 @@
+"""ExportOnnx: hands a model over as ONNX, with its zeros, and checks the file by onnxruntime before it says so.
+
+python train.py validate --config FILE --model.model_name_or_path DIR --trainer.callbacks+=callbacks.ExportOnnx
+"""
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from typing_extensions import override
+
+from callbacks.result import check_writable
+from callbacks.save_model import move_files
+from functional.digest import digest
+from functional.extras import require
+from functional.safe_load import brief
+from lightning_modules.causal_lm import CausalLM
+from lightning_modules.image_classifier import ImageClassifier
+from lightning_modules.prunable import PrunableModule
+
+FILE = "model.onnx"
+TOLERANCE = 1e-4
+"""Largest difference of a logit to PyTorch's, as a share of the largest logit where that is above 1."""
+
+
+class ExportOnnx(Callback):
+    """Write the model as ONNX after `validate` or `test`, or at the end of `fit`; needs the extra `export`.
+
+    A language model becomes input_ids (batch, sequence) -> logits (batch, sequence, vocabulary), without cache and padding
+    mask; a vision transformer image (batch, channels, height, width) -> logits (batch, classes). Batch and sequence are free.
+    The file is float32, whatever the model computes in, and its weights lie beside it, in model.onnx.data.
+
+    Args:
+        output_dir: Where to; `onnx` in the log directory when None.
+    """
+
+    def __init__(self, output_dir: str | None = None) -> None:
+        self.output_dir = output_dir
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if not isinstance(pl_module, (CausalLM, ImageClassifier)):
+            raise TypeError(f"ExportOnnx needs a CausalLM or an ImageClassifier but got {type(pl_module).__name__}.")
+        require("export", "onnx", "onnxscript", "onnxruntime")
+        if self.output_dir is not None:
+            check_writable(Path(self.output_dir).expanduser())
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._export(trainer, pl_module)
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
+        self._export(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
+        self._export(trainer, pl_module)
+
+    def _export(self, trainer: Trainer, pl_module: PrunableModule) -> None:
+        target = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "onnx").expanduser()
+        if not trainer.is_global_zero:
+            return
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+            difference = export_onnx(pl_module, Path(scratch) / FILE)
+            move_files(Path(scratch), target)
+        rank_zero_info(f"Model written to {target / FILE}; onnxruntime gives PyTorch's logits, to {difference:.1e}.")
+
+
+class _Logits(nn.Module):
+    """One tensor to one tensor: a model as its module calls it, without what surrounds it in Lightning."""
+
+    def __init__(self, model: nn.Module, call: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._call = call
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self._call(self, inputs)
+
+
+@torch.inference_mode(False)  # a validation is in that mode, and what is made in it cannot be traced
+@torch.no_grad()
+def export_onnx(module: PrunableModule, path: Path) -> float:
+    """Write a CausalLM or an ImageClassifier and compare the file with it; the module is not changed.
+
+    Args:
+        module: With its model loaded.
+        path: Of the file; its directory must exist.
+
+    Returns:
+        The largest difference of a logit between onnxruntime and PyTorch, on inputs of other sizes than those exported with.
+
+    Raises:
+        ValueError: If the model cannot be exported.
+        RuntimeError: If the file gives other logits, or does not hold the weights of every prunable linear, zeros included.
+    """
+    model = _Logits(copy.deepcopy(module.model).cpu().float().eval(), type(module).forward)
+    names, example, free = _inputs(module, samples=2, tokens=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries about themselves
+        try:
+            program = torch.onnx.export(
+                model, (example,), dynamo=True, verbose=False, dynamic_shapes=(free,), **names, optimize=True
+            )
+        except Exception as error:  # torch.export and onnxscript share no base class below this one
+            raise ValueError(
+                f"The model cannot be exported as ONNX ({brief(error)}). Try model.attn_implementation eager or sdpa."
+            ) from error
+        program.save(path, external_data=True)
+    check_weights(module, path)
+    return check_logits(model, _inputs(module, samples=3, tokens=13)[1], path)
+
+
+def _inputs(module: PrunableModule, samples: int, tokens: int) -> tuple[dict[str, list[str]], Tensor, dict[int, Any]]:
+    """Names of input and output, random inputs, and the axes that may have any size."""
+    generator, batch = torch.Generator().manual_seed(0), torch.export.Dim("batch")
+    if isinstance(module, CausalLM):
+        ids = torch.randint(module.model.config.vocab_size, (samples, tokens), generator=generator)
+        names = {"input_names": ["input_ids"], "output_names": ["logits"]}
+        return names, ids, {0: batch, 1: torch.export.Dim("sequence")}
+    images = torch.randn(samples, *module.data_config["input_size"], generator=generator)
+    return {"input_names": ["image"], "output_names": ["logits"]}, images, {0: batch}
+
+
+def check_weights(module: PrunableModule, path: Path) -> None:
+    """See that the file has the matrix of every prunable linear, bit for bit, as it is or transposed.
+
+    Raises:
+        RuntimeError: If it has not.
+    """
+    import onnx
+
+    arrays = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 2]
+    stored = {digest([("", torch.tensor(array))]) for array in arrays}
+    for block_name, block in module.blocks.items():
+        for name in module.architecture.linears:
+            weight = block.get_submodule(name).weight.detach().float()
+            if stored.isdisjoint((digest([("", weight)]), digest([("", weight.T)]))):
+                raise RuntimeError(f"The ONNX file does not hold the weights of {block_name}.{name} as they are; not written.")
+
+
+def check_logits(model: nn.Module, inputs: Tensor, path: Path) -> float:
+    """Largest difference of a logit between the file and a model that maps one tensor to one.
+
+    Raises:
+        RuntimeError: If it is more than TOLERANCE.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0])
+    with torch.no_grad():
+        expected = model(inputs)
+    difference = float((found - expected).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise RuntimeError(f"onnxruntime gives logits that differ from PyTorch's by up to {difference:.1e}; not written.")
+    return difference
