@@ -234,7 +234,7 @@ def _places() -> dict[str, tuple[Any, str]]:
 PLACES = {
     "statistics": 60,
     "hidden states": 60,
-    "solve": 20,
+    "solve": 12,
     "before a file is written": 4,
     "half a file written": 4,
     "before a file is renamed": 4,

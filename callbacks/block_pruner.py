@@ -20,14 +20,16 @@ from callbacks.collector import StatisticsCollector
 from callbacks.processes import Processes, owners_of
 from callbacks.report import BlockRecord
 from callbacks.settings import PruningSettings
-from callbacks.solve import kept_and_pruned, log_scores, record_of, solve
+from callbacks.solve import kept_and_pruned, log_scores, record_of, solve_together
 from callbacks.update_rules import HELD, ROLES, UPDATED, method_of, outlier_choice, states_of
-from functional.digest import digest
+from functional.digest import checksum
 from functional.pruning import PruneResult
 from lightning_modules.prunable import PrunableModule
 
 Solved = dict[str, tuple[PruneResult, str]]
 """Name of a linear -> its result, and the method that it is called by."""
+Options = dict[str, dict[str, PruneResult]]
+"""Role -> state -> result."""
 
 
 class BlockPruner:
@@ -87,8 +89,13 @@ class BlockPruner:
             if attention is not None:
                 attention.enter(index)
             found = self._choose(collector, methods, attention, record)
-            own = {name: method for name, method in methods.items() if owners[name] == processes.rank and name not in found}
-            return found | {name: (self._solve(collector, record.name, name, method), method) for name, method in own.items()}
+            together: dict[tuple[str, str], list[str]] = {}
+            for name, method in methods.items():
+                if owners[name] == processes.rank and name not in found:
+                    together.setdefault((collector.leader(name), method), []).append(name)
+            for (_, method), names in together.items():
+                found |= {name: (result, method) for name, result in self._solve(collector, record.name, names, method).items()}
+            return found
 
         solved = processes.together(solve_own)
         for name, linear in linears.items():
@@ -96,7 +103,7 @@ class BlockPruner:
             with torch.no_grad():
                 linear.weight.copy_(processes.send(weight, owners[name]))
         if processes.size > 1:
-            processes.check_equal(digest((name, linears[name].weight) for name in linears), record.name)
+            processes.check_equal(checksum(linear.weight for linear in linears.values()), record.name)
 
         def measure() -> dict[str, Any]:
             if attention is not None:
@@ -146,7 +153,7 @@ class BlockPruner:
         if self._settings.rule == "attention" and roles:
             if attention is None:  # another process chooses
                 return {}
-            options = {role: self._states(collector, record.name, name) for role, name in roles.items()}
+            options = self._states(collector, record.name, roles)
             state, results = attention.choose(linears, options)
             return {name: (results[role], method_of(state[role])) for role, name in roles.items()}
         if self._settings.method == "d2prune":
@@ -156,11 +163,18 @@ class BlockPruner:
             record.outlier_ratios = outlier_choice(linears)[1]
         return {}
 
-    def _states(self, collector: StatisticsCollector, block: str, name: str) -> dict[str, PruneResult]:
-        updated, held = (self._solve(collector, block, name, method_of(state)) for state in (UPDATED, HELD))
-        return states_of(updated, held, collector.linears[name].weight, collector.inputs(name), self._settings.candidates)
+    def _states(
+        self, collector: StatisticsCollector, block: str, roles: Mapping[str, str]
+    ) -> dict[str, dict[str, PruneResult]]:
+        """Role -> state -> result."""
+        updated, held = (self._solve(collector, block, list(roles.values()), method_of(state)) for state in (UPDATED, HELD))
+        candidates = self._settings.candidates
+        return {
+            role: states_of(updated[name], held[name], collector.linears[name].weight, collector.inputs(name), candidates)
+            for role, name in roles.items()
+        }
 
-    def _solve(self, collector: StatisticsCollector, block: str, name: str, method: str) -> PruneResult:
-        inputs = collector.inputs(name)
+    def _solve(self, collector: StatisticsCollector, block: str, names: list[str], method: str) -> dict[str, PruneResult]:
+        inputs = collector.inputs(names[0])
         self.calibration = {"samples": inputs.num_samples, "tokens_per_sample": inputs.num_tokens / inputs.num_samples}
-        return solve(self._settings, collector, block, name, method)
+        return solve_together(self._settings, collector, block, names, method)

@@ -25,10 +25,12 @@ from typing_extensions import override
 
 from callbacks.attention_probe import Reference
 from callbacks.attention_step import AttentionStep
+from callbacks.batch_size import windows_at_a_time
 from callbacks.block_pruner import BlockPruner
 from callbacks.collector import StatisticsCollector
 from callbacks.fingerprint import circumstances_of, digests_of
 from callbacks.held_runs import HeldRuns
+from callbacks.offload import Offload, fits, give_back_placement
 from callbacks.processes import Processes, give_back, processes_of
 from callbacks.progress import BlockProgressBar, use_block_progress_bar
 from callbacks.pruning_state import PruningState
@@ -38,7 +40,9 @@ from callbacks.rule_windows import RuleWindows
 from callbacks.settings import Method, NonUpdated, Plan, PruningSettings
 from callbacks.update_rules import Candidates, Objective, UpdateRule
 from callbacks.validation import validate_within_fit
+from functional.digest import checksum
 from functional.pruning import ActivationNorm
+from functional.pruning.precision import Precision
 from lightning_modules.block_stream import BlockStream
 from lightning_modules.prunable import PrunableModule
 
@@ -61,6 +65,8 @@ class BlockwisePruning(Callback):
         activation_norm: rms (Algorithm 1) or official (as the released code computes it).
         block_size: Columns of a weight that the update handles, and compares, at a time.
         damping: Share of the mean of the Hessian's diagonal that is added to it.
+        precision: Of Gram matrices on a GPU. high: half precision inputs are multiplied as they are, float32 as TF32, and
+            summed in float32. highest: all as float32, several times slower.
         update_rule: Which of q, k, v keep their remaining weights as they are (d2prune). attention: per block, what keeps the
             attention nearest to the dense model's; outlier: per block, the one with the largest outlier ratio (Eq. 18-19);
             perplexity: prune with each held and keep the run with the lowest held-out loss (Algorithm 1); fixed: `non_updated`
@@ -82,6 +88,8 @@ class BlockwisePruning(Callback):
         log_histograms: Whether to write histograms of the scores of kept and pruned weights to TensorBoard.
         resume: Whether to keep every finished block, so that the same command goes on after the last one should this run die:
             beside `output_dir`, or in `pruning_state` of the logger's directory. Removed when the run has ended well.
+        offload: Whether blocks wait in the host's memory, so that a GPU needs room for two of them only. Hidden states go there
+            by themselves if they do not fit.
     """
 
     def __init__(
@@ -95,6 +103,7 @@ class BlockwisePruning(Callback):
         activation_norm: ActivationNorm = "rms",
         block_size: int = 128,
         damping: float = 0.01,
+        precision: Precision = "high",
         update_rule: UpdateRule | None = None,
         non_updated: NonUpdated | None = None,
         candidates: Candidates = "partial",
@@ -109,6 +118,7 @@ class BlockwisePruning(Callback):
         output_dir: str | None = None,
         log_histograms: bool = False,
         resume: bool = False,
+        offload: bool = False,
     ) -> None:
         self.settings = PruningSettings(
             method=method,
@@ -120,6 +130,7 @@ class BlockwisePruning(Callback):
             activation_norm=activation_norm,
             block_size=block_size,
             damping=damping,
+            precision=precision,
             update_rule=update_rule,
             non_updated=non_updated,
             candidates=candidates,
@@ -138,6 +149,7 @@ class BlockwisePruning(Callback):
         self.output_dir = output_dir
         self.log_histograms = log_histograms
         self.resume = resume
+        self.offload = offload
         self.records: list[BlockRecord] = []
         self.metrics: dict[str, dict[str, float]] = {}
         self._plan: Plan = {}
@@ -145,6 +157,7 @@ class BlockwisePruning(Callback):
         self._blocks: list[nn.Module] = []
         self._stream = BlockStream([])
         self._positions: dict[int, Tensor] = {}
+        self._same: list[Tensor] = []
         self._attention: AttentionStep | None = None
         self._runs: HeldRuns | None = None
         self._processes = Processes()
@@ -165,6 +178,7 @@ class BlockwisePruning(Callback):
             trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]
         trainer.num_sanity_val_steps = 0  # the dense model is validated as a whole, below
         pl_module.arm(self._calibrate)
+        self._offload = Offload(pl_module, trainer, self.offload)
         self.records, self.metrics = [], {}
         self._state, self._resumed = None, 0
 
@@ -188,6 +202,7 @@ class BlockwisePruning(Callback):
         self._num_runs = len(HeldRuns.held) if self.settings.rule == "perplexity" else 1
         trainer.fit_loop.max_epochs = len(self._blocks) * self._num_runs
         trainer.check_val_every_n_epoch = trainer.fit_loop.max_epochs + 1  # validation is ours: before and after
+        self._choose_batch_size(trainer, pl_module)
         use_block_progress_bar(trainer, pl_module, trainer.fit_loop.max_epochs)
 
     @override
@@ -195,16 +210,15 @@ class BlockwisePruning(Callback):
         self._started, self._blocks_done, self._seconds_before = time.perf_counter(), 0, 0.0
         self._modes = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
-        self._run_model = pl_module.calibration_forward
+        self._run_model, self._num_batches = pl_module.calibration_forward, trainer.num_training_batches
         self._sample_positions = pl_module.sample_positions
         self._windows = RuleWindows(trainer, pl_module, self.settings, self._processes)
         self._pruner = BlockPruner(pl_module, self.settings, self._processes)
-        if self.resume or self._processes.size > 1:
-            identity = pl_module.identity()
-            self._processes.check_equal(identity["model"], "The model")
+        if self._processes.size > 1:
+            self._processes.check_equal(checksum(pl_module.model.state_dict().values()), "The model")
         if self.resume:
-            self._open_state(trainer, pl_module, identity)
-        self.metrics["dense"] = validate_within_fit(trainer)
+            self._open_state(trainer, pl_module)
+        self.metrics["dense"] = self._validate(trainer)
         log_scalars(trainer.loggers, self.metrics["dense"], step=0)
         if self.settings.rule == "perplexity":
             if pl_module.judge not in self.metrics["dense"]:
@@ -215,8 +229,21 @@ class BlockwisePruning(Callback):
             rank_zero_info(f"update_rule perplexity: pruning {self._num_runs} times, with {', '.join(HeldRuns.held)} held.")
             self._runs = HeldRuns(pl_module, self._plan)
 
-    def _open_state(self, trainer: Trainer, pl_module: PrunableModule, identity: dict[str, str]) -> None:
+    def _validate(self, trainer: Trainer) -> dict[str, float]:
+        with self._offload.passing():
+            return validate_within_fit(trainer)
+
+    def _choose_batch_size(self, trainer: Trainer, pl_module: PrunableModule) -> None:
+        """Where the data module leaves it to us."""
+        options = getattr(trainer.datamodule, "hparams", {})
+        if options.get("batch_size") == "auto":
+            windows = -(-options["num_calibration"] // trainer.world_size)
+            chosen = windows_at_a_time(pl_module, options["seq_len"], windows, trainer.strategy.root_device)
+            trainer.datamodule.calibration_batch_size = min(self._processes.gather(chosen))
+
+    def _open_state(self, trainer: Trainer, pl_module: PrunableModule) -> None:
         """Find what an earlier run has finished."""
+        identity = self._processes.in_first(pl_module.identity) or {}
         read = digests_of(trainer, self._processes, self._windows.of_source())
         fingerprint = identity | read | circumstances_of(pl_module, self.settings, trainer, self._processes)
         root = getattr(trainer.logger, "root_dir", None) or trainer.default_root_dir
@@ -244,7 +271,9 @@ class BlockwisePruning(Callback):
         self._block_name = list(self._plan)[self._index]
         linears = pl_module.linears(self._blocks[self._index])
         names = () if self._finished else self._plan[self._block_name]
-        self._collector = StatisticsCollector({name: linears[name] for name in names})
+        chosen = {name: linears[name] for name in names}
+        self._collector = StatisticsCollector(chosen, self.settings.precision, self.settings.updates)
+        self._offload.hold(range(max(self._index - 1, 0), self._index + 1))
         self._epoch_started = time.perf_counter()
 
     def _start_run(self, trainer: Trainer, pl_module: PrunableModule, run: int) -> None:
@@ -268,19 +297,24 @@ class BlockwisePruning(Callback):
         positions = self._sample_positions(batch)
         with torch.no_grad():
             if self._index == 0:
-                self._positions[batch_idx] = positions
+                self._positions[batch_idx] = positions.cpu()
                 self._stream.capture(batch_idx, lambda: self._run_model(batch))
+                if batch_idx == 0 and not fits(self._stream.hidden(0).nbytes * self._num_batches, positions.device):
+                    self._stream.move_to_host()
                 self._windows.see(batch, positions)
             else:
-                if not torch.equal(self._positions[batch_idx], positions):
-                    raise ValueError("The train dataloader gives other batches in this epoch. Turn its shuffling off.")
+                known = self._positions.get(batch_idx, positions[:0])
+                self._same.append(_equal(positions, known))
                 self._stream.advance(batch_idx, self._index - 1)
             if self._collector.linears:
-                with self._collector.collecting(positions):
+                with self._collector.collecting(self._positions[batch_idx]):
                     self._stream.run(batch_idx, self._index)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
+        if self._same and not torch.stack(self._same).all():
+            raise ValueError("The train dataloader gives other batches in this epoch. Turn its shuffling off.")
+        self._same.clear()
         _synchronize(pl_module.device)
         collected = time.perf_counter()
         if self._index == 0 and not self._run_finished:
@@ -333,7 +367,7 @@ class BlockwisePruning(Callback):
         return self._seconds_before + time.perf_counter() - self._started
 
     def _end_run(self, trainer: Trainer) -> None:
-        metrics = validate_within_fit(trainer)
+        metrics = self._validate(trainer)
         tagged = {f"hold_{self._held}/{name}": value for name, value in metrics.items()}
         log_scalars(trainer.loggers, tagged, step=len(self._blocks))
         self._runs.add(self._held, metrics, self.records)
@@ -352,7 +386,7 @@ class BlockwisePruning(Callback):
         self._seconds = self._seconds_now()
         report = self._report(trainer, pl_module)  # before evaluation could fail
         self._processes.in_first(lambda: save_result(pl_module, self._output, report))
-        self.metrics["pruned"] = validate_within_fit(trainer)
+        self.metrics["pruned"] = self._validate(trainer)
         log_scalars(trainer.loggers, self.metrics["pruned"], step=len(self._blocks))
         self._restore_modes()
         report = self._report(trainer, pl_module)
@@ -382,6 +416,7 @@ class BlockwisePruning(Callback):
         if stage == "fit" and isinstance(pl_module, PrunableModule):
             pl_module.disarm()
             give_back(trainer)
+            give_back_placement(trainer)
             if self._rng is not None:  # else it failed before `setup`
                 torch.set_rng_state(self._rng)
 
@@ -415,6 +450,13 @@ class BlockwisePruning(Callback):
         run = {"settings": asdict(self.settings) | chosen, "calibration": self._processes.from_first(self._pruner.calibration)}
         run |= {"processes": self._processes.size, "metrics": self.metrics, "seconds": self._seconds}
         return report_of(trainer, pl_module, run, self.records)
+
+
+def _equal(a: Tensor, b: Tensor) -> Tensor:
+    """Whether they are equal, as a tensor where `a` is, which need not be waited for."""
+    return (
+        (a == b.to(a.device, non_blocking=True)).all() if a.shape == b.shape else torch.zeros((), dtype=bool, device=a.device)
+    )
 
 
 def _synchronize(device: torch.device) -> None:

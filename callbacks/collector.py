@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from functional.pruning import InputStatistics, OutputStatistics
+from functional.pruning.precision import Precision
 from functional.pruning.statistics import LARGEST, too_large
 from lightning_modules.architectures import PrunableLinear
+
+ERROR_TOKENS = 16384
+"""At least so many tokens, and two for each input channel, measure the error of a linear that is not updated."""
 
 
 class StatisticsCollector:
@@ -21,10 +25,19 @@ class StatisticsCollector:
 
     Args:
         linears: The linears by name.
+        precision: Of Gram matrices.
+        updates: Whether a weight update is to be made of them. If not, the Gram matrix only measures errors, and some
+            `ERROR_TOKENS` of the first samples are enough for it.
     """
 
-    def __init__(self, linears: Mapping[str, PrunableLinear]) -> None:
+    def __init__(
+        self,
+        linears: Mapping[str, PrunableLinear],
+        precision: Precision = "high",
+        updates: bool = True,
+    ) -> None:
         self.linears = dict(linears)
+        self._precision, self._updates = precision, updates
         self._modules: dict[nn.Linear, list[str]] = {}
         for name, linear in self.linears.items():
             self._modules.setdefault(linear.module, []).append(name)
@@ -43,9 +56,17 @@ class StatisticsCollector:
         Raises:
             RuntimeError: If the linear was never called.
         """
+        return self._inputs[self.leader(name)]
+
+    def leader(self, name: str) -> str:
+        """The first of the linears that read the same tensor as this one.
+
+        Raises:
+            RuntimeError: If the linear was never called.
+        """
         if name not in self._leaders:
             raise RuntimeError(f"The linear {name!r} was never called while calibrating, so it cannot be pruned.")
-        return self._inputs[self._leaders[name]]
+        return self._leaders[name]
 
     def groups(self) -> dict[str, list[str]]:
         """Linears that read the same tensor, by the name of the first of them."""
@@ -104,7 +125,7 @@ class StatisticsCollector:
         """While open, every call of a linear adds to its statistics.
 
         Args:
-            positions: Positions of the samples of this batch in the calibration set, (samples,).
+            positions: Positions of the samples of this batch in the calibration set, (samples,), on the CPU.
 
         Raises:
             RuntimeError: If a linear is called twice in one batch, or shares its input in one batch and not in another.
@@ -121,8 +142,10 @@ class StatisticsCollector:
             if self._leaders.setdefault(name, leader) != leader:
                 raise RuntimeError(f"The linear {name!r} shares its input with others in some batches only.")
             if leader == name:
-                inputs = self._inputs.setdefault(name, InputStatistics(x.shape[-1]))
-                inputs.update(_by_sample(x, positions), positions)
+                x = _by_sample(x, positions)
+                if name not in self._inputs:
+                    self._inputs[name] = InputStatistics(x.shape[-1], self._precision, self._gram_samples(x))
+                self._inputs[name].update(x, positions)
             self.outputs[name].update(_by_sample(y, positions), positions)
             self._called[name].append(len(self._positions) - 1)
 
@@ -136,6 +159,10 @@ class StatisticsCollector:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _gram_samples(self, x: Tensor) -> int | None:
+        tokens, features = x.shape[1:]
+        return None if self._updates else -(-max(ERROR_TOKENS, 2 * features) // tokens)
 
 
 def _by_sample(x: Tensor, positions: Tensor) -> Tensor:

@@ -83,12 +83,13 @@ class Processes:
         if not parts:
             return
         sums = [(value, owner) for statistics, owner in parts for value in statistics.sums().values()]
-        counts = torch.tensor([(part.num_samples, part.num_tokens) for part, _ in parts], device=sums[0][0].device)
+        names = [(part, name) for part, _ in parts for name in part.counts()]
+        counts = torch.tensor([getattr(part, name) for part, name in names], device=sums[0][0].device)
         dist.all_reduce(counts)
         for value, owner in sums:
             dist.reduce(value, dst=owner)
-        for (part, _), (samples, tokens) in zip(parts, counts.tolist(), strict=True):
-            part.num_samples, part.num_tokens = samples, tokens
+        for (part, name), count in zip(names, counts.tolist(), strict=True):
+            setattr(part, name, count)
 
     def send(self, tensor: Tensor, owner: int) -> Tensor:
         """The tensor of the owner, bit by bit; the others give one of the same shape, type and device, which is not changed."""

@@ -9,6 +9,7 @@ from callbacks.attention_probe import Reference
 from callbacks.update_rules import ROLES, Candidates, Objective, UpdateRule, outlier_choice
 from functional.pruning import METHODS, ActivationNorm, parse_pattern
 from functional.pruning.masks import check_divisible, check_sparsity
+from functional.pruning.precision import Precision, check_precision
 from functional.pruning.statistics import check_activation_norm
 from lightning_modules.prunable import PrunableModule
 
@@ -34,6 +35,7 @@ class PruningSettings:
     activation_norm: ActivationNorm = "rms"
     block_size: int = 128
     damping: float = 0.01
+    precision: Precision = "high"
     update_rule: UpdateRule | None = None
     non_updated: NonUpdated | None = None
     candidates: Candidates = "partial"
@@ -68,6 +70,7 @@ class PruningSettings:
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
         parse_pattern(self.pattern)
+        check_precision(self.precision)
         check_activation_norm(self.activation_norm, 1.0 if self.scale == "auto" else self.scale)
         if isinstance(self.ignore, str):
             raise ValueError(f"Argument `ignore` expected to be a list of globs but got the string {self.ignore!r}.")
@@ -109,6 +112,11 @@ class PruningSettings:
         if self.method != "d2prune":
             return "none"
         return self.non_updated or DEFAULT_NON_UPDATED
+
+    @property
+    def updates(self) -> bool:
+        """Whether kept weights are updated, which needs whole Gram matrices."""
+        return self.method in ("d2prune", "sparsegpt", "d2_sparsegpt")
 
     def plan(self, module: PrunableModule, held: NonUpdated | None = None) -> Plan:
         """Which linears of which blocks are pruned, and how.

@@ -1,6 +1,8 @@
 """From the statistics of a block to its pruned linears: one solve, its record, its histograms."""
 
 import logging
+from collections.abc import Sequence
+from contextlib import suppress
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch import Tensor
 from callbacks.collector import StatisticsCollector
 from callbacks.report import LinearRecord
 from callbacks.settings import PruningSettings
-from functional.pruning import PruneResult, prune_linear
+from functional.pruning import PruneResult, prune_linears
 from functional.pruning.masks import zeros_of
 from lightning_modules.architectures import PrunableLinear
 
@@ -24,16 +26,36 @@ def solve(settings: PruningSettings, collector: StatisticsCollector, block: str,
     Raises:
         ValueError: As `prune_linear` and `StatisticsCollector.check`, naming block and linear.
     """
-    collector.check(block)
-    inputs, outputs = collector.inputs(name), collector.outputs[name]
-    arguments = settings.arguments(inputs.num_tokens / inputs.num_samples)
     try:
-        result = prune_linear(collector.linears[name].weight, inputs, outputs, method=method, **arguments)
+        return _solve(settings, collector, block, [name], method)[0]
     except ValueError as error:
+        if str(error).startswith(f"{block}."):
+            raise
         raise type(error)(f"{block}.{name}: {error}") from error
-    if result.damping is not None and result.damping > settings.damping:
-        log.warning("%s.%s: the Hessian needed a damping of %g.", block, name, result.damping)
-    return result
+
+
+def solve_together(
+    settings: PruningSettings, collector: StatisticsCollector, block: str, names: Sequence[str], method: str
+) -> dict[str, PruneResult]:
+    """Prune linears of a block that read the same tensor, each as `solve` does."""
+    if len(names) > 1:
+        with suppress(ValueError):  # below it says which of them it was
+            return dict(zip(names, _solve(settings, collector, block, names, method), strict=True))
+    return {name: solve(settings, collector, block, name, method) for name in names}
+
+
+def _solve(
+    settings: PruningSettings, collector: StatisticsCollector, block: str, names: Sequence[str], method: str
+) -> list[PruneResult]:
+    collector.check(block)
+    inputs, outputs = collector.inputs(names[0]), [collector.outputs[name] for name in names]
+    arguments = settings.arguments(inputs.num_tokens / inputs.num_samples)
+    weights = [collector.linears[name].weight for name in names]
+    results = prune_linears(weights, inputs, outputs, method=method, **arguments)
+    damping = results[0].damping
+    if damping is not None and damping > settings.damping:
+        log.warning("%s.%s: the Hessian needed a damping of %g.", block, ", ".join(names), damping)
+    return results
 
 
 def record_of(

@@ -35,6 +35,8 @@ PARTS_OF_STAGE = {
     "predict": ("heldout",),
 }
 
+AUTO_BATCH_SIZE = 8
+
 Tokenise = Callable[[str], Tensor]
 
 
@@ -55,7 +57,8 @@ class TextDataModule(LightningDataModule):
         seq_len: Tokens a window.
         num_calibration: Number of calibration windows.
         num_heldout: Number of held-out windows; 0 holds nothing out, and there is no validation then.
-        batch_size: Windows a batch.
+        batch_size: Windows a batch. auto: as many calibration windows as serve a pruning run best on its device
+            (`calibration_batch_size`, which it sets), and 8 elsewhere.
         num_workers: Worker processes of each dataloader.
         seed: Seed of the split and of the draws; null takes that of `seed_everything`, else 0.
         text_field: Name of the JSON field or the parquet or dataset column that holds the text.
@@ -70,7 +73,7 @@ class TextDataModule(LightningDataModule):
         seq_len: int = 2048,
         num_calibration: int = 128,
         num_heldout: int = 16,
-        batch_size: int = 8,
+        batch_size: int | Literal["auto"] = 8,
         num_workers: int = 0,
         seed: int | None = None,
         text_field: str = "text",
@@ -84,7 +87,8 @@ class TextDataModule(LightningDataModule):
         _check_int("seq_len", seq_len, 2)  # the first token of a window is never predicted
         _check_int("num_calibration", num_calibration, 1)
         _check_int("num_heldout", num_heldout, 0)
-        _check_int("batch_size", batch_size, 1)
+        if batch_size != "auto":
+            _check_int("batch_size", batch_size, 1)
         _check_int("num_workers", num_workers, 0)
         if seed is not None:
             _check_int("seed", seed, 0)
@@ -94,6 +98,7 @@ class TextDataModule(LightningDataModule):
         self._windows: dict[str, Tensor] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._seed = seed
+        self.calibration_batch_size: int | None = None
 
     def setup(self, stage: str) -> None:
         """Cut the windows that the stage needs and that no earlier stage has cut.
@@ -191,8 +196,8 @@ class TextDataModule(LightningDataModule):
         """Held-out windows, as for validation; shared out by Lightning, which then knows whose predictions are whose."""
         if not self.hparams.num_heldout:
             return []
-        options = self.hparams
-        return DataLoader(Windows(self._windows["heldout"]), batch_size=options.batch_size, num_workers=options.num_workers)
+        windows = Windows(self._windows["heldout"])
+        return DataLoader(windows, batch_size=self._batch_size("heldout"), num_workers=self.hparams.num_workers)
 
     def rule_dataloader(self, source: str | list[str], number: int) -> DataLoader:
         """Windows at random from another text, drawn with the same seed: what an update rule may look at.
@@ -210,15 +215,18 @@ class TextDataModule(LightningDataModule):
             windows = draw_from_stream(tokens, self.hparams.seq_len, number, Generator().manual_seed(self._seed))
         except ValueError as error:
             raise ValueError(f"Argument `rule_source`: {error}") from error
-        return DataLoader(Windows(windows), batch_size=self.hparams.batch_size)
+        return DataLoader(Windows(windows), batch_size=self._batch_size("rule"))
 
     def _dataloader(self, part: str) -> DataLoader:
         """Windows in order; with several processes each has its share, and none a window of another."""
         argument = {"calibration": "num_calibration", "heldout": "num_heldout", "test": "test_source"}[part]
-        options = self.hparams
-        return in_order(
-            Windows(self._windows[part]), argument, self.trainer, options.batch_size, num_workers=options.num_workers
-        )
+        windows, workers = Windows(self._windows[part]), self.hparams.num_workers
+        return in_order(windows, argument, self.trainer, self._batch_size(part), num_workers=workers)
+
+    def _batch_size(self, part: str) -> int:
+        if self.hparams.batch_size != "auto":
+            return self.hparams.batch_size
+        return (self.calibration_batch_size if part == "calibration" else None) or AUTO_BATCH_SIZE
 
 
 class Windows(Dataset):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.host_memory import HostMemory
+
 
 class _AllBlocksSeen(Exception):
     """Leaves the model's forward once its last block was reached; never leaves this file."""
@@ -21,7 +23,8 @@ class _AllBlocksSeen(Exception):
 
 @dataclass
 class _Batch:
-    hidden: Tensor
+    hidden: Tensor | None
+    """None while it is in the host's memory."""
     calls: list[tuple[tuple, dict[str, Any]]]
     """Per block: further positional arguments, keyword arguments."""
 
@@ -36,6 +39,7 @@ class BlockStream:
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.blocks = list(blocks)
+        self._host: HostMemory | None = None
         self._batches: dict[int, _Batch] = {}
         self._returns_tuple: list[bool] | None = None
 
@@ -62,18 +66,26 @@ class BlockStream:
         arguments = [(args, kwargs) for _, args, kwargs in calls]
         if previous is not None:
             arguments = _share_equal(arguments, previous.calls)
-        self._batches[key] = _Batch(calls[0][0], arguments)
+        self._batches[key] = _Batch(None, arguments)
+        self.replace(key, calls[0][0])
 
     def hidden(self, key: int) -> Tensor:
         """Hidden states of a batch, (samples, tokens, features)."""
-        return self._batches[key].hidden
+        return self._batches[key].hidden if self._host is None else self._host.get(key)
+
+    def move_to_host(self) -> None:
+        """From now on hidden states wait in the host's memory, and come to the device one batch ahead of their turn."""
+        self._host = HostMemory(next(iter(self._batches.values())).hidden.device)
+        for key, batch in self._batches.items():
+            self._host.put(key, batch.hidden)
+            batch.hidden = None
 
     @torch.no_grad()
     def run(self, key: int, index: int) -> Tensor:
         """Output of block `index` on the hidden states of a batch, which stay as they are."""
         batch = self._batches[key]
         args, kwargs = batch.calls[index]
-        return _hidden_of(self.blocks[index](batch.hidden, *args, **kwargs))
+        return _hidden_of(self.blocks[index](self.hidden(key), *args, **kwargs))
 
     def advance(self, key: int, index: int) -> None:
         """Replace the hidden states of a batch by the output of block `index`."""
@@ -82,15 +94,19 @@ class BlockStream:
     def adopt(self, key: int, other: "BlockStream") -> None:
         """Take a batch over from another stream of the same blocks; from then on each moves its own."""
         batch = other._batches[key]
-        self._batches[key] = _Batch(batch.hidden, batch.calls)
+        self._batches[key] = _Batch(other.hidden(key), batch.calls)
 
     def replace(self, key: int, hidden: Tensor) -> None:
         """Replace the hidden states of a batch."""
-        self._batches[key].hidden = hidden
+        if self._host is None:
+            self._batches[key].hidden = hidden
+        else:
+            self._host.put(key, hidden)
 
     def clear(self) -> None:
         """Forget all batches."""
         self._batches.clear()
+        self._host = None
 
     @contextmanager
     def _passing_through(self, calls: list) -> Iterator[None]:

@@ -5,7 +5,7 @@ with the methods that it builds on and is compared with: magnitude, Wanda, Spars
 """
 
 from functional.pruning.masks import Pattern, parse_pattern, zeros_wanted
-from functional.pruning.prune import METHODS, PruneResult, partial_update, prune_linear
+from functional.pruning.prune import METHODS, PruneResult, partial_update, prune_linear, prune_linears
 from functional.pruning.solver import NotPositiveDefiniteError
 from functional.pruning.statistics import ActivationNorm, InputStatistics, OutputStatistics
 
@@ -20,5 +20,6 @@ __all__ = [
     "parse_pattern",
     "partial_update",
     "prune_linear",
+    "prune_linears",
     "zeros_wanted",
 ]

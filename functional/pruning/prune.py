@@ -18,7 +18,7 @@ the most energetic input are about 1.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -35,6 +35,7 @@ from functional.pruning.masks import (
     parse_pattern,
     zeros_wanted,
 )
+from functional.pruning.precision import float32_matmul
 from functional.pruning.scores import ScoreTerms, score_terms
 from functional.pruning.solver import obs_prune, safe_unit
 from functional.pruning.statistics import LARGEST, ActivationNorm, InputStatistics, OutputStatistics, check_activation_norm
@@ -54,7 +55,7 @@ class PruneResult:
     Attributes:
         weight: (O, I), in the dtype and on the device of the given weight; exactly 0 where the mask is False.
         mask: (O, I), bool, True = kept.
-        error: Σ ‖(W − Ŵ) x‖² over the calibration tokens.
+        error: Σ ‖(W − Ŵ) x‖² over the calibration tokens; estimated where the statistics have a Gram matrix of a part of them.
         norm: Σ ‖W x‖² over the calibration tokens.
         scores: (O, I), float32, the scores that chose the mask.
         damping: Share of the Hessian's mean diagonal that was added; None without weight update.
@@ -78,7 +79,6 @@ class PruneResult:
         return 1 - self.mask.sum().item() / self.mask.numel()
 
 
-@torch.no_grad()
 def prune_linear(
     weight: Tensor,
     inputs: InputStatistics,
@@ -116,37 +116,69 @@ def prune_linear(
         ValueError: If an argument is out of range, the shapes do not fit, or weight or statistics are not finite.
         NotPositiveDefiniteError: (a ValueError) If the Hessian cannot be factorised.
     """
+    options = {"lambda1": lambda1, "lambda2": lambda2, "scale": scale, "activation_norm": activation_norm}
+    options |= {"block_size": block_size, "damping": damping}
+    return prune_linears([weight], inputs, [outputs], method=method, sparsity=sparsity, pattern=pattern, **options)[0]
+
+
+@torch.no_grad()
+def prune_linears(
+    weights: Sequence[Tensor],
+    inputs: InputStatistics,
+    outputs: Sequence[OutputStatistics | None],
+    method: str = "d2_sparsegpt",
+    sparsity: float = 0.5,
+    pattern: str | None = None,
+    lambda1: float = 1.0,
+    lambda2: float = 0.0,
+    scale: float = 1500.0,
+    activation_norm: ActivationNorm = "rms",
+    block_size: int = 128,
+    damping: float = 0.01,
+) -> list[PruneResult]:
+    """Prune linear maps that read the same x together, which is faster: each as `prune_linear`, whose arguments these are.
+
+    Args:
+        weights: W of each, (O, I).
+        outputs: Statistics of y of each.
+    """
     groups = parse_pattern(pattern)
-    _check(weight, inputs, outputs, method, sparsity, groups, lambda1, lambda2, scale, activation_norm, block_size, damping)
-    dense = weight.to(inputs.gram.device, torch.float32)
-    updates = method.endswith("sparsegpt")
-    x_unit, w_unit = inputs.unit(), _unit(dense)
+    for weight, y in zip(weights, outputs, strict=True):
+        _check(weight, inputs, y, method, sparsity, groups, lambda1, lambda2, scale, activation_norm, block_size, damping)
+    stack = _Stack(weights, inputs)
     if not inputs.square_norm.any():
         log.warning("All inputs are 0, or so small that their squares are: the magnitude of the weights decides.")
-    x_norm, y_norm = _activation_norms(method, inputs, outputs, activation_norm, scale, x_unit, w_unit)
+    x_norm, y_norm = _activation_norms(method, inputs, outputs, stack, activation_norm, scale)
     terms_of = partial(score_terms, x_norm=x_norm, y_norm=y_norm, lambda1=lambda1, lambda2=lambda2)
     used_damping = None
-    if updates:
+    if method.endswith("sparsegpt"):
         factor, dead, used_damping = inputs.inverse_factor(damping)
-        pruned, mask, scores = _updated(dense * w_unit, factor, dead, terms_of, sparsity, groups, block_size)
-        pruned = _cast(pruned / w_unit, weight.dtype)
+        with float32_matmul("highest", factor.device):
+            solved, mask, scores = _updated(stack, factor, dead, terms_of, sparsity, groups, block_size)
+        solved = [part / unit for part, unit in zip(stack.split(solved), stack.units, strict=True)]
+        pruned = _cast(solved, [weight.dtype for weight in weights])
     else:
-        energy = inputs.mean_square_norm() * x_unit
-        scores = _scores_without_update(dense * w_unit, energy, terms_of, method)
-        mask = _mask_without_update(scores, method, sparsity, groups)
-        pruned = weight.to(mask.device).masked_fill(~mask, 0)
+        scores = _scores_without_update(stack, inputs, terms_of, method)
+        mask = _mask_without_update(scores, method, sparsity, groups, stack.parts)
+        pruned = [w.to(mask.device).masked_fill(~kept, 0) for w, kept in zip(weights, stack.split(mask), strict=True)]
     _check_scores(scores, lambda1, lambda2, scale)
-    energies = _energies(dense - pruned.float(), inputs)
-    if updates:
-        pruned, energies = _unharmed(pruned, energies, dense, mask, inputs)
-    return PruneResult(
-        weight=pruned.to(weight.device),
-        mask=mask.to(weight.device),
-        error=energies.sum().item(),
-        norm=_energies(dense, inputs).sum().item(),
-        scores=_in_units_of(scores, method, x_unit, w_unit),
-        damping=used_damping,
-    )
+    energies = _energies([dense - new.float() for dense, new in zip(stack.dense, pruned, strict=True)], inputs)
+    if used_damping is not None:
+        pruned, energies = _unharmed(pruned, energies, stack, mask, inputs)
+    norms = _energies(stack.dense, inputs)
+    return [
+        PruneResult(
+            weight=new.to(weight.device),
+            mask=kept.to(weight.device),
+            error=error.sum().item(),
+            norm=norm.sum().item(),
+            scores=_in_units_of(score, method, stack.x_unit, unit),
+            damping=used_damping,
+        )
+        for weight, new, kept, error, norm, score, unit in zip(
+            weights, pruned, stack.split(mask), energies, norms, stack.split(scores), stack.units, strict=True
+        )
+    ]
 
 
 @torch.no_grad()
@@ -164,88 +196,144 @@ def partial_update(result: PruneResult, weight: Tensor, inputs: InputStatistics,
     """
     if not 0 <= share <= 1:
         raise ValueError(f"Argument `share` expected to be in [0, 1] but got {share}.")
-    dense = weight.to(inputs.gram.device, torch.float32)
+    dense = weight.to(inputs.square_norm.device, torch.float32)
     kept = dense.masked_fill(~result.mask.to(dense.device), 0)
     mixed = torch.lerp(kept, result.weight.to(kept), share).to(weight.dtype)
-    error = _energies(dense - mixed.float(), inputs).sum().item()
+    error = _energies([dense - mixed.float()], inputs)[0].sum().item()
     return replace(result, weight=mixed.to(weight.device), error=error)
+
+
+class _Stack:
+    """Weights that read the same inputs, one below the other, in units in which float32 holds what is made of them.
+
+    Attributes:
+        dense: The weights as float32 where the statistics are.
+        parts: Their numbers of rows.
+        units: By what each is multiplied in `scaled`.
+        scaled: All of them, (ΣO, I); not to be changed.
+        x_unit: By what squares of x are multiplied.
+
+    Raises:
+        ValueError: If a weight is not finite.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], inputs: InputStatistics) -> None:
+        device = inputs.square_norm.device
+        self.dense = [weight.to(device, torch.float32) for weight in weights]
+        self.parts = [len(weight) for weight in weights]
+        self.units = []
+        for largest, weight in zip(_largest(self.dense), weights, strict=True):
+            if not largest < float("inf"):
+                wide = " as float32." if weight.dtype == torch.float64 else "."
+                raise ValueError(f"Argument `weight` holds NaN or Inf{wide}")
+            self.units.append(safe_unit(largest, 16))
+        scaled = [weight if unit == 1 else weight * unit for weight, unit in zip(self.dense, self.units, strict=True)]
+        self.scaled = torch.cat(scaled) if len(scaled) > 1 else scaled[0]
+        self.x_unit = inputs.unit()
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """What belongs to each, of rows of all."""
+        return list(x.split(self.parts))
 
 
 def _activation_norms(
     method: str,
     inputs: InputStatistics,
-    outputs: OutputStatistics | None,
+    outputs: Sequence[OutputStatistics | None],
+    stack: _Stack,
     mode: ActivationNorm,
     scale: float,
-    x_unit: float,
-    w_unit: float,
 ) -> tuple[Tensor | None, Tensor | None]:
     """x̂ and ŷ in units, where the method has activation terms."""
     if not method.startswith("d2_"):
         return None, None
     of_inputs = inputs.updated_activation_norm if method.endswith("sparsegpt") else inputs.activation_norm
-    return of_inputs(mode, scale) * x_unit**0.5, outputs.activation_norm(mode, scale) * x_unit**0.5 * w_unit
+    root = stack.x_unit**0.5
+    y_norms = [y.activation_norm(mode, scale) * root * unit for y, unit in zip(outputs, stack.units, strict=True)]
+    return of_inputs(mode, scale) * root, torch.cat(y_norms)
 
 
 def _updated(
-    weight: Tensor, factor: Tensor, dead: Tensor, terms_of: TermsOf, sparsity: float, groups: Pattern | None, block_size: int
+    stack: _Stack,
+    factor: Tensor,
+    dead: Tensor,
+    terms_of: TermsOf,
+    sparsity: float,
+    groups: Pattern | None,
+    block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`obs_prune` with the scores of the inverse Hessian; dead inputs count nothing while there are others."""
     dead = dead & ~dead.all()
     terms = terms_of(factor.diagonal().square().reciprocal().masked_fill(dead, 0))
-    pruned, mask, scores = obs_prune(weight, factor, terms, sparsity, groups, block_size)
+    pruned, mask, scores = obs_prune(stack.scaled, factor, terms, sparsity, groups, block_size, stack.parts)
     return pruned.masked_fill_(dead, 0), mask, scores
 
 
-def _scores_without_update(weight: Tensor, energy: Tensor, terms_of: TermsOf, method: str) -> Tensor:
+def _scores_without_update(stack: _Stack, inputs: InputStatistics, terms_of: TermsOf, method: str) -> Tensor:
     """|W|, or the scores of the inputs' energies; without any energy all inputs count alike."""
     if method == "magnitude":
-        return weight.abs()
-    return terms_of(energy if energy.any() else torch.ones_like(energy))(weight)
+        return stack.scaled.abs()
+    energy = inputs.mean_square_norm() * stack.x_unit
+    return terms_of(energy if energy.any() else torch.ones_like(energy))(stack.scaled)
 
 
-def _mask_without_update(scores: Tensor, method: str, sparsity: float, groups: Pattern | None) -> Tensor:
+def _mask_without_update(scores: Tensor, method: str, sparsity: float, groups: Pattern | None, parts: Sequence[int]) -> Tensor:
     """What the table above says of magnitude, wanda and d2_wanda."""
     if groups is not None:
         return keep_largest_of_groups(scores, groups)
     if method == "magnitude":
-        return keep_largest(scores, zeros_wanted(scores.numel(), sparsity))
+        return torch.cat([keep_largest(part, zeros_wanted(part.numel(), sparsity)) for part in scores.split(parts)])
     return keep_largest_of_rows(scores, zeros_wanted(scores.shape[1], sparsity))
 
 
-def _unit(weight: Tensor) -> float:
-    """By what weights are multiplied so that float32 holds their scores and energies: 1, or a power of four."""
-    return safe_unit(weight.abs().max().item(), 16)
-
-
-def _cast(pruned: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = pruned.to(dtype)
-    if not torch.isfinite(cast).all():
+def _cast(pruned: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+    cast = [weight.to(dtype) for weight, dtype in zip(pruned, dtypes, strict=True)]
+    finite = torch.stack([weight.isfinite().all() for weight in cast]).tolist()
+    for weight, dtype in ((w, d) for w, d, good in zip(pruned, dtypes, finite, strict=True) if not good):
         wider = "" if dtype in (torch.float32, torch.float64) else "Use bfloat16 or float32, or more `damping`."
         raise ValueError(
-            f"Argument `weight`: the updated weight does not fit into {dtype}, it reaches {pruned.abs().max().item():.3g}. "
+            f"Argument `weight`: the updated weight does not fit into {dtype}, it reaches {weight.abs().max().item():.3g}. "
             f"{wider or 'Use more `damping`, or more calibration tokens.'}"
         )
     return cast
 
 
-def _unharmed(pruned: Tensor, energies: Tensor, dense: Tensor, mask: Tensor, inputs: InputStatistics) -> tuple[Tensor, Tensor]:
-    """The pruned weight without the update of those rows that are better off without, if it is worse as a whole than none."""
-    without = _energies(dense.masked_fill(mask, 0), inputs)
-    if energies.sum() <= without.sum():
-        return pruned, energies
-    harmed = energies > without
-    log.warning("The weight update raises the error: %d of %d rows stay without.", harmed.sum(), len(harmed))
-    kept = dense.masked_fill(~mask, 0).to(pruned.dtype)
-    return torch.where(harmed.to(pruned.device)[:, None], kept, pruned), torch.minimum(energies, without)
+def _largest(weights: list[Tensor]) -> list[float]:
+    """Largest magnitude of each, waited for once; NaN if it holds any."""
+    return torch.stack([weight.abs().max() for weight in weights]).tolist()
 
 
-def _energies(weight: Tensor, inputs: InputStatistics) -> Tensor:
-    """Σ ‖w x‖² = w G wᵀ of each row, never below 0: float64 on the CPU, (O,)."""
-    x_unit, w_unit = inputs.unit() ** 0.5, _unit(weight)
-    scaled = weight * w_unit * x_unit  # one after the other: float32 need not hold the product
-    rows = (scaled @ inputs.gram).mul_(scaled).sum(1)
-    return rows.cpu().double().clamp_min(0) / (w_unit * x_unit) ** 2
+def _unharmed(
+    pruned: list[Tensor], energies: list[Tensor], stack: _Stack, mask: Tensor, inputs: InputStatistics
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The pruned weights without the update of those rows that are better off without, if one is worse as a whole than none."""
+    masks = stack.split(mask)
+    without = _energies([dense.masked_fill(kept, 0) for dense, kept in zip(stack.dense, masks, strict=True)], inputs)
+    for i, dense in enumerate(stack.dense):
+        if energies[i].sum() <= without[i].sum():
+            continue
+        harmed = energies[i] > without[i]
+        log.warning("The weight update raises the error: %d of %d rows stay without.", harmed.sum(), len(harmed))
+        kept = dense.masked_fill(~masks[i], 0).to(pruned[i].dtype)
+        pruned[i] = torch.where(harmed.to(dense.device)[:, None], kept, pruned[i])
+        energies[i] = torch.minimum(energies[i], without[i])
+    return pruned, energies
+
+
+def _energies(weights: list[Tensor], inputs: InputStatistics) -> list[Tensor]:
+    """Σ ‖w x‖² = w G wᵀ over the calibration tokens of each row, never below 0: float64 on the CPU, (O,) of each weight.
+
+    Of a part of the tokens only, it is scaled up to all.
+    """
+    x_unit, found = inputs.unit() ** 0.5, []
+    units = [safe_unit(largest, 16) for largest in _largest(weights)]
+    with float32_matmul(inputs.precision, inputs.gram.device):
+        for weight, w_unit in zip(weights, units, strict=True):
+            scaled = weight if w_unit == x_unit == 1 else weight * w_unit * x_unit  # float32 need not hold their product
+            found.append((scaled @ inputs.gram).mul_(scaled).sum(1))
+    rows = torch.cat(found).cpu().double().clamp_min(0).split([len(weight) for weight in weights])
+    share = inputs.gram_tokens / inputs.num_tokens
+    return [energies / ((w_unit * x_unit) ** 2 * share) for energies, w_unit in zip(rows, units, strict=True)]
 
 
 def _in_units_of(scores: Tensor, method: str, x_unit: float, w_unit: float) -> Tensor:
@@ -295,8 +383,6 @@ def _check(
     for name, value in {"lambda1": lambda1, "lambda2": lambda2}.items():
         if not abs(value) < float("inf"):
             raise ValueError(f"Argument `{name}` expected to be a finite number but got {value}.")
-    if not torch.isfinite(weight.float()).all():
-        raise ValueError("Argument `weight` holds NaN or Inf" + (" as float32." if weight.dtype == torch.float64 else "."))
     inputs.check_finite("inputs")
     if method.startswith("d2_"):
         outputs.check_finite("outputs")

@@ -8,12 +8,14 @@ worked off in blocks: inside a block one by one, after it all later columns at o
 import importlib.util
 import logging
 import math
+from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from functional.pruning.masks import Pattern, keep_largest, keep_largest_of_rows, zeros_wanted
+from functional.pruning.masks import Pattern, keep_largest_of_groups, keep_largest_of_rows, zeros_wanted
 from functional.pruning.scores import ScoreTerms
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,7 @@ DAMPING_GROWTH = 10.0
 SMALLEST_RETRY = 1e-4
 LARGEST_DAMPING = 10.0
 
+SWEPT_AT_A_TIME = 32
 LARGEST_KERNEL_BLOCK = 256
 LARGEST_KERNEL_GROUP = 32
 
@@ -77,7 +80,13 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, flo
 
 
 def obs_prune(
-    weight: Tensor, factor: Tensor, terms: ScoreTerms, sparsity: float, pattern: Pattern | None, block_size: int
+    weight: Tensor,
+    factor: Tensor,
+    terms: ScoreTerms,
+    sparsity: float,
+    pattern: Pattern | None,
+    block_size: int,
+    parts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the mask and update the kept weights.
 
@@ -92,25 +101,50 @@ def obs_prune(
         sparsity: Share of zeros, without a pattern.
         pattern: N:M; M divides I.
         block_size: Columns a block.
+        parts: Numbers of rows, which sum to O, if the weight is several matrices that read the same inputs, one below the
+            other. Each gets its own share of zeros; the result is as if they were pruned one by one.
 
     Returns:
         New weights (O, I), mask (O, I; True = kept), and the scores that chose it (O, I).
     """
-    weight = weight.clone()
-    mask = torch.ones_like(weight, dtype=torch.bool)
-    scores = torch.zeros_like(weight)
-    rows, columns = weight.shape
     if pattern is not None:
         block_size = max(block_size // pattern.group, 1) * pattern.group
-    sweep = _sweep_on_gpu if weight.is_cuda and _fits_kernel(block_size, pattern) else _sweep
-    for start in range(0, columns, block_size):
-        end = min(start + block_size, columns)
+    blocks = [(start, min(start + block_size, weight.shape[1])) for start in range(0, weight.shape[1], block_size)]
+    arguments = weight.clone(), factor, terms, sparsity, pattern, blocks, list(parts or [len(weight)])
+    if weight.is_cuda and _fits_kernel(block_size, pattern):
+        try:
+            return _prune_by_kernels(*arguments)
+        except RuntimeError as error:
+            if "C compiler" not in str(error):
+                raise
+            _warn_once("Triton finds no C compiler")
+    return _prune_by_columns(*arguments)
+
+
+Pruned = tuple[Tensor, Tensor, Tensor]
+"""New weights, mask, scores; each (rows, columns)."""
+Blocks = list[tuple[int, int]]
+"""First column and last column + 1 of each."""
+
+
+def _prune_by_columns(
+    weight: Tensor,
+    factor: Tensor,
+    terms: ScoreTerms,
+    sparsity: float,
+    pattern: Pattern | None,
+    blocks: Blocks,
+    parts: list[int],
+) -> Pruned:
+    """On any device; changes `weight`."""
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    scores = torch.zeros_like(weight)
+    for start, end in blocks:
         block = slice(start, end)
         if pattern is None:
-            num_zeros = zeros_wanted(rows * end, sparsity) - zeros_wanted(rows * start, sparsity)
             scores[:, block] = terms(weight[:, block], block)
-            mask[:, block] = keep_largest(scores[:, block], num_zeros)
-        swept = sweep(weight[:, block], mask[:, block], factor[block, block], terms, block, pattern)
+            mask[:, block] = _keep_of_parts(scores[:, block], parts, start, end, sparsity)
+        swept = _sweep(weight[:, block], mask[:, block], factor[block, block], terms, block, pattern)
         weight[:, block], mask[:, block], errors, chosen_by = swept
         if pattern is not None:
             scores[:, block] = chosen_by
@@ -118,39 +152,76 @@ def obs_prune(
     return weight, mask, scores
 
 
+def _prune_by_kernels(
+    weight: Tensor,
+    factor: Tensor,
+    terms: ScoreTerms,
+    sparsity: float,
+    pattern: Pattern | None,
+    blocks: Blocks,
+    parts: list[int],
+) -> Pruned:
+    """The same by the kernels of `solver_triton`."""
+    from functional.pruning.solver_triton import Sweeper
+
+    sweeper = Sweeper(weight, factor.contiguous(), terms.coefficients(slice(None), len(weight)))
+    for start, end in blocks:
+        width = end - start
+        errors = weight.new_empty(len(weight), width)
+        if pattern is not None:
+            sweeper.sweep_groups(start, width, errors, *pattern)
+        else:
+            scores, first = sweeper.score(start, width), 0
+            for rows, number in _runs(parts):
+                chosen = first, first + rows * number, rows
+                num_zeros = zeros_wanted(rows * end, sparsity) - zeros_wanted(rows * start, sparsity)
+                sweeper.sweep(start, width, errors, chosen, scores, num_zeros)
+                first = chosen[1]
+        weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+    return sweeper.new, sweeper.kept.view(torch.bool), sweeper.scores
+
+
+def _runs(parts: list[int]) -> list[tuple[int, int]]:
+    """Numbers that follow one another and are equal: number, how often."""
+    return [(rows, len(list(alike))) for rows, alike in groupby(parts)]
+
+
+def _keep_of_parts(scores: Tensor, parts: list[int], start: int, end: int, sparsity: float) -> Tensor:
+    """The mask of columns `start` to `end`; parts of one size, one after the other, in one call."""
+    found, first = [], 0
+    for rows, number in _runs(parts):
+        num_zeros = zeros_wanted(rows * end, sparsity) - zeros_wanted(rows * start, sparsity)
+        chunk = scores[first : first + number * rows]
+        found.append(keep_largest_of_rows(chunk.reshape(number, -1), num_zeros).view_as(chunk))
+        first += number * rows
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
 Swept = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """Weights, mask, errors (w − q) / U_jj, and with N:M the scores that chose the mask; each (rows, columns)."""
 
 
 def _sweep(weight: Tensor, mask: Tensor, factor: Tensor, terms: ScoreTerms, block: slice, pattern: Pattern | None) -> Swept:
-    """One block of columns, column by column; held transposed: a column side by side is a quarter faster on a CPU."""
+    """One block of columns, column by column; held transposed: a column side by side is a quarter faster on a CPU.
+
+    Columns beyond the next few get their share of the update later, all at once.
+    """
     weight, kept = (x.T.clone(memory_format=torch.contiguous_format) for x in (weight, mask))
     errors, scores = torch.zeros_like(weight), torch.zeros_like(weight)
-    for j in range(len(weight)):
-        if pattern is not None and j % pattern.group == 0:
-            within = slice(j, j + pattern.group)
-            columns = slice(block.start + j, block.start + j + pattern.group)
-            scores[within] = terms(weight[within].T, columns).T
-            kept[within] = keep_largest_of_rows(scores[within].T, pattern.zeros).T
-        torch.div(weight[j].masked_fill(kept[j], 0), factor[j, j], out=errors[j])
-        weight[j].masked_fill_(~kept[j], 0)
-        weight[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+    width = SWEPT_AT_A_TIME if pattern is None else -(-SWEPT_AT_A_TIME // pattern.group) * pattern.group
+    for start in range(0, len(weight), width):
+        end = min(start + width, len(weight))
+        for j in range(start, end):
+            if pattern is not None and j % pattern.group == 0:
+                within = slice(j, j + pattern.group)
+                columns = slice(block.start + j, block.start + j + pattern.group)
+                scores[within] = terms(weight[within].T, columns).T
+                kept[within] = keep_largest_of_groups(scores[within].T, pattern).T
+            torch.div(weight[j].masked_fill(kept[j], 0), factor[j, j], out=errors[j])
+            weight[j].masked_fill_(~kept[j], 0)
+            weight[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j], alpha=-1)
+        weight[end:].addmm_(factor[start:end, end:].T, errors[start:end], alpha=-1)
     return weight.T, kept.T, errors.T, scores.T
-
-
-def _sweep_on_gpu(
-    weight: Tensor, mask: Tensor, factor: Tensor, terms: ScoreTerms, block: slice, pattern: Pattern | None
-) -> Swept:
-    from functional.pruning.solver_triton import sweep
-
-    zeros, group = pattern or (0, 0)
-    try:
-        return sweep(weight, mask, factor, terms.coefficients(block, len(weight)), zeros, group)
-    except RuntimeError as error:
-        if "C compiler" not in str(error):
-            raise
-        _warn_once("Triton finds no C compiler")
-        return _sweep(weight, mask, factor, terms, block, pattern)
 
 
 def _fits_kernel(block_size: int, pattern: Pattern | None) -> bool:

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from functional.pruning.precision import Precision, check_precision, float32_matmul
 from functional.pruning.solver import inverse_factor, safe_unit
 
 ActivationNorm = Literal["rms", "official"]
 
 LARGEST = torch.finfo(torch.float32).max
+PANEL, PANEL_ON_GPU = 256, 2048
+"""Rows of a Gram matrix that are made at a time, from the diagonal to the right: measured on both."""
 
 
 class _Statistics:
@@ -32,6 +35,7 @@ class _Statistics:
     """
 
     _SUMS: tuple[str, ...] = ("square_norm", "weighted_norm")
+    _COUNTS: tuple[str, ...] = ("num_samples", "num_tokens")
 
     def __init__(self, features: int) -> None:
         if features < 1:
@@ -44,6 +48,10 @@ class _Statistics:
         self._device: torch.device | None = None
         self._sums: dict[str, Tensor] = {}
 
+    def counts(self) -> dict[str, int]:
+        """The numbers to add over processes, by name."""
+        return {name: getattr(self, name) for name in self._COUNTS}
+
     @property
     def square_norm(self) -> Tensor:
         """Σ_n ‖X_n,j‖², float32, (features,)."""
@@ -55,7 +63,7 @@ class _Statistics:
         return self._sum("weighted_norm")
 
     def sums(self) -> dict[str, Tensor]:
-        """The tensors to add over processes, by name; reduce in place by sum, and the counts beside them."""
+        """The tensors to add over processes, by name; reduce in place by sum, and `counts` beside them."""
         return {name: self._sum(name) for name in self._SUMS}
 
     def update(self, x: Tensor, sample_index: int | Tensor) -> Self:
@@ -73,13 +81,14 @@ class _Statistics:
             raise ValueError(
                 f"Argument `x` expected to have the shape (samples, tokens, {self.features}) but got {tuple(x.shape)}."
             )
-        positions = _positions(sample_index, len(x), x.device)
+        positions = _positions(sample_index, len(x))
         x = x.detach().float() if x.dtype == torch.float64 else x.detach()
         self.peaks.append(_peak(x))
-        norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)  # (samples, features)
+        norm = _norm_over_tokens(x)
         self._device = self._device or x.device
         self._add("square_norm", norm.square().sum(0))
-        self._add("weighted_norm", (positions[:, None] * norm).sum(0))  # no matmul: autocast would make it half precision
+        weights = positions.to(x.device, non_blocking=True)[:, None]
+        self._add("weighted_norm", (weights * norm).sum(0))  # no matmul: autocast would make it half precision
         self._update_more(x, norm, positions)
         self.num_samples += len(x)
         self.num_tokens += x.shape[0] * x.shape[1]
@@ -97,8 +106,8 @@ class _Statistics:
             for name, value in other.sums().items():
                 self._add(name, value.to(self._sum(name).device))
         self.peaks += other.peaks
-        self.num_samples += other.num_samples
-        self.num_tokens += other.num_tokens
+        for name, value in other.counts().items():
+            setattr(self, name, getattr(self, name) + value)
         return self
 
     def activation_norm(self, mode: ActivationNorm, scale: float) -> Tensor:
@@ -116,7 +125,7 @@ class _Statistics:
 
     def check_finite(self, argument: str) -> None:
         """Raise a ValueError that names the argument unless every sum is finite."""
-        if all(torch.isfinite(value).all() for value in self.sums().values()):
+        if torch.stack([self._sum(name).isfinite().all() for name in self._SUMS]).all():
             return
         peaks = [peak.item() for peak in self.peaks]
         if all(peak < float("inf") for peak in peaks) and max(peaks, default=0.0) ** 2 * self.num_tokens > LARGEST:
@@ -143,43 +152,69 @@ class InputStatistics(_Statistics):
 
     Args:
         in_features: I, number of input channels.
+        precision: Of the Gram matrix, see :mod:`functional.pruning.precision`.
+        gram_samples: The Gram matrix is of the samples at positions below this; None is all, which a weight update needs.
+            Without one it serves to measure errors, for which some thousand tokens are enough.
     """
 
     _SUMS = (*_Statistics._SUMS, "root_weighted_norm", "gram")
+    _COUNTS = (*_Statistics._COUNTS, "gram_tokens")
 
-    def __init__(self, in_features: int) -> None:
+    def __init__(self, in_features: int, precision: Precision = "high", gram_samples: int | None = None) -> None:
         super().__init__(in_features)
+        check_precision(precision)
+        if gram_samples is not None and gram_samples < 1:
+            raise ValueError(f"Argument `gram_samples` expected to be a positive number or None but got {gram_samples}.")
+        self.precision, self.gram_samples = precision, gram_samples
+        self.gram_tokens = 0
+        """Tokens that have entered the Gram matrix."""
+        self._lower_is_stale = False
+        self._unit: float | None = None
         self._factors: dict[float, tuple[Tensor, Tensor, float]] = {}
 
     @property
     def gram(self) -> Tensor:
-        """Σ x xᵀ over all tokens, float32, (I, I)."""
-        return self._sum("gram")
+        """Σ x xᵀ over the tokens, float32, (I, I)."""
+        gram = self._sum("gram")
+        if self._lower_is_stale:  # only what is right of the diagonal is summed up
+            for start in range(0, self.features, PANEL_ON_GPU):
+                panel = slice(start, start + PANEL_ON_GPU)
+                gram[panel, panel] = gram[panel, panel].triu() + gram[panel, panel].triu(1).T
+                gram[start + PANEL_ON_GPU :, panel] = gram[panel, start + PANEL_ON_GPU :].T
+            self._lower_is_stale = False
+        return gram
 
     @property
     def root_weighted_norm(self) -> Tensor:
         """Σ_n √(2n) ‖X_n,j‖ = Σ_n n √(2/n) ‖X_n,j‖, float32, (I,)."""
         return self._sum("root_weighted_norm")
 
+    def sums(self) -> dict[str, Tensor]:
+        """The tensors to add over processes, by name; reduce in place by sum, and `counts` beside them."""
+        self._forget()
+        return super().sums() | {"gram": self.gram}
+
     def hessian(self) -> Tensor:
         """H = (2/N) Σ_n X_n X_nᵀ, a new tensor, float32, (I, I)."""
-        self.check_filled()
+        self.check_whole()
         return self.gram * (2 / self.num_samples)
 
     def unit(self) -> float:
         """By what squares of x are multiplied so that float32 holds what a solve makes of them: 1, or a power of four."""
-        return safe_unit(self.gram.diagonal().abs().max().item(), 64)
+        if self._unit is None:
+            self._unit = safe_unit(self.gram.diagonal().abs().max().item(), 64)
+        return self._unit
 
     def inverse_factor(self, damping: float) -> tuple[Tensor, Tensor, float]:
         """:func:`functional.pruning.solver.inverse_factor` of H · `unit()`, computed once for all linears that share x."""
-        self.check_filled()
+        self.check_whole()
         if damping not in self._factors:
             self._factors[damping] = inverse_factor(self.gram * (2 / self.num_samples * self.unit()), damping)
         return self._factors[damping]
 
     def merge(self, other: Self) -> Self:
         """Add the sums of `other` (same features) to these."""
-        self._factors.clear()
+        self._forget()
         return super().merge(other)
 
     def mean_square_norm(self) -> Tensor:
@@ -195,16 +230,46 @@ class InputStatistics(_Statistics):
             return self.root_weighted_norm / (self.num_samples * scale)
         return self.activation_norm(mode, scale)
 
+    def check_whole(self) -> None:
+        """Raise a ValueError unless all tokens have entered the Gram matrix."""
+        self.check_filled()
+        if self.gram_tokens != self.num_tokens:
+            raise ValueError(
+                f"The Gram matrix holds {self.gram_tokens} of {self.num_tokens} tokens, but a weight update needs all. Leave "
+                "out `gram_samples`."
+            )
+
     def _update_more(self, x: Tensor, norm: Tensor, positions: Tensor) -> None:
-        self._factors.clear()
-        self._add("root_weighted_norm", ((2 * positions).sqrt()[:, None] * norm).sum(0))
+        weights = (2 * positions).sqrt().to(x.device, non_blocking=True)[:, None]
+        self._add("root_weighted_norm", (weights * norm).sum(0))
+        if self.gram_samples is not None:
+            x = x[positions <= self.gram_samples]
         tokens = x.reshape(-1, self.features)
-        if tokens.is_cuda and tokens.dtype in (torch.float16, torch.bfloat16):
-            # Tensor cores: products of half precision numbers are exact in float32, and so is the sum kept.
-            self.gram.add_(torch.mm(tokens.T, tokens, out_dtype=torch.float32))
-        else:
+        self.gram_tokens += len(tokens)
+        if len(tokens):
+            self._add_products(tokens)
+
+    def _add_products(self, tokens: Tensor) -> None:
+        """Gram matrix, the part from the diagonal to the right: panels of rows, which take little more than half the time."""
+        gram = self._sum("gram")
+        exact_products = tokens.is_cuda and tokens.dtype in (torch.float16, torch.bfloat16) and self.precision == "high"
+        if not exact_products:
             tokens = tokens.to(torch.float32)
-            self.gram.addmm_(tokens.T, tokens)
+        width = PANEL_ON_GPU if tokens.is_cuda else PANEL
+        with float32_matmul(self.precision, tokens.device):
+            for start in range(0, self.features, width):
+                rows, left = gram[start : start + width, start:], tokens[:, start : start + width].T
+                if exact_products:
+                    rows += torch.mm(left, tokens[:, start:], out_dtype=torch.float32)
+                else:
+                    rows.addmm_(left, tokens[:, start:])
+        self._lower_is_stale = True
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was made of the sums before they changed."""
+        self._factors.clear()
+        self._unit = None
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return (self.features, self.features) if name == "gram" else (self.features,)
@@ -237,6 +302,13 @@ def too_large(largest: float, where: str = "") -> str:
     )
 
 
+def _norm_over_tokens(x: Tensor) -> Tensor:
+    """‖X_n,j‖, float32, (samples, features). A GPU reduces half precision without a copy; on a CPU that reduction is slow."""
+    if x.device.type == "cpu":
+        return x.float().square().sum(1).sqrt()
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+
+
 def _peak(x: Tensor) -> Tensor:
     """Largest magnitude in one pass, without a copy; not waited for. NaN if there is any."""
     if not x.numel():
@@ -244,14 +316,15 @@ def _peak(x: Tensor) -> Tensor:
     return torch.stack(x.aminmax()).abs().amax().float()
 
 
-def _positions(sample_index: int | Tensor, num_samples: int, device: torch.device) -> Tensor:
-    """1-based positions n of the samples, float32, (samples,)."""
+def _positions(sample_index: int | Tensor, num_samples: int) -> Tensor:
+    """1-based positions n of the samples, float32, (samples,), where the index is."""
     if isinstance(sample_index, Tensor) and sample_index.ndim:
+        # Not looked into on a GPU, which would have to be waited for.
         valid = sample_index.shape == (num_samples,) and (sample_index.is_cuda or int(sample_index.min()) >= 0)
-        positions = sample_index.to(device)  # not looked into on a GPU, which would have to be waited for
+        positions = sample_index
     else:
         first = int(sample_index)
-        positions, valid = torch.arange(first, first + num_samples, device=device), first >= 0
+        positions, valid = torch.arange(first, first + num_samples), first >= 0
     if not valid:
         raise ValueError(
             f"Argument `sample_index` expected to be a position from 0 on, or {num_samples} of them, but got {sample_index}."

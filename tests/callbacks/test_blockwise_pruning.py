@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks import BlockwisePruning
 from datamodules import TextDataModule
-from functional.pruning import METHODS, InputStatistics, OutputStatistics, prune_linear
+from functional.pruning import METHODS, InputStatistics, OutputStatistics, prune_linear, prune_linears
 from lightning_modules import CausalLM
 from tests.tiny import FAMILIES
 
@@ -353,12 +353,12 @@ def test_the_progress_bar_counts_blocks(tiny_model, text_file, tmp_path, capsys)
 
 
 def test_a_linear_that_misses_its_target_is_an_error(tiny_model, text_file, tmp_path, monkeypatch):
-    def forgetful(weight, *args, **kwargs):
-        result = prune_linear(weight, *args, **kwargs)
-        result.weight[0] = 1.0
-        return result
+    def forgetful(weights, *args, **kwargs):
+        results = prune_linears(weights, *args, **kwargs)
+        results[0].weight[0] = 1.0
+        return results
 
-    monkeypatch.setattr("callbacks.solve.prune_linear", forgetful)
+    monkeypatch.setattr("callbacks.solve.prune_linears", forgetful)
     with pytest.raises(RuntimeError, match=r"layers.0.self_attn.q_proj: \d+ of 1024 weights are zero where 512"):
         fit(tiny_model("llama"), text_file, tmp_path, BlockwisePruning(sparsity=0.5, non_updated="v"))
     assert not list(tmp_path.rglob("*.safetensors"))

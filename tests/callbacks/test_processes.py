@@ -116,7 +116,7 @@ class OneFails(PruningRun):
 
         import callbacks.block_pruner
 
-        original, calls = callbacks.block_pruner.solve, []
+        original, calls = callbacks.block_pruner.solve_together, []
 
         def solve(*args):
             calls.append(args)
@@ -124,7 +124,7 @@ class OneFails(PruningRun):
                 raise ValueError("this Hessian is not to my taste")
             return original(*args)
 
-        callbacks.block_pruner.solve = solve
+        callbacks.block_pruner.solve_together = solve
         super().work()
 
 

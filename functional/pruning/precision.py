@@ -1,0 +1,34 @@
+"""How exact float32 matrix products are on tensor cores.
+
+highest   float32 inputs are multiplied as float32
+high      as TF32 on a GPU that has it, 10 bits of mantissa, with sums in float32; half precision inputs are multiplied as
+          they are, which is exact, with sums in float32
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+
+Precision = Literal["highest", "high"]
+
+
+def check_precision(precision: str) -> None:
+    """Raise a ValueError unless `precision` is known."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"Argument `precision` expected to be highest or high but got {precision!r}.")
+
+
+@contextmanager
+def float32_matmul(precision: Precision, device: torch.device) -> Iterator[None]:
+    """While open, float32 products on a GPU have this precision, whatever the program has set; elsewhere they are exact."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

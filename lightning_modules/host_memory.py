@@ -1,0 +1,63 @@
+"""HostMemory: tensors that do not fit a GPU together, in pinned memory of the host; each is fetched during the one before."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+
+class HostMemory:
+    """Tensors by key, read and replaced in the order of their keys, round after round.
+
+    Copies run on a stream of their own, one after the other: a fetch sees what was put before it. Reading a tensor begins to
+    fetch the next.
+
+    Args:
+        device: Where the tensors are used.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._on_gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self._on_gpu else None
+        self._stored: dict[int, Tensor] = {}
+        self._fetched: dict[int, Tensor] = {}
+
+    def put(self, key: int, value: Tensor) -> None:
+        """Store a tensor, which is not to be changed any more; shape and type stay those of the first under this key."""
+        if key not in self._stored:
+            self._stored[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=self._on_gpu)
+        with self._copying():
+            self._stored[key].copy_(value, non_blocking=True)
+            if self._on_gpu:
+                value.record_stream(self._stream)
+        self._fetched[key] = value  # most likely it is read next
+
+    def get(self, key: int) -> Tensor:
+        """The tensor on the device."""
+        if key not in self._fetched:
+            self._fetch(key)
+        if self._on_gpu:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        value, following = self._fetched[key], self._after(key)
+        self._fetched = {k: v for k, v in self._fetched.items() if k in (key, following)}
+        if following not in self._fetched:
+            self._fetch(following)
+        return value
+
+    def _after(self, key: int) -> int:
+        keys = list(self._stored)
+        return keys[(keys.index(key) + 1) % len(keys)]
+
+    def _fetch(self, key: int) -> None:
+        with self._copying():
+            value = self._stored[key].to(self._device, non_blocking=True)
+        if self._on_gpu:
+            value.record_stream(torch.cuda.current_stream(self._device))
+        self._fetched[key] = value
+
+    def _copying(self):
+        if not self._on_gpu:
+            return nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return torch.cuda.stream(self._stream)
