@@ -7,7 +7,7 @@
 
 Ours is Trainer.fit with BlockwisePruning; a row has the median over its blocks. The plain variant (plain_pruning.py) is the
 algorithm one sequence at a time, on the first blocks of the same model in the same process. `two_passes` is what any method
-needs: each block run twice over all batches. `same_mask`: share of weights kept or dropped as by the first variant.
+needs: each block run twice over all batches. `same_mask`: share of weights kept or dropped as with precision high.
 """
 
 import argparse
@@ -47,6 +47,13 @@ VARIANTS = {
     "d2prune, attention rule": {"method": "d2prune"},
     "d2prune, v held, 2:4": {"method": "d2prune", "non_updated": "v", "sparsity": None, "pattern": "2:4"},
     "d2prune, v held, highest": {"method": "d2prune", "non_updated": "v", "precision": "highest"},
+    "d2prune, v held, 2:4, highest": {
+        "method": "d2prune",
+        "non_updated": "v",
+        "sparsity": None,
+        "pattern": "2:4",
+        "precision": "highest",
+    },
     "d2prune, v held, offload": {"method": "d2prune", "non_updated": "v", "offload": True},
     "wanda": {"method": "wanda"},
 }
@@ -219,7 +226,7 @@ def measure(name: str, options: argparse.Namespace, facts: dict) -> None:
     passes = two_passes(module, batches)
     fixed = {"model": name, "dtype": options.dtype, "blocks": len(module.blocks), "seq_len": options.seq_len, "seed": 0}
     fixed |= {"samples": options.samples, "two_passes": passes} | facts
-    first = None
+    masks: dict[str, torch.Tensor] = {}
     for variant in options.variants:
         if dense:
             module.model.load_state_dict(dense)
@@ -232,8 +239,8 @@ def measure(name: str, options: argparse.Namespace, facts: dict) -> None:
             row = prune(module, batches, VARIANTS[variant]) | {"batch_size": size}
             if test:
                 kept = mask_of(module)
-                first = kept if first is None else first
-                row |= {"test_perplexity": perplexity(module, test), "same_mask": (kept == first).double().mean().item()}
+                same = (kept == masks.setdefault(variant.removesuffix(", highest"), kept)).double().mean().item()
+                row |= {"test_perplexity": perplexity(module, test), "same_mask": same}
         row = {key: round(value, 4) if isinstance(value, float) else value for key, value in (fixed | row).items()}
         append(options.out, row | {"variant": variant}, COLUMNS)
         print(variant, {key: row[key] for key in COLUMNS if key in row and key not in ENVIRONMENT}, flush=True)
