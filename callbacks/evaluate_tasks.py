@@ -23,6 +23,7 @@ from torch import distributed
 from typing_extensions import override
 
 from callbacks.report import environment, log_scalars, print_table, write_json
+from callbacks.whole_weights import need_whole_weights
 from functional.extras import require
 from functional.safe_load import brief
 from lightning_modules.causal_lm import CausalLM
@@ -77,6 +78,7 @@ class EvaluateTasks(Callback):
         if not isinstance(pl_module, CausalLM):
             raise TypeError(f"EvaluateTasks needs a language model, CausalLM, but got {type(pl_module).__name__}.")
         require("eval", "lm_eval", "datasets")
+        need_whole_weights(trainer, self)
         self._manager = self._find_tasks()
         self._group = None
         if trainer.world_size > 1:  # of its own, since the others wait for hours: NCCL would give up

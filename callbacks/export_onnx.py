@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from callbacks.result import check_writable
 from callbacks.save_model import move_files
+from callbacks.whole_weights import need_whole_weights
 from functional.digest import digest
 from functional.extras import require
 from functional.safe_load import brief
@@ -50,6 +51,7 @@ class ExportOnnx(Callback):
         if not isinstance(pl_module, (CausalLM, ImageClassifier)):
             raise TypeError(f"ExportOnnx needs a CausalLM or an ImageClassifier but got {type(pl_module).__name__}.")
         require("export", "onnx", "onnxscript", "onnxruntime")
+        need_whole_weights(trainer, self)
         if self.output_dir is not None:
             check_writable(Path(self.output_dir).expanduser())
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from callbacks.whole_weights import need_whole_weights
 from lightning_modules.prunable import PrunableModule
 
 LEAST_SPARSITY = 0.01
@@ -41,11 +41,7 @@ class KeepSparsity(Callback):
             return
         if not isinstance(pl_module, PrunableModule):
             raise TypeError(f"KeepSparsity needs a PrunableModule such as CausalLM but got {type(pl_module).__name__}.")
-        if not isinstance(trainer.strategy, SingleDeviceStrategy) and type(trainer.strategy) is not DDPStrategy:
-            raise ValueError(
-                "Argument `trainer.strategy` expected auto (one device) or ddp with KeepSparsity, which needs whole weights, "
-                f"but got {type(trainer.strategy).__name__}."
-            )
+        need_whole_weights(trainer, self)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: PrunableModule) -> None:

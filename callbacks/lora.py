@@ -23,6 +23,7 @@ from callbacks.keep_sparsity import KeepSparsity, apply_zeros, linear_weights, s
 from callbacks.report import log_scalars, print_table
 from callbacks.save_model import SaveModel, move_files
 from callbacks.validation import validate_within_fit
+from callbacks.whole_weights import need_whole_weights
 from functional.extras import require
 from lightning_modules.prunable import PrunableModule
 
@@ -66,6 +67,7 @@ class LoRA(SaveModel):
         if stage != "fit":
             return
         require("lora", "peft")
+        need_whole_weights(trainer, self)
         for other in trainer.callbacks:
             if other is not self and isinstance(other, (KeepSparsity, SaveModel)):
                 raise ValueError(

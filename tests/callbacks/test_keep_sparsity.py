@@ -1,16 +1,19 @@
 """KeepSparsity: zeros are exactly 0 after every step, whatever the optimizer, the precision and the interruption."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 
 from benchmarks.fault_runs import go
 from callbacks import BlockwisePruning, KeepSparsity, SaveModel
 from callbacks.keep_sparsity import linear_weights, share_of, zeros_of
+from callbacks.whole_weights import need_whole_weights
 from datamodules import TextDataModule
 from lightning_modules import CausalLM
 from tests.callbacks.recovery_runs import LEARNING_RATE, RecoveryRun, prune_two_of_four, quiet
@@ -174,6 +177,8 @@ def test_what_a_user_is_told(tiny_model, pruned, text, tmp_path):
         from lightning.pytorch.demos.boring_classes import BoringModel
 
         quiet(tmp_path, KeepSparsity()).fit(BoringModel())
+    with pytest.raises(ValueError, match=r"`trainer.strategy` expected auto .* with KeepSparsity, .* got FSDPStrategy"):
+        need_whole_weights(SimpleNamespace(strategy=FSDPStrategy()), KeepSparsity())
     other = KeepSparsity()
     other.load_state_dict({"elsewhere": {"shape": [2, 4], "bits": torch.zeros(1, dtype=torch.uint8)}})
     with pytest.raises(ValueError, match="`ckpt_path`: its checkpoint holds the mask of another model"):
