@@ -41,7 +41,7 @@ class EvaluateTasks(Callback):
 
     Args:
         tasks: Names of tasks, groups or tags.
-        task_path: Directory with task YAML files of one's own.
+        task_path: Directory with task YAML files of one's own. They may name Python functions, which are run.
         num_fewshot: Solved examples before each question; each task's own number when None. A task that says 0 keeps it.
         limit: Questions of each task: a number, or a share below 1; all when None.
         batch_size: Sequences that go through the model at a time.

@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from functional.extras import require
+from functional.safe_load import brief, weights_only
 
 CONFIG = "adapter_config.json"
 
@@ -22,7 +23,18 @@ def has_adapters(path: str) -> bool:
 
 
 def add_adapters(model: nn.Module, path: str) -> None:
-    """Add the adapters of a directory to a model, in place."""
+    """Add the adapters of a directory to a model, in place; pickled objects are not made.
+
+    Raises:
+        ValueError: If they do not fit the model or cannot be read.
+    """
     from peft import PeftModel
 
-    PeftModel.from_pretrained(model, Path(path).expanduser())
+    try:
+        with weights_only():
+            PeftModel.from_pretrained(model, Path(path).expanduser())
+    except Exception as error:  # peft, safetensors and torch share no base class below this one
+        raise ValueError(
+            f"Argument `model_name_or_path`: the adapters in {path!r} cannot be added to its model ({brief(error)}). Write the "
+            f"directory again, or remove its {CONFIG} to use the model without them."
+        ) from error

@@ -135,6 +135,11 @@ def test_vision_transformer(merge, tmp_path):
     assert found["val/loss"] == pytest.approx(last["val/loss"], rel=1e-5)
     if merge == "masked":
         assert share_of(zeros_of(linear_weights(again))) == 0.5
+        return
+    weights = tmp_path / "model/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"`model_name_or_path`: the adapters in '.*' cannot be added .* remove its"):
+        ImageClassifier(str(tmp_path / "model")).configure_model()
 
 
 class Crash(Callback):
