@@ -99,7 +99,7 @@ class LoRA(SaveModel):
         trained, total = self._adapted.get_nb_trainable_parameters()
         becomes = {
             "masked": "Adapters are trained, and merged in the end, where weights are not zero",
-            "none": "Adapters are written beside the weights in the end; with them added no weight is zero",
+            "none": "Adapters are written beside the weights in the end; where they are added no weight is zero",
         }
         rank_zero_info(
             f"LoRA: {trained:,} of {total:,} parameters are trained. {self._sparsity:.4%} of the weights of the prunable "
@@ -144,7 +144,7 @@ class LoRA(SaveModel):
             share = share_of(zeros_of(linear_weights(pl_module)))
             rows.append(("sparsity", f"{self._sparsity:.4%} of the prunable linears -> {share:.4%} with the adapters merged"))
         else:
-            rows.append(("sparsity", f"{self._sparsity:.4%} of the prunable linears; with the adapters none"))
+            rows.append(("sparsity", f"{self._sparsity:.4%} of the prunable linears; none where adapters are added"))
         print_table(f"LoRA, r = {self.r}, alpha = {self.alpha:g}", [*rows, ("model", str(target))])
 
     @override

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from callbacks.result import check_writable
+from lightning_modules import adapters
 from lightning_modules.prunable import PrunableModule
 
 
@@ -55,6 +56,7 @@ class SaveModel(Callback):
         """Write the files of the model into a directory, in one process."""
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
             pl_module.save(Path(scratch))
+            (target / adapters.CONFIG).unlink(missing_ok=True)  # those of an earlier run would be added to this model
             move_files(Path(scratch), target)
 
 

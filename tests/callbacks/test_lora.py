@@ -91,7 +91,7 @@ def test_kept_apart_the_base_stays_sparse_and_all_libraries_add_them(pruned, tex
     adapters, target = Adapters(), tmp_path / "model"
     module, lora = CausalLM(pruned, learning_rate=LEARNING_RATE), LoRA(RANK, ALPHA, merge="none", output_dir=str(target))
     quiet(tmp_path, adapters, lora).fit(module, text)
-    assert "with the adapters none" in capsys.readouterr().out
+    assert "none where adapters are added" in capsys.readouterr().out
     written = {path.name for path in target.iterdir()}
     assert {"model.safetensors", "config.json", "adapter_config.json", "adapter_model.safetensors"} <= written
     assert json.loads((target / "adapter_config.json").read_text())["lora_alpha"] == ALPHA
@@ -115,6 +115,8 @@ def test_kept_apart_the_base_stays_sparse_and_all_libraries_add_them(pruned, tex
             torch.testing.assert_close(module.model.get_submodule(name)(hidden), expected, rtol=1e-4, atol=1e-4)
     (again,) = quiet(tmp_path).validate(CausalLM(str(target)), text, verbose=False)
     assert again["val/loss"] == pytest.approx(lora.metrics["trained"]["val/loss"], rel=1e-5)
+    quiet(tmp_path, SaveModel(str(target)), limit_train_batches=1).fit(CausalLM(pruned, learning_rate=0.0), text)
+    assert not (target / "adapter_config.json").exists(), "the adapters of one model are not added to another"
 
 
 @pytest.mark.parametrize("merge", ["masked", "none"])
