@@ -49,14 +49,10 @@ class AttentionStep:
         """Time spent on the block that was entered last."""
 
     def feed(self, batch: Any, samples: int) -> None:
-        """Take windows of a batch until there are `rule_windows`: alone where probabilities are looked at, which are large."""
-        start, end = 0, min(samples, self._settings.rule_windows - self._probe.num_windows)
-        while start < end:
-            alone = self._settings.objective == "divergence" or self._probe.num_windows == 0
-            stop = start + 1 if alone else end
+        """Take windows of a batch until there are `rule_windows`: one by one, so that it does not matter how they come."""
+        for sample in range(min(samples, self._settings.rule_windows - self._probe.num_windows)):
             with self._context():
-                self._probe.capture(self._module.select_samples(batch, slice(start, stop)), stop - start)
-            start = stop
+                self._probe.capture(self._module.select_samples(batch, slice(sample, sample + 1)), 1)
 
     def enter(self, index: int) -> None:
         """Before the weights of block `index` change."""

@@ -22,13 +22,12 @@ def check_precision(precision: str) -> None:
 
 @contextmanager
 def float32_matmul(precision: Precision, device: torch.device) -> Iterator[None]:
-    """While open, float32 products on a GPU have this precision, whatever the program has set; elsewhere they are exact."""
-    if device.type != "cuda":
-        yield
-        return
+    """While open, float32 products have this precision, whatever the program has set, autocast included."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision(precision)
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)

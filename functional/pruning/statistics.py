@@ -1,8 +1,9 @@
 """Calibration statistics of one linear map y = W x + b: sums over calibration samples, divided only at the end.
 
-Every quantity is a sum (and a count), so any order, batching, split over processes or merge gives the same result up to
-float32 rounding. The norms of D²Prune (Eq. 13-15) come in two modes; with N samples, s the `scale`, n = 1..N the position
-of a sample in the calibration set and ‖·‖ the Euclidean norm over the tokens of one sample:
+Every quantity is a sum (and a count). What a batch adds is made in float32 and summed in float64, so that neither the order of
+batches nor how they are shared out over processes leaves a trace; other batches make a difference of float32 rounding. The
+norms of D²Prune (Eq. 13-15) come in two modes; with N samples, s the `scale`, n = 1..N the position of a sample in the
+calibration set and ‖·‖ the Euclidean norm over the tokens of one sample:
 
     rms       x̂_j = sqrt( Σ_n ‖X_n,j‖² / (N s) )                                     Alg. 1; s = tokens per sample: the RMS
     official  x̂_j = Σ_n (n/N) ‖X_n,j‖ / s             layers without weight update    what the released code computes
@@ -47,6 +48,8 @@ class _Statistics:
         """Largest magnitude of each update, float32 scalars where the data was: NaN or Inf if it held any. Not summed."""
         self._device: torch.device | None = None
         self._sums: dict[str, Tensor] = {}
+        self._values: dict[str, Tensor] = {}
+        """The sums in float32, as far as they were asked for since the last change."""
 
     def counts(self) -> dict[str, int]:
         """The numbers to add over processes, by name."""
@@ -55,22 +58,23 @@ class _Statistics:
     @property
     def square_norm(self) -> Tensor:
         """Σ_n ‖X_n,j‖², float32, (features,)."""
-        return self._sum("square_norm")
+        return self._value("square_norm")
 
     @property
     def weighted_norm(self) -> Tensor:
         """Σ_n n ‖X_n,j‖, float32, (features,)."""
-        return self._sum("weighted_norm")
+        return self._value("weighted_norm")
 
     def sums(self) -> dict[str, Tensor]:
-        """The tensors to add over processes, by name; reduce in place by sum, and `counts` beside them."""
+        """The tensors to add over processes, float64, by name; reduce in place by sum, and `counts` beside them."""
+        self._forget()
         return {name: self._sum(name) for name in self._SUMS}
 
     def update(self, x: Tensor, sample_index: int | Tensor) -> Self:
         """Add samples.
 
         Args:
-            x: (samples, tokens, features), any floating dtype; the sums are float32.
+            x: (samples, tokens, features), any floating dtype; what is made of it is float32.
             sample_index: Position of ``x[0]`` in the whole calibration set, counted from 0 (the others follow it), or the
                 positions of all samples, (samples,).
 
@@ -92,6 +96,7 @@ class _Statistics:
         self._update_more(x, norm, positions)
         self.num_samples += len(x)
         self.num_tokens += x.shape[0] * x.shape[1]
+        self._forget()
         return self
 
     def merge(self, other: Self) -> Self:
@@ -108,6 +113,7 @@ class _Statistics:
         self.peaks += other.peaks
         for name, value in other.counts().items():
             setattr(self, name, getattr(self, name) + value)
+        self._forget()
         return self
 
     def activation_norm(self, mode: ActivationNorm, scale: float) -> Tensor:
@@ -125,7 +131,7 @@ class _Statistics:
 
     def check_finite(self, argument: str) -> None:
         """Raise a ValueError that names the argument unless every sum is finite."""
-        if torch.stack([self._sum(name).isfinite().all() for name in self._SUMS]).all():
+        if torch.stack([self._value(name).isfinite().all() for name in self._SUMS]).all():
             return
         peaks = [peak.item() for peak in self.peaks]
         if all(peak < float("inf") for peak in peaks) and max(peaks, default=0.0) ** 2 * self.num_tokens > LARGEST:
@@ -140,8 +146,22 @@ class _Statistics:
 
     def _sum(self, name: str) -> Tensor:
         if name not in self._sums:
-            self._sums[name] = torch.zeros(self._shape(name), dtype=torch.float32, device=self._device or "cpu")
+            device = self._device or torch.device("cpu")
+            dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has nothing wider
+            self._sums[name] = torch.zeros(self._shape(name), dtype=dtype, device=device)
         return self._sums[name]
+
+    def _value(self, name: str) -> Tensor:
+        if name not in self._values:
+            self._values[name] = self._in_float32(name)
+        return self._values[name]
+
+    def _in_float32(self, name: str) -> Tensor:
+        return self._sum(name).to(torch.float32, copy=True)
+
+    def _forget(self) -> None:
+        """What was made of the sums before they changed."""
+        self._values.clear()
 
     def _add(self, name: str, value: Tensor) -> None:
         self._sum(name).add_(value)
@@ -168,31 +188,18 @@ class InputStatistics(_Statistics):
         self.precision, self.gram_samples = precision, gram_samples
         self.gram_tokens = 0
         """Tokens that have entered the Gram matrix."""
-        self._lower_is_stale = False
         self._unit: float | None = None
         self._factors: dict[float, tuple[Tensor, Tensor, float]] = {}
 
     @property
     def gram(self) -> Tensor:
         """Σ x xᵀ over the tokens, float32, (I, I)."""
-        gram = self._sum("gram")
-        if self._lower_is_stale:  # only what is right of the diagonal is summed up
-            for start in range(0, self.features, PANEL_ON_GPU):
-                panel = slice(start, start + PANEL_ON_GPU)
-                gram[panel, panel] = gram[panel, panel].triu() + gram[panel, panel].triu(1).T
-                gram[start + PANEL_ON_GPU :, panel] = gram[panel, start + PANEL_ON_GPU :].T
-            self._lower_is_stale = False
-        return gram
+        return self._value("gram")
 
     @property
     def root_weighted_norm(self) -> Tensor:
         """Σ_n √(2n) ‖X_n,j‖ = Σ_n n √(2/n) ‖X_n,j‖, float32, (I,)."""
-        return self._sum("root_weighted_norm")
-
-    def sums(self) -> dict[str, Tensor]:
-        """The tensors to add over processes, by name; reduce in place by sum, and `counts` beside them."""
-        self._forget()
-        return super().sums() | {"gram": self.gram}
+        return self._value("root_weighted_norm")
 
     def hessian(self) -> Tensor:
         """H = (2/N) Σ_n X_n X_nᵀ, a new tensor, float32, (I, I)."""
@@ -214,7 +221,6 @@ class InputStatistics(_Statistics):
 
     def merge(self, other: Self) -> Self:
         """Add the sums of `other` (same features) to these."""
-        self._forget()
         return super().merge(other)
 
     def mean_square_norm(self) -> Tensor:
@@ -262,12 +268,19 @@ class InputStatistics(_Statistics):
                 if exact_products:
                     rows += torch.mm(left, tokens[:, start:], out_dtype=torch.float32)
                 else:
-                    rows.addmm_(left, tokens[:, start:])
-        self._lower_is_stale = True
-        self._forget()
+                    rows += left @ tokens[:, start:]
+
+    def _in_float32(self, name: str) -> Tensor:
+        value = super()._in_float32(name)
+        if name == "gram":  # of which only what is right of the diagonal was summed up
+            for start in range(0, self.features, PANEL):
+                panel = slice(start, start + PANEL)
+                value[panel, panel] = value[panel, panel].triu() + value[panel, panel].triu(1).T
+                value[start + PANEL :, panel] = value[panel, start + PANEL :].T
+        return value
 
     def _forget(self) -> None:
-        """What was made of the sums before they changed."""
+        super()._forget()
         self._factors.clear()
         self._unit = None
 

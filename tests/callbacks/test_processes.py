@@ -78,6 +78,21 @@ def test_same_result_as_one_process(family, processes, settings, data, models, o
         assert block["attention"].keys() == same["attention"].keys()
 
 
+@pytest.mark.parametrize("settings", [{"sparsity": 0.5}, {"pattern": "2:4", "non_updated": "none"}])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_same_batches_give_the_same_bits(family, settings, models, one_process, tmp_path):
+    """However they are shared out: sums are float64, so that their order leaves no trace in float32."""
+    data = {"num_calibration": 8, "batch_size": 2, "num_heldout": 4}
+    runs = [PruningRun(*models[family], str(tmp_path / str(n)), n, settings=settings, data=data) for n in (2, 4)]
+    alone = one_process(replace(runs[0], processes=1))
+    for run in runs:
+        assert go(run) == [0] * run.processes
+        assert run.weights == alone.weights
+    assert [block["candidates"] for block in report_of(runs[0])["blocks"]] == [
+        b["candidates"] for b in report_of(alone)["blocks"]
+    ]
+
+
 def test_vision_transformer_with_fused_projections(tmp_path):
     runs = [VisionRun("", "", str(tmp_path / str(processes)), processes) for processes in (1, 2)]
     for run in runs:
