@@ -15,10 +15,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+SUBCOMMANDS = {
+    "fit": "prune a model, or train one",
+    "validate": "measure on held-out data",
+    "test": "measure on test data",
+    "predict": "write what the model makes of held-out data",
+}
 
-from functional.safe_load import brief, weights_only
+
+def print_help() -> None:
+    """What `--help` alone says; here, before what takes seconds to import."""
+    import argparse
+
+    description, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    listed = "each lists its options: train.py fit --help"
+    commands = parser.add_subparsers(title="subcommands", metavar=f"{{{','.join(SUBCOMMANDS)}}}", description=listed)
+    for name, text in SUBCOMMANDS.items():
+        commands.add_parser(name, help=text)
+    parser.print_help()
+
+
+if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):
+    print_help()
+    sys.exit()
+
+# Only now: these take seconds.
+from lightning.pytorch.cli import LightningCLI  # noqa: E402
+from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: E402
+
+from functional.safe_load import brief, weights_only  # noqa: E402
 
 
 class CLI(LightningCLI):

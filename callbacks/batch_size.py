@@ -1,7 +1,9 @@
 """How many windows of text go through a block at a time, where the data module leaves it open (`batch_size: auto`)."""
 
 import torch
+from lightning.pytorch import Trainer
 
+from callbacks.processes import Processes
 from lightning_modules.prunable import PrunableModule
 
 DEFAULT = 8
@@ -12,15 +14,15 @@ SHARE = 0.1
 
 
 def windows_at_a_time(module: PrunableModule, seq_len: int, num_windows: int, device: torch.device) -> int:
-    """Windows whose activations in one block fit a share of the GPU, in batches of about equal size.
+    """Windows whose activations in one block fit a share of the GPU: a power of two, so that processes share whole batches.
 
-    From the GPU's whole memory, not what is free of it: the same run takes the same batches, bit by bit.
+    From all of its memory, not what is free of it: the same run takes the same batches, bit by bit.
 
     Args:
         module: The model.
         seq_len: Tokens of a window.
         num_windows: Of this process.
-        device: Where it runs; without a GPU, which gains nothing, it is `DEFAULT`.
+        device: Where it runs; without a GPU, nothing is gained by more than `DEFAULT`.
     """
     if device.type != "cuda":
         return min(DEFAULT, num_windows)
@@ -29,5 +31,13 @@ def windows_at_a_time(module: PrunableModule, seq_len: int, num_windows: int, de
     token = features * next(module.model.parameters()).element_size()
     tokens = min(MOST_TOKENS, SHARE * torch.cuda.get_device_properties(device).total_memory / token)
     most = min(max(int(tokens // seq_len), 1), num_windows)
-    batches = -(-num_windows // most)
-    return -(-num_windows // batches)
+    return 2 ** (most.bit_length() - 1)
+
+
+def choose_batch_size(trainer: Trainer, module: PrunableModule, processes: Processes) -> None:
+    """Tell the data module, where it leaves the choice open."""
+    options = getattr(trainer.datamodule, "hparams", {})
+    if options.get("batch_size") == "auto":
+        windows = max(options["num_calibration"] // trainer.world_size, 1)
+        chosen = windows_at_a_time(module, options["seq_len"], windows, trainer.strategy.root_device)
+        trainer.datamodule.calibration_batch_size = min(processes.gather(chosen))

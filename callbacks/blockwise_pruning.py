@@ -6,7 +6,7 @@
 
 The train dataloader is the calibration set. No optimizer, no backward. The perplexity rule runs over all blocks three times.
 The order of events is all that this file knows: a block is BlockPruner's, the hidden states are BlockStream's, what several
-processes tell each other is Processes', what a dead run leaves is PruningState's.
+processes tell each other is Processes', what a dead run leaves is FinishedBlocks'.
 """
 
 import logging
@@ -25,15 +25,14 @@ from typing_extensions import override
 
 from callbacks.attention_probe import Reference
 from callbacks.attention_step import AttentionStep
-from callbacks.batch_size import windows_at_a_time
+from callbacks.batch_size import choose_batch_size
 from callbacks.block_pruner import BlockPruner
 from callbacks.collector import StatisticsCollector
-from callbacks.fingerprint import circumstances_of, digests_of
+from callbacks.finished_blocks import FinishedBlocks
 from callbacks.held_runs import HeldRuns
 from callbacks.offload import Offload, fits, give_back_placement
 from callbacks.processes import Processes, give_back, processes_of
 from callbacks.progress import BlockProgressBar, use_block_progress_bar
-from callbacks.pruning_state import PruningState
 from callbacks.report import BlockRecord, log_scalars, peak_memory_gib, write_json
 from callbacks.result import REPORT, check_output, print_summary, report_of, save_result
 from callbacks.rule_windows import RuleWindows
@@ -47,9 +46,6 @@ from lightning_modules.block_stream import BlockStream
 from lightning_modules.prunable import PrunableModule
 
 log = logging.getLogger(__name__)
-
-RNG_STATE = "rng_state"
-"""Its name among the tensors of a finished block."""
 
 
 class BlockwisePruning(Callback):
@@ -162,8 +158,7 @@ class BlockwisePruning(Callback):
         self._runs: HeldRuns | None = None
         self._processes = Processes()
         self._rng: Tensor | None = None
-        self._state: PruningState | None = None
-        self._resumed = 0
+        self._kept = FinishedBlocks(Processes())
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -180,7 +175,7 @@ class BlockwisePruning(Callback):
         pl_module.arm(self._calibrate)
         self._offload = Offload(pl_module, trainer, self.offload)
         self.records, self.metrics = [], {}
-        self._state, self._resumed = None, 0
+        self._kept = FinishedBlocks(self._processes)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: PrunableModule) -> None:
@@ -202,12 +197,12 @@ class BlockwisePruning(Callback):
         self._num_runs = len(HeldRuns.held) if self.settings.rule == "perplexity" else 1
         trainer.fit_loop.max_epochs = len(self._blocks) * self._num_runs
         trainer.check_val_every_n_epoch = trainer.fit_loop.max_epochs + 1  # validation is ours: before and after
-        self._choose_batch_size(trainer, pl_module)
+        choose_batch_size(trainer, pl_module, self._processes)
         use_block_progress_bar(trainer, pl_module, trainer.fit_loop.max_epochs)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        self._started, self._blocks_done, self._seconds_before = time.perf_counter(), 0, 0.0
+        self._started, self._blocks_done = time.perf_counter(), 0
         self._modes = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
         self._run_model, self._num_batches = pl_module.calibration_forward, trainer.num_training_batches
@@ -217,7 +212,10 @@ class BlockwisePruning(Callback):
         if self._processes.size > 1:
             self._processes.check_equal(checksum(pl_module.model.state_dict().values()), "The model")
         if self.resume:
-            self._open_state(trainer, pl_module)
+            root = getattr(trainer.logger, "root_dir", None) or trainer.default_root_dir
+            beside = self._output.with_name(f"{self._output.name}.state")
+            self._kept = FinishedBlocks(self._processes, beside if self.output_dir else Path(root) / "pruning_state")
+            self._kept.open(trainer, pl_module, self.settings, self._windows)
         self.metrics["dense"] = self._validate(trainer)
         log_scalars(trainer.loggers, self.metrics["dense"], step=0)
         if self.settings.rule == "perplexity":
@@ -233,39 +231,14 @@ class BlockwisePruning(Callback):
         with self._offload.passing():
             return validate_within_fit(trainer)
 
-    def _choose_batch_size(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        """Where the data module leaves it to us."""
-        options = getattr(trainer.datamodule, "hparams", {})
-        if options.get("batch_size") == "auto":
-            windows = -(-options["num_calibration"] // trainer.world_size)
-            chosen = windows_at_a_time(pl_module, options["seq_len"], windows, trainer.strategy.root_device)
-            trainer.datamodule.calibration_batch_size = min(self._processes.gather(chosen))
-
-    def _open_state(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        """Find what an earlier run has finished."""
-        identity = self._processes.in_first(pl_module.identity) or {}
-        read = digests_of(trainer, self._processes, self._windows.of_source())
-        fingerprint = identity | read | circumstances_of(pl_module, self.settings, trainer, self._processes)
-        root = getattr(trainer.logger, "root_dir", None) or trainer.default_root_dir
-        beside = self._output.with_name(f"{self._output.name}.state")
-        state = PruningState(beside if self.output_dir else Path(root) / "pruning_state")
-        self._state, self._resumed = (
-            state,
-            self._processes.from_first(self._processes.in_first(lambda: state.open(fingerprint))),
-        )
-        if self._resumed:
-            rank_zero_info(
-                f"An earlier run has finished {self._resumed} of {trainer.fit_loop.max_epochs} blocks: going on after them."
-            )
-
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: PrunableModule) -> None:
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         run, self._index = divmod(trainer.current_epoch, len(self._blocks))
-        self._finished = trainer.current_epoch < self._resumed
+        self._finished = trainer.current_epoch < self._kept.number
         """Whether an earlier run has pruned this block."""
-        self._run_finished = (run + 1) * len(self._blocks) <= self._resumed
+        self._run_finished = (run + 1) * len(self._blocks) <= self._kept.number
         if self._index == 0:
             self._start_run(trainer, pl_module, run)
         self._block_name = list(self._plan)[self._index]
@@ -320,7 +293,9 @@ class BlockwisePruning(Callback):
         if self._index == 0 and not self._run_finished:
             self._windows.seen_all([position for batch in self._positions.values() for position in batch.tolist()])
         if self._finished:
-            record = self._restore_block(trainer)
+            linears = self._plan[self._block_name]
+            place = trainer.current_epoch, self._index, self._block_name
+            record = self._kept.restore(*place, linears, self._pruner, self._attention)
         else:
             record = BlockRecord(name=self._block_name, seconds_statistics=collected - self._epoch_started)
             record = self._prune_block(trainer, pl_module, record, collected)
@@ -341,30 +316,13 @@ class BlockwisePruning(Callback):
         _synchronize(pl_module.device)
         record.seconds_solve = time.perf_counter() - collected - record.seconds_rule
         record.peak_memory_gib = max(self._processes.gather(peak_memory_gib(pl_module.device)))
-        if self._state is not None:
-            weights = {name: self._collector.linears[name].weight for name in methods}
-            content = {
-                "record": asdict(record),
-                "calibration": self._processes.from_first(self._pruner.calibration),
-                "seconds": self._seconds_now(),
-            }
-            tensors = weights | {RNG_STATE: torch.get_rng_state()}
-            self._processes.in_first(lambda: self._state.write(trainer.current_epoch, tensors, content))
-        return record
-
-    def _restore_block(self, trainer: Trainer) -> BlockRecord:
-        """The block as an earlier run has left it."""
-        weights, content = self._processes.in_first(lambda: self._state.read(trainer.current_epoch)) or ({}, {})
-        content = self._processes.from_first(content)
-        record = BlockRecord.from_dict(content["record"])
-        self._pruner.restore(self._index, self._block_name, weights, self._plan[self._block_name], self._attention)
-        self._pruner.calibration, self._seconds_before = content["calibration"], content["seconds"]
-        torch.set_rng_state(self._processes.from_first(weights.get(RNG_STATE)))
+        weights = {name: self._collector.linears[name].weight for name in methods}
+        self._kept.keep(trainer.current_epoch, weights, record, self._pruner, self._seconds_now())
         return record
 
     def _seconds_now(self) -> float:
         """Of this run and of those that it goes on with."""
-        return self._seconds_before + time.perf_counter() - self._started
+        return self._kept.seconds + time.perf_counter() - self._started
 
     def _end_run(self, trainer: Trainer) -> None:
         metrics = self._validate(trainer)
@@ -392,8 +350,7 @@ class BlockwisePruning(Callback):
         report = self._report(trainer, pl_module)
         if self._processes.is_first:
             write_json(self._output / REPORT, report)
-            if self._state is not None:
-                self._state.remove()
+        self._kept.remove()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
@@ -404,9 +361,7 @@ class BlockwisePruning(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: PrunableModule, exception: BaseException) -> None:
-        if self._state is not None and self._processes.is_first:
-            self._state.close()
-            rank_zero_info(f"Finished blocks are kept in {self._state.directory}: the same command goes on after them.")
+        self._kept.leave()
         self._release()
         self._restore_modes()
         self.teardown(trainer, pl_module, "fit")

@@ -108,3 +108,29 @@ def test_print_config_and_wrong_settings(config):
     assert both.returncode != 0 and "Give either `sparsity`" in both.stderr
     nowhere = train("validate", "--config", str(config), "--model.model_name_or_path", "./nowhere/model")
     assert nowhere.returncode != 0 and "is not an existing directory. Give a hub id" in nowhere.stderr
+
+
+def test_help_is_quick_and_names_the_subcommands_that_there_are():
+    import time
+
+    from lightning.pytorch.cli import LightningCLI
+
+    start = time.monotonic()
+    done = train("--help")
+    assert time.monotonic() - start < 3 and done.returncode == 0
+    listed = re.findall(r"^    (\w+)  +\w", done.stdout, re.MULTILINE)
+    assert listed == list(LightningCLI.subcommands()) and "configs/quickstart.yaml" in done.stdout
+
+
+@pytest.mark.parametrize("config", ["quickstart.yaml", "csg2l/digits.yaml"])
+def test_libraries_of_other_jobs_are_not_imported(config, tmp_path):
+    code = (
+        "import sys, train\n"
+        f"train.main(['--config', {str(ROOT / 'configs' / config)!r}, '--trainer.accelerator', 'cpu'], run=False)\n"
+        "print(sorted({'timm', 'torch_geometric', 'datasets', 'peft', 'lm_eval', 'onnx', 'sklearn'} & set(sys.modules)))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().splitlines()[-1] in ("[]", "['torch_geometric']" if "csg2l" in config else "[]")

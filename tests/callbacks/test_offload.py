@@ -62,7 +62,7 @@ def test_windows_at_a_time(tiny_model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
     linears = module.linears(next(iter(module.blocks.values()))).values()
     token = 4 * sum(linear.in_features + 2 * linear.out_features for linear in linears)
-    for windows, expected in ((1, 1), (3, 3), (7, 5), (10, 10), (99, 10)):  # of 10: 1, 3, 5 (two batches), 10, no more than 10
+    for windows, expected in ((1, 1), (3, 2), (7, 4), (9, 8), (99, 8)):  # powers of two, of 10
         memory.total_memory = 10 * windows * 16 * token + 10
         assert windows_at_a_time(module, 16, 10, torch.device("cuda")) == expected
     memory.total_memory = 0
@@ -73,8 +73,9 @@ def test_windows_at_a_time(tiny_model, monkeypatch):
 
 def test_auto_batch_size_of_a_run(tiny_model, text_file, tmp_path):
     weights, _, _ = prune(tiny_model("llama"), text_file, tmp_path / "auto", "auto", non_updated="v")
-    six, _, _ = prune(tiny_model("llama"), text_file, tmp_path / "six", 6, non_updated="v")
     if not ON_GPU:  # as many windows as there are, of at most 8
+        six, _, _ = prune(tiny_model("llama"), text_file, tmp_path / "six", 6, non_updated="v")
         assert all(torch.equal(weights[name], six[name]) for name in six)
+    assert weights
     with pytest.raises(ValueError, match="`batch_size`"):
         TextDataModule(source=str(text_file), batch_size="all")
