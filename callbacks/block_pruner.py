@@ -15,15 +15,17 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from callbacks.allocation import Targets
 from callbacks.attention_step import AttentionStep
 from callbacks.collector import StatisticsCollector
 from callbacks.processes import Processes, owners_of
-from callbacks.report import BlockRecord
+from callbacks.report import BlockRecord, LinearRecord
 from callbacks.settings import PruningSettings
 from callbacks.solve import kept_and_pruned, log_scores, record_of, solve_together
 from callbacks.update_rules import HELD, ROLES, UPDATED, method_of, outlier_choice, states_of
 from functional.digest import checksum
 from functional.pruning import PruneResult
+from lightning_modules.architectures import PrunableLinear
 from lightning_modules.prunable import PrunableModule
 
 Solved = dict[str, tuple[PruneResult, str]]
@@ -39,6 +41,7 @@ class BlockPruner:
         module: The model.
         settings: Of the run.
         processes: That share the work.
+        targets: Of each linear, where they are not all the same.
     """
 
     def __init__(
@@ -46,7 +49,9 @@ class BlockPruner:
         module: PrunableModule,
         settings: PruningSettings,
         processes: Processes,
+        targets: Targets | None = None,
     ) -> None:
+        self.targets = targets
         self._module, self._settings, self._processes = module, settings, processes
         self.calibration: dict[str, float] = {}
         """Samples, and tokens per sample, of the whole calibration set."""
@@ -80,6 +85,8 @@ class BlockPruner:
             RuntimeError: If another process failed, or holds other weights afterwards.
         """
         processes, linears = self._processes, collector.linears
+        if self.targets is not None:
+            record.allocation = self.targets.measures.get(record.name, {})  # none of a block that is ignored
         processes.together(lambda: collector.check(record.name))  # each its own batches, before they are summed
         chosen_from = self._roles(collector).values() if self._settings.rule == "attention" else ()
         owners = owners_of(collector, processes.size, chosen_from)
@@ -109,7 +116,7 @@ class BlockPruner:
             if attention is not None:
                 attention.leave(index, record, loggers)
             return {
-                name: record_of(self._settings, linears[name], result, method, f"{record.name}.{name}")
+                name: self._record_of(record.name, name, linears[name], result, method)
                 for name, (result, method) in solved.items()
             }
 
@@ -135,6 +142,10 @@ class BlockPruner:
                 linear.weight.copy_(self._processes.send(weight, 0))
         if attention is not None:
             attention.pass_by(index)
+
+    def _record_of(self, block: str, name: str, linear: PrunableLinear, result: PruneResult, method: str) -> LinearRecord:
+        sparsity = None if self.targets is None else self.targets.sparsity(block, name, linear.weight.numel())
+        return record_of(self._settings, linear, result, method, f"{block}.{name}", sparsity)
 
     def _roles(self, collector: StatisticsCollector) -> dict[str, str]:
         projections = self._module.architecture.projections
@@ -177,4 +188,4 @@ class BlockPruner:
     def _solve(self, collector: StatisticsCollector, block: str, names: list[str], method: str) -> dict[str, PruneResult]:
         inputs = collector.inputs(names[0])
         self.calibration = {"samples": inputs.num_samples, "tokens_per_sample": inputs.num_tokens / inputs.num_samples}
-        return solve_together(self._settings, collector, block, names, method)
+        return solve_together(self._settings, collector, block, names, method, self.targets)

@@ -12,7 +12,7 @@ processes tell each other is Processes', what a dead run leaves is FinishedBlock
 import logging
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+from callbacks.allocation import allocate
 from callbacks.attention_probe import Reference
 from callbacks.attention_step import AttentionStep
 from callbacks.batch_size import choose_batch_size
@@ -41,6 +42,7 @@ from callbacks.update_rules import Candidates, Objective, UpdateRule
 from callbacks.validation import validate_within_fit
 from functional.digest import checksum
 from functional.pruning import ActivationNorm
+from functional.pruning.allocation import Allocation
 from functional.pruning.precision import Precision
 from lightning_modules.block_stream import BlockStream
 from lightning_modules.prunable import PrunableModule
@@ -86,6 +88,11 @@ class BlockwisePruning(Callback):
             beside `output_dir`, or in `pruning_state` of the logger's directory. Removed when the run has ended well.
         offload: Whether blocks wait in the host's memory, so that a GPU needs room for two of them only. Hidden states go there
             by themselves if they do not fit.
+        allocation: How the zeros of `sparsity` are shared out over blocks, their sum staying exact. uniform: alike; owl: blocks
+            with more outliers among their scores lose less; error: the last weight costs all blocks the same relative error.
+            The latter two look at the dense model first, in one pass of the calibration data.
+        owl_threshold: M, a score is an outlier above M times its block's mean (owl).
+        owl_range: Λ, how far the blocks' shares of zeros may be from `sparsity`, before their mean is made to be it (owl).
     """
 
     def __init__(
@@ -115,28 +122,12 @@ class BlockwisePruning(Callback):
         log_histograms: bool = False,
         resume: bool = False,
         offload: bool = False,
+        allocation: Allocation = "uniform",
+        owl_threshold: float = 5.0,
+        owl_range: float = 0.08,
     ) -> None:
-        self.settings = PruningSettings(
-            method=method,
-            sparsity=sparsity,
-            pattern=pattern,
-            lambda1=lambda1,
-            lambda2=lambda2,
-            scale=scale,
-            activation_norm=activation_norm,
-            block_size=block_size,
-            damping=damping,
-            precision=precision,
-            update_rule=update_rule,
-            non_updated=non_updated,
-            candidates=candidates,
-            objective=objective,
-            reference=reference,
-            rho=rho,
-            rule_windows=rule_windows,
-            rule_source=rule_source,
-            ignore=ignore or [],
-        )
+        given = locals() | {"ignore": ignore or []}
+        self.settings = PruningSettings(**{setting.name: given[setting.name] for setting in fields(PruningSettings)})
         # Of a pruning run these are not true: the number of epochs is that of the blocks, and calibration wants eval mode.
         warnings.filterwarnings("ignore", message="`max_epochs` was not set")
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
@@ -208,7 +199,6 @@ class BlockwisePruning(Callback):
         self._run_model, self._num_batches = pl_module.calibration_forward, trainer.num_training_batches
         self._sample_positions = pl_module.sample_positions
         self._windows = RuleWindows(trainer, pl_module, self.settings, self._processes)
-        self._pruner = BlockPruner(pl_module, self.settings, self._processes)
         if self._processes.size > 1:
             self._processes.check_equal(checksum(pl_module.model.state_dict().values()), "The model")
         if self.resume:
@@ -216,6 +206,9 @@ class BlockwisePruning(Callback):
             beside = self._output.with_name(f"{self._output.name}.state")
             self._kept = FinishedBlocks(self._processes, beside if self.output_dir else Path(root) / "pruning_state")
             self._kept.open(trainer, pl_module, self.settings, self._windows)
+        given = trainer, pl_module, self.settings, self._plan, self._offload, self._processes
+        targets = self._kept.targets(lambda: allocate(*given))
+        self._pruner = BlockPruner(pl_module, self.settings, self._processes, targets)
         self.metrics["dense"] = self._validate(trainer)
         log_scalars(trainer.loggers, self.metrics["dense"], step=0)
         if self.settings.rule == "perplexity":

@@ -3,7 +3,7 @@
 The first process has the files; the others are told.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from callbacks.allocation import Targets
 from callbacks.attention_step import AttentionStep
 from callbacks.block_pruner import BlockPruner
 from callbacks.fingerprint import circumstances_of, digests_of
@@ -57,6 +58,13 @@ class FinishedBlocks:
                 f"An earlier run has finished {self.number} of {trainer.fit_loop.max_epochs} blocks: going on after them."
             )
 
+    def targets(self, make: Callable[[], Targets | None]) -> Targets | None:
+        """Those of the run that this one goes on with, as they lie beside its first block, or else made now."""
+        if not self.number:
+            return make()
+        _, content = self._processes.in_first(lambda: self._state.read(0)) or ({}, {})
+        return Targets.from_json(self._processes.from_first(content)["targets"])
+
     def keep(self, epoch: int, weights: Mapping[str, Tensor], record: BlockRecord, pruner: BlockPruner, seconds: float) -> None:
         """Write a block that this run has finished.
 
@@ -70,6 +78,7 @@ class FinishedBlocks:
         if self._state is None:
             return
         content = {"record": asdict(record), "calibration": self._processes.from_first(pruner.calibration), "seconds": seconds}
+        content["targets"] = None if pruner.targets is None else pruner.targets.as_json()
         tensors = dict(weights) | {RNG_STATE: torch.get_rng_state()}
         self._processes.in_first(lambda: self._state.write(epoch, tensors, content))
 

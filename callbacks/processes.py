@@ -91,6 +91,12 @@ class Processes:
         for (part, name), count in zip(names, counts.tolist(), strict=True):
             setattr(part, name, count)
 
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their sums over all processes."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
     def send(self, tensor: Tensor, owner: int) -> Tensor:
         """The tensor of the owner, bit by bit; the others give one of the same shape, type and device, which is not changed."""
         if self.size == 1:

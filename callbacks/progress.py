@@ -27,6 +27,8 @@ class BlockProgressBar(TQDMProgressBar):
         """Move to `count` finished blocks and show some numbers of the last one."""
         self.train_progress_bar.n = count
         shown = {"error": f"{record.relative_error:.4f}", "sparsity": f"{record.sparsity:.4f}"}
+        if record.allocation:
+            shown["target"] = f"{record.allocation['sparsity']:.4f}"
         if record.attention:
             shown["attention"] = f"{record.attention['relative_error']:.4f}"
         self.train_progress_bar.set_postfix(shown | {"seconds": f"{record.seconds:.1f}"})

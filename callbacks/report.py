@@ -57,6 +57,8 @@ class BlockRecord:
     outlier_ratios: dict[str, float] = field(default_factory=dict)
     attention: dict[str, float] = field(default_factory=dict)
     """Measures of the attention against the dense model's, from AttentionProbe."""
+    allocation: dict[str, float] = field(default_factory=dict)
+    """The share of zeros that the block was given, and what it was read off; empty where all blocks have the same."""
 
     @property
     def seconds(self) -> float:
@@ -87,6 +89,7 @@ class BlockRecord:
             if linear.damping is not None:
                 values[f"damping/{name}"] = linear.damping
         values |= {f"attention/{name}": value for name, value in self.attention.items()}
+        values |= {f"allocation/{name}": value for name, value in self.allocation.items()}
         values |= {f"update_share/{role}": share for role, share in self.update_shares.items()}
         values |= {f"outlier_ratio/{role}": ratio for role, ratio in self.outlier_ratios.items()}
         if self.attention:

@@ -1,5 +1,6 @@
 """PruningSettings: what a user may set of a pruning run, checked on its own and against the module, before any weight moves."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import isfinite
@@ -8,6 +9,7 @@ from typing import Literal, get_args
 from callbacks.attention_probe import Reference
 from callbacks.update_rules import ROLES, Candidates, Objective, UpdateRule, outlier_choice
 from functional.pruning import METHODS, ActivationNorm, parse_pattern
+from functional.pruning.allocation import Allocation
 from functional.pruning.masks import check_divisible, check_sparsity
 from functional.pruning.precision import Precision, check_precision
 from functional.pruning.statistics import check_activation_norm
@@ -20,6 +22,9 @@ DEFAULT_UPDATE_RULE: UpdateRule = "attention"
 
 Plan = dict[str, dict[str, str]]
 """Per block (full name) the method of each linear (name within the block) that is to be pruned."""
+
+ROW_WISE = ("wanda", "d2_wanda")
+"""Methods that take equally many weights of each row, unless there is a pattern."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ class PruningSettings:
     rule_windows: int = 4
     rule_source: str | list[str] | None = None
     ignore: list[str] = field(default_factory=list)
+    allocation: Allocation = "uniform"
+    owl_threshold: float = 5.0
+    owl_range: float = 0.08
 
     def __post_init__(self) -> None:
         choices = {
@@ -54,6 +62,7 @@ class PruningSettings:
             "candidates": Candidates,
             "objective": Objective,
             "reference": Reference,
+            "allocation": Allocation,
         }
         for name, type_ in choices.items():
             value, accepted = getattr(self, name), get_args(type_)
@@ -79,6 +88,7 @@ class PruningSettings:
         if not 0 <= self.damping <= 1:
             raise ValueError(f"Argument `damping` expected to be in [0, 1] but got {self.damping}.")
         self._check_update_rule()
+        self._check_allocation()
 
     def _check_update_rule(self) -> None:
         for name, none in {"non_updated": "none", "update_rule": "fixed"}.items():
@@ -96,6 +106,21 @@ class PruningSettings:
             raise ValueError(f"Argument `rule_windows` expected to be a positive integer but got {self.rule_windows!r}.")
         if not 0 <= self.rho < float("inf"):
             raise ValueError(f"Argument `rho` expected to be a number of at least 0 but got {self.rho}.")
+
+    def _check_allocation(self) -> None:
+        for name in ("owl_threshold", "owl_range"):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"Argument `{name}` expected to be a positive number but got {value}.")
+        if self.allocation != "uniform" and self.pattern is not None:
+            raise ValueError(
+                f"Argument `allocation` = {self.allocation!r} gives blocks different shares of zeros, but with `pattern` = "
+                f"{self.pattern!r} all have the same. Leave it out, or give `sparsity` instead of the pattern."
+            )
+        if self.allocation == "owl" and self.owl_range > (most := min(self.sparsity, 1 - self.sparsity)):
+            raise ValueError(
+                f"Argument `owl_range` expected to be at most {most:g} at a sparsity of {self.sparsity:g}, or shares of zeros "
+                f"would leave [0, 1], but got {self.owl_range}."
+            )
 
     @property
     def rule(self) -> UpdateRule:
@@ -156,6 +181,15 @@ class PruningSettings:
         if not any(plan.values()):
             raise ValueError(f"Argument `ignore` = {self.ignore} leaves no linear to prune.")
         return plan
+
+    def by_rows(self, module: PrunableModule) -> Callable[[str, str], bool]:
+        """Whether a linear of this name within its block, with this planned method, may lose equally many weights of each row.
+
+        Which of q, k and v are held the attention rule says when their block is reached, and the perplexity rule at the end.
+        """
+        projections = module.architecture.projections
+        open_ = {projections[role] for role in ROLES if role in projections} if self.rule in ("attention", "perplexity") else ()
+        return lambda name, method: method in ROW_WISE or name in open_
 
     def arguments(self, tokens_per_sample: float) -> dict:
         """Arguments of `prune_linear` beside the method."""

@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from fractions import Fraction
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
+from callbacks.allocation import Targets
 from callbacks.collector import StatisticsCollector
 from callbacks.report import LinearRecord
 from callbacks.settings import PruningSettings
@@ -20,14 +22,21 @@ MOST_SCORES = 1_000_000
 """A histogram of more looks the same; other processes send theirs."""
 
 
-def solve(settings: PruningSettings, collector: StatisticsCollector, block: str, name: str, method: str) -> PruneResult:
+def solve(
+    settings: PruningSettings,
+    collector: StatisticsCollector,
+    block: str,
+    name: str,
+    method: str,
+    targets: Targets | None = None,
+) -> PruneResult:
     """Prune one linear of a block; its module keeps its weights.
 
     Raises:
         ValueError: As `prune_linear` and `StatisticsCollector.check`, naming block and linear.
     """
     try:
-        return _solve(settings, collector, block, [name], method)[0]
+        return _solve(settings, collector, block, [name], method, targets)[0]
     except ValueError as error:
         if str(error).startswith(f"{block}."):
             raise
@@ -35,22 +44,36 @@ def solve(settings: PruningSettings, collector: StatisticsCollector, block: str,
 
 
 def solve_together(
-    settings: PruningSettings, collector: StatisticsCollector, block: str, names: Sequence[str], method: str
+    settings: PruningSettings,
+    collector: StatisticsCollector,
+    block: str,
+    names: Sequence[str],
+    method: str,
+    targets: Targets | None = None,
 ) -> dict[str, PruneResult]:
     """Prune linears of a block that read the same tensor, each as `solve` does."""
     if len(names) > 1:
         with suppress(ValueError):  # below it says which of them it was
-            return dict(zip(names, _solve(settings, collector, block, names, method), strict=True))
-    return {name: solve(settings, collector, block, name, method) for name in names}
+            return dict(zip(names, _solve(settings, collector, block, names, method, targets), strict=True))
+    return {name: solve(settings, collector, block, name, method, targets) for name in names}
 
 
 def _solve(
-    settings: PruningSettings, collector: StatisticsCollector, block: str, names: Sequence[str], method: str
+    settings: PruningSettings,
+    collector: StatisticsCollector,
+    block: str,
+    names: Sequence[str],
+    method: str,
+    targets: Targets | None,
 ) -> list[PruneResult]:
     collector.check(block)
     inputs, outputs = collector.inputs(names[0]), [collector.outputs[name] for name in names]
     arguments = settings.arguments(inputs.num_tokens / inputs.num_samples)
     weights = [collector.linears[name].weight for name in names]
+    if targets is not None:
+        arguments["sparsity"] = [
+            targets.sparsity(block, name, weight.numel()) for name, weight in zip(names, weights, strict=True)
+        ]
     results = prune_linears(weights, inputs, outputs, method=method, **arguments)
     damping = results[0].damping
     if damping is not None and damping > settings.damping:
@@ -59,9 +82,14 @@ def _solve(
 
 
 def record_of(
-    settings: PruningSettings, linear: PrunableLinear, result: PruneResult, method: str, full_name: str
+    settings: PruningSettings,
+    linear: PrunableLinear,
+    result: PruneResult,
+    method: str,
+    full_name: str,
+    sparsity: Fraction | None = None,
 ) -> LinearRecord:
-    """What pruning.json says of a linear, from its weights as they are now.
+    """What pruning.json says of a linear, from its weights as they are now; `sparsity` is its own, where it has one.
 
     Raises:
         RuntimeError: If it has fewer zeros than wanted.
@@ -76,7 +104,7 @@ def record_of(
         damping=result.damping,
     )
     arguments = settings.arguments(1.0)
-    wanted = zeros_of(weight.shape, method, arguments["sparsity"], arguments["pattern"])
+    wanted = zeros_of(weight.shape, method, arguments["sparsity"] if sparsity is None else sparsity, arguments["pattern"])
     if record.zeros < wanted:
         raise RuntimeError(
             f"{full_name}: {record.zeros} of {record.weights} weights are zero where {wanted} were wanted. "

@@ -56,8 +56,12 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def zeros_wanted(numel: int, sparsity: float) -> int:
-    """⌊numel · sparsity⌋ with the sparsity as it was meant: 29 % of 100 is 29, and 2/3 of 6 is 4, despite binary rounding."""
-    return int(numel * Fraction(float(sparsity)).limit_denominator(10**6))
+    """⌊numel · sparsity⌋ with the sparsity as it was meant: 29 % of 100 is 29, and 2/3 of 6 is 4, despite binary rounding.
+
+    A `Fraction` is taken as it is, so that any number of zeros can be asked for.
+    """
+    exact = sparsity if isinstance(sparsity, Fraction) else Fraction(float(sparsity)).limit_denominator(10**6)
+    return int(numel * exact)
 
 
 def zeros_of(shape: tuple[int, int], method: str, sparsity: float, pattern: str | Pattern | None) -> int:

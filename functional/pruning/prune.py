@@ -127,7 +127,7 @@ def prune_linears(
     inputs: InputStatistics,
     outputs: Sequence[OutputStatistics | None],
     method: str = "d2_sparsegpt",
-    sparsity: float = 0.5,
+    sparsity: float | Sequence[float] = 0.5,
     pattern: str | None = None,
     lambda1: float = 1.0,
     lambda2: float = 0.0,
@@ -141,10 +141,12 @@ def prune_linears(
     Args:
         weights: W of each, (O, I).
         outputs: Statistics of y of each.
+        sparsity: Of each, or one for all.
     """
     groups = parse_pattern(pattern)
-    for weight, y in zip(weights, outputs, strict=True):
-        _check(weight, inputs, y, method, sparsity, groups, lambda1, lambda2, scale, activation_norm, block_size, damping)
+    shares = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity] * len(weights)
+    for weight, y, share in zip(weights, outputs, shares, strict=True):
+        _check(weight, inputs, y, method, share, groups, lambda1, lambda2, scale, activation_norm, block_size, damping)
     stack = _Stack(weights, inputs)
     if not inputs.square_norm.any():
         log.warning("All inputs are 0, or so small that their squares are: the magnitude of the weights decides.")
@@ -154,12 +156,12 @@ def prune_linears(
     if method.endswith("sparsegpt"):
         factor, dead, used_damping = inputs.inverse_factor(damping)
         with float32_matmul("highest", factor.device):
-            solved, mask, scores = _updated(stack, factor, dead, terms_of, sparsity, groups, block_size)
+            solved, mask, scores = _updated(stack, factor, dead, terms_of, shares, groups, block_size)
         solved = [part / unit for part, unit in zip(stack.split(solved), stack.units, strict=True)]
         pruned = _cast(solved, [weight.dtype for weight in weights])
     else:
         scores = _scores_without_update(stack, inputs, terms_of, method)
-        mask = _mask_without_update(scores, method, sparsity, groups, stack.parts)
+        mask = _mask_without_update(scores, method, shares, groups, stack.parts)
         pruned = [w.to(mask.device).masked_fill(~kept, 0) for w, kept in zip(weights, stack.split(mask), strict=True)]
     _check_scores(scores, lambda1, lambda2, scale)
     energies = _energies([dense - new.float() for dense, new in zip(stack.dense, pruned, strict=True)], inputs)
@@ -258,14 +260,14 @@ def _updated(
     factor: Tensor,
     dead: Tensor,
     terms_of: TermsOf,
-    sparsity: float,
+    shares: list[float],
     groups: Pattern | None,
     block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`obs_prune` with the scores of the inverse Hessian; dead inputs count nothing while there are others."""
     dead = dead & ~dead.all()
     terms = terms_of(factor.diagonal().square().reciprocal().masked_fill(dead, 0))
-    pruned, mask, scores = obs_prune(stack.scaled, factor, terms, sparsity, groups, block_size, stack.parts)
+    pruned, mask, scores = obs_prune(stack.scaled, factor, terms, shares, groups, block_size, stack.parts)
     return pruned.masked_fill_(dead, 0), mask, scores
 
 
@@ -277,13 +279,20 @@ def _scores_without_update(stack: _Stack, inputs: InputStatistics, terms_of: Ter
     return terms_of(energy if energy.any() else torch.ones_like(energy))(stack.scaled)
 
 
-def _mask_without_update(scores: Tensor, method: str, sparsity: float, groups: Pattern | None, parts: Sequence[int]) -> Tensor:
+def _mask_without_update(
+    scores: Tensor, method: str, shares: list[float], groups: Pattern | None, parts: Sequence[int]
+) -> Tensor:
     """What the table above says of magnitude, wanda and d2_wanda."""
     if groups is not None:
         return keep_largest_of_groups(scores, groups)
     if method == "magnitude":
-        return torch.cat([keep_largest(part, zeros_wanted(part.numel(), sparsity)) for part in scores.split(parts)])
-    return keep_largest_of_rows(scores, zeros_wanted(scores.shape[1], sparsity))
+        pairs = zip(scores.split(parts), shares, strict=True)
+        return torch.cat([keep_largest(part, zeros_wanted(part.numel(), share)) for part, share in pairs])
+    columns = scores.shape[1]
+    if len(set(shares)) == 1:
+        return keep_largest_of_rows(scores, zeros_wanted(columns, shares[0]))
+    pairs = zip(scores.split(parts), shares, strict=True)
+    return torch.cat([keep_largest_of_rows(part, zeros_wanted(columns, share)) for part, share in pairs])
 
 
 def _cast(pruned: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:

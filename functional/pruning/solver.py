@@ -83,7 +83,7 @@ def obs_prune(
     weight: Tensor,
     factor: Tensor,
     terms: ScoreTerms,
-    sparsity: float,
+    sparsity: float | Sequence[float],
     pattern: Pattern | None,
     block_size: int,
     parts: Sequence[int] | None = None,
@@ -98,7 +98,7 @@ def obs_prune(
         weight: (O, I), float32; not modified.
         factor: U of :func:`inverse_factor`, (I, I).
         terms: The score of a weight.
-        sparsity: Share of zeros, without a pattern.
+        sparsity: Share of zeros, without a pattern; of each of the parts, or one for all.
         pattern: N:M; M divides I.
         block_size: Columns a block.
         parts: Numbers of rows, which sum to O, if the weight is several matrices that read the same inputs, one below the
@@ -125,13 +125,15 @@ Pruned = tuple[Tensor, Tensor, Tensor]
 """New weights, mask, scores; each (rows, columns)."""
 Blocks = list[tuple[int, int]]
 """First column and last column + 1 of each."""
+Shares = float | Sequence[float]
+"""Share of zeros of each part, or one for all."""
 
 
 def _prune_by_columns(
     weight: Tensor,
     factor: Tensor,
     terms: ScoreTerms,
-    sparsity: float,
+    sparsity: Shares,
     pattern: Pattern | None,
     blocks: Blocks,
     parts: list[int],
@@ -156,7 +158,7 @@ def _prune_by_kernels(
     weight: Tensor,
     factor: Tensor,
     terms: ScoreTerms,
-    sparsity: float,
+    sparsity: Shares,
     pattern: Pattern | None,
     blocks: Blocks,
     parts: list[int],
@@ -172,25 +174,26 @@ def _prune_by_kernels(
             sweeper.sweep_groups(start, width, errors, *pattern)
         else:
             scores, first = sweeper.score(start, width), 0
-            for rows, number in _runs(parts):
+            for rows, share, number in _runs(parts, sparsity):
                 chosen = first, first + rows * number, rows
-                num_zeros = zeros_wanted(rows * end, sparsity) - zeros_wanted(rows * start, sparsity)
+                num_zeros = zeros_wanted(rows * end, share) - zeros_wanted(rows * start, share)
                 sweeper.sweep(start, width, errors, chosen, scores, num_zeros)
                 first = chosen[1]
         weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
     return sweeper.new, sweeper.kept.view(torch.bool), sweeper.scores
 
 
-def _runs(parts: list[int]) -> list[tuple[int, int]]:
-    """Numbers that follow one another and are equal: number, how often."""
-    return [(rows, len(list(alike))) for rows, alike in groupby(parts)]
+def _runs(parts: list[int], sparsity: Shares) -> list[tuple[int, float, int]]:
+    """Parts that follow one another and are alike: rows, share of zeros, how many."""
+    shares = sparsity if isinstance(sparsity, Sequence) else [sparsity] * len(parts)
+    return [(*alike, len(list(found))) for alike, found in groupby(zip(parts, shares, strict=True))]
 
 
-def _keep_of_parts(scores: Tensor, parts: list[int], start: int, end: int, sparsity: float) -> Tensor:
-    """The mask of columns `start` to `end`; parts of one size, one after the other, in one call."""
+def _keep_of_parts(scores: Tensor, parts: list[int], start: int, end: int, sparsity: Shares) -> Tensor:
+    """The mask of columns `start` to `end`; parts of one size and share, one after the other, in one call."""
     found, first = [], 0
-    for rows, number in _runs(parts):
-        num_zeros = zeros_wanted(rows * end, sparsity) - zeros_wanted(rows * start, sparsity)
+    for rows, share, number in _runs(parts, sparsity):
+        num_zeros = zeros_wanted(rows * end, share) - zeros_wanted(rows * start, share)
         chunk = scores[first : first + number * rows]
         found.append(keep_largest_of_rows(chunk.reshape(number, -1), num_zeros).view_as(chunk))
         first += number * rows

@@ -1,0 +1,159 @@
+"""How many weights each part of a model loses, given how many it loses in all. Pure functions; a part is a block, or a linear.
+
+    uniform   the same share S everywhere
+    owl       parts with more outliers among their scores |W_ij| ‖X_j‖ keep more (OWL, arXiv 2310.05175):
+              D_b = share of the scores of part b that are larger than M times their mean;
+              S_b = S + Λ − 2Λ (D_b − min D) / (max D − min D) + δ, with the one δ that leaves S over all weights
+    error     the last weight that is taken costs the same everywhere:
+              minimise Σ_b E_b(S_b)  subject to  Σ_b n_b S_b = zeros,  low ≤ S_b ≤ high,
+              so E_b'(S_b) / n_b = μ for every S_b that no bound stops, with one multiplier μ for all parts
+
+E(S) is a relative error, estimated without a Gram matrix as if the inputs of a linear were uncorrelated: with
+s_ij = W_ij² ‖X_j‖², it is the sum of the ⌊S · numel⌋ smallest s over the sum of all, the error of a Wanda mask of the whole
+matrix, no weight updated. The curve of a sorted sum is convex, and piecewise linear between its grid points, so taking pieces
+in the order of their slopes per weight until the zeros are spent solves the problem exactly: the slope of the last piece is μ.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Allocation = Literal["uniform", "owl", "error"]
+
+GRID = 1000
+"""Pieces of an error curve."""
+MOST_SCORES = 2**18
+"""Scores of a linear that are sorted for its curve; of a larger one every n-th row is looked at."""
+LARGEST_STEP = 0.1
+"""How far `error` goes from the sparsity of all, at most; and never more than half of the way to 0 or 1."""
+
+
+def outlier_ratio_of_scores(scores: Sequence[Tensor], threshold: float) -> float:
+    """D: share of the scores that are larger than `threshold` times their mean.
+
+    Args:
+        scores: |W_ij| ‖X_j‖ of the linears of one part, float32, any shapes.
+        threshold: M.
+    """
+    count = sum(part.numel() for part in scores)
+    mean = sum(part.sum(dtype=torch.float64).item() for part in scores) / count
+    return sum(int((part > threshold * mean).sum()) for part in scores) / count
+
+
+def owl_sparsities(ratios: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float) -> list[float]:
+    """S_b of every part, which sum to `sparsity` over all weights.
+
+    What the shift δ would carry below 0 or above 1 stays there, and δ makes up for it.
+
+    Args:
+        ratios: D_b.
+        sizes: n_b, weights of each part.
+        sparsity: S.
+        spread: Λ.
+    """
+    ratios, sizes = np.asarray(ratios, dtype=float), np.asarray(sizes, dtype=float)
+    width = ratios.max() - ratios.min()
+    relative = (ratios - ratios.min()) / width if width > 0 else np.full_like(ratios, 0.5)
+    wanted = sparsity + spread - 2 * spread * relative
+    low, high = -1.0, 1.0
+    for _ in range(100):  # δ by bisection: without bounds it is S minus the mean of `wanted`
+        shift = (low + high) / 2
+        too_many = sizes @ np.clip(wanted + shift, 0, 1) > sparsity * sizes.sum()
+        low, high = (low, shift) if too_many else (shift, high)
+    return np.clip(wanted + shift, 0, 1).tolist()
+
+
+def error_curve(weight: Tensor, square_norm: Tensor) -> Tensor:
+    """E at the sparsities k / GRID, k = 0 ... GRID: float64, (GRID + 1,), from 0 to 1, convex.
+
+    Args:
+        weight: W, (O, I).
+        square_norm: ‖X_j‖², (I,).
+    """
+    rows = weight[:: -(-weight.numel() // MOST_SCORES)]  # whole rows: every n-th weight might always be of the same inputs
+    weights, norms = rows.to(square_norm.device, torch.float32), square_norm.float()
+    units = weights.abs().max(), norms.max()  # float32 need not hold the products
+    if not all(units):
+        return torch.linspace(0, 1, GRID + 1, dtype=torch.float64)
+    scores = (weights / units[0]).square_().mul_(norms / units[1]).flatten().sort().values
+    sums = torch.cat([scores.new_zeros(1, dtype=torch.float64), scores.cumsum(0, dtype=torch.float64)]).cpu()
+    place = torch.linspace(0, len(scores), GRID + 1, dtype=torch.float64)
+    below = place.long().clamp_max(len(scores) - 1)
+    return torch.lerp(sums[below], sums[below + 1], place - below) / sums[-1]
+
+
+def equal_slopes(
+    curves: Sequence[Sequence[float]], sizes: Sequence[int], sparsity: float, low: float, high: float
+) -> list[float]:
+    """S_b of every part with the least Σ_b E_b(S_b), which sum to `sparsity` over all weights.
+
+    Args:
+        curves: E_b at k / K, k = 0 ... K, each convex.
+        sizes: n_b, weights of each part.
+        sparsity: S, from `low` to `high`.
+        low: Least S_b.
+        high: Largest S_b.
+    """
+    pieces = []
+    for part, (curve, size) in enumerate(zip(curves, sizes, strict=True)):
+        grid = np.linspace(0, 1, len(curve))
+        at = np.concatenate([[low], grid[(grid > low) & (grid < high)], [high]])
+        errors = np.interp(at, grid, curve)
+        slopes = np.diff(errors) / np.maximum(np.diff(at), 1e-300) / size
+        pieces += [(slope, part, width) for slope, width in zip(slopes.tolist(), np.diff(at).tolist(), strict=True)]
+    found = [low] * len(sizes)
+    left = (sparsity - low) * sum(sizes)
+    for _, part, width in sorted(pieces):
+        taken = min(width, max(left, 0.0) / sizes[part])
+        found[part] += taken
+        left -= taken * sizes[part]
+    return found
+
+
+def bounds(sparsity: float) -> tuple[float, float]:
+    """Least and largest sparsity of a part that `error` may choose."""
+    step = min(LARGEST_STEP, sparsity / 2, (1 - sparsity) / 2)
+    return sparsity - step, sparsity + step
+
+
+def whole_numbers(shares: Sequence[float], sizes: Sequence[int], units: Sequence[int], zeros: int) -> list[int]:
+    """Numbers of zeros near shares · sizes, multiples of the units, that sum to `zeros` where any do.
+
+    First everything is rounded down; then those with the largest remainders get one unit more; what is left then, less than
+    a unit of most, goes evenly to the linears that can have any number. Without such linears the sum may stay short of
+    `zeros` by less than the smallest unit. No linear loses all of its weights.
+
+    Args:
+        shares: Wanted share of zeros of each linear, in [0, 1].
+        sizes: Its number of weights.
+        units: Its number of rows where all rows lose equally many, else 1.
+        zeros: Of all linears together.
+    """
+    wanted = [share * size / unit for share, size, unit in zip(shares, sizes, units, strict=True)]
+    largest = [size - unit for size, unit in zip(sizes, units, strict=True)]
+    found = [min(int(number) * unit, most) for number, unit, most in zip(wanted, units, largest, strict=True)]
+    left = zeros - sum(found)
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (int(wanted[i]) - wanted[i], i))
+    if left < 0:  # shares that sum to more than `zeros`
+        for i in reversed(by_remainder):
+            fewer = min(found[i] // units[i], -(left // units[i]))
+            found[i], left = found[i] - fewer * units[i], left + fewer * units[i]
+            if left >= 0:
+                break
+    for i in by_remainder:
+        if units[i] <= left and found[i] < largest[i] and wanted[i] > int(wanted[i]):
+            found[i], left = found[i] + units[i], left - units[i]
+    free = [i for i in by_remainder if units[i] == 1 and found[i] < largest[i]]
+    while left and free:
+        each = max(left // len(free), 1)
+        for i in free:
+            more = min(each, left, largest[i] - found[i])
+            found[i], left = found[i] + more, left - more
+        free = [i for i in free if found[i] < largest[i]]
+    for i in sorted(range(len(sizes)), key=lambda i: units[i]):  # only where no linear is free
+        more = min(left // units[i], (largest[i] - found[i]) // units[i])
+        found[i], left = found[i] + more * units[i], left - more * units[i]
+    return found
