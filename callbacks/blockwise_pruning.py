@@ -42,6 +42,7 @@ from callbacks.update_rules import Candidates, Objective, UpdateRule
 from callbacks.validation import validate_within_fit
 from functional.digest import checksum
 from functional.pruning import ActivationNorm
+from functional.pruning.admm import Solver
 from functional.pruning.allocation import Allocation
 from functional.pruning.precision import Precision
 from lightning_modules.block_stream import BlockStream
@@ -93,6 +94,8 @@ class BlockwisePruning(Callback):
             The latter two look at the dense model first, in one pass of the calibration data.
         owl_threshold: M, a score is an outlier above M times its block's mean (owl).
         owl_range: Λ, how far the blocks' shares of zeros may be from `sparsity`, before their mean is made to be it (owl).
+        solver: Of the weight update. obs: column by column; admm: from there on towards the least squares solution for the same
+            mask (arXiv 2401.02938), taken where it lowers the error of a row. Held projections have no update, so no solver.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class BlockwisePruning(Callback):
         allocation: Allocation = "uniform",
         owl_threshold: float = 5.0,
         owl_range: float = 0.08,
+        solver: Solver = "obs",
     ) -> None:
         given = locals() | {"ignore": ignore or []}
         self.settings = PruningSettings(**{setting.name: given[setting.name] for setting in fields(PruningSettings)})

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from callbacks.attention_probe import Reference
 from callbacks.update_rules import ROLES, Candidates, Objective, UpdateRule, outlier_choice
 from functional.pruning import METHODS, ActivationNorm, parse_pattern
+from functional.pruning.admm import Solver, check_solver
 from functional.pruning.allocation import Allocation
 from functional.pruning.masks import check_divisible, check_sparsity
 from functional.pruning.precision import Precision, check_precision
@@ -53,6 +54,7 @@ class PruningSettings:
     allocation: Allocation = "uniform"
     owl_threshold: float = 5.0
     owl_range: float = 0.08
+    solver: Solver = "obs"
 
     def __post_init__(self) -> None:
         choices = {
@@ -80,6 +82,12 @@ class PruningSettings:
             check_sparsity(self.sparsity)
         parse_pattern(self.pattern)
         check_precision(self.precision)
+        check_solver(self.solver)
+        if self.solver != "obs" and not self.updates:
+            raise ValueError(
+                f"Argument `solver` = {self.solver!r} belongs to methods with a weight update, but `method` is "
+                f"{self.method!r}. Leave it out, or use d2prune, sparsegpt or d2_sparsegpt."
+            )
         check_activation_norm(self.activation_norm, 1.0 if self.scale == "auto" else self.scale)
         if isinstance(self.ignore, str):
             raise ValueError(f"Argument `ignore` expected to be a list of globs but got the string {self.ignore!r}.")
@@ -202,6 +210,7 @@ class PruningSettings:
             "activation_norm": self.activation_norm,
             "block_size": self.block_size,
             "damping": self.damping,
+            "solver": self.solver,
         }
 
     def _method_of(self, name: str, held: list[str]) -> str:

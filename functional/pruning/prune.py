@@ -25,6 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from functional.pruning.admm import Solver, admm_update, check_solver
 from functional.pruning.masks import (
     Pattern,
     check_divisible,
@@ -37,13 +38,17 @@ from functional.pruning.masks import (
 )
 from functional.pruning.precision import float32_matmul
 from functional.pruning.scores import ScoreTerms, score_terms
-from functional.pruning.solver import obs_prune, safe_unit
+from functional.pruning.solver import obs_prune
+from functional.pruning.stack import Stack, energies_of
 from functional.pruning.statistics import LARGEST, ActivationNorm, InputStatistics, OutputStatistics, check_activation_norm
 
 log = logging.getLogger(__name__)
 
 TermsOf = Callable[[Tensor], ScoreTerms]
 """Makes the score of a second-order term (I,)."""
+
+LEAST_GAIN = 1e-4
+"""Share by which ADMM must lower the error of a row to be taken."""
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "d2_wanda", "d2_sparsegpt")
 
@@ -92,6 +97,7 @@ def prune_linear(
     activation_norm: ActivationNorm = "rms",
     block_size: int = 128,
     damping: float = 0.01,
+    solver: Solver = "obs",
 ) -> PruneResult:
     """Prune the weight of a linear map y = W x + b.
 
@@ -108,6 +114,8 @@ def prune_linear(
         activation_norm: rms (Alg. 1) or official (the released code), see :mod:`functional.pruning.statistics`.
         block_size: Columns that the weight update handles, and compares, at a time.
         damping: Share of the Hessian's mean diagonal added to it; grows, with a warning, where that is not enough.
+        solver: Of the weight update: obs, or admm, which goes on from there with the same mask (functional.pruning.admm) and
+            is taken where it lowers the error of a row.
 
     Returns:
         The pruned weight, its mask and its error on the calibration tokens.
@@ -117,7 +125,7 @@ def prune_linear(
         NotPositiveDefiniteError: (a ValueError) If the Hessian cannot be factorised.
     """
     options = {"lambda1": lambda1, "lambda2": lambda2, "scale": scale, "activation_norm": activation_norm}
-    options |= {"block_size": block_size, "damping": damping}
+    options |= {"block_size": block_size, "damping": damping, "solver": solver}
     return prune_linears([weight], inputs, [outputs], method=method, sparsity=sparsity, pattern=pattern, **options)[0]
 
 
@@ -135,6 +143,7 @@ def prune_linears(
     activation_norm: ActivationNorm = "rms",
     block_size: int = 128,
     damping: float = 0.01,
+    solver: Solver = "obs",
 ) -> list[PruneResult]:
     """Prune linear maps that read the same x together, which is faster: each as `prune_linear`, whose arguments these are.
 
@@ -143,11 +152,12 @@ def prune_linears(
         outputs: Statistics of y of each.
         sparsity: Of each, or one for all.
     """
+    check_solver(solver)
     groups = parse_pattern(pattern)
     shares = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity] * len(weights)
     for weight, y, share in zip(weights, outputs, shares, strict=True):
         _check(weight, inputs, y, method, share, groups, lambda1, lambda2, scale, activation_norm, block_size, damping)
-    stack = _Stack(weights, inputs)
+    stack = Stack(weights, inputs)
     if not inputs.square_norm.any():
         log.warning("All inputs are 0, or so small that their squares are: the magnitude of the weights decides.")
     x_norm, y_norm = _activation_norms(method, inputs, outputs, stack, activation_norm, scale)
@@ -157,17 +167,18 @@ def prune_linears(
         factor, dead, used_damping = inputs.inverse_factor(damping)
         with float32_matmul("highest", factor.device):
             solved, mask, scores = _updated(stack, factor, dead, terms_of, shares, groups, block_size)
-        solved = [part / unit for part, unit in zip(stack.split(solved), stack.units, strict=True)]
-        pruned = _cast(solved, [weight.dtype for weight in weights])
+        pruned = _cast(stack.in_own_units(solved), [weight.dtype for weight in weights])
     else:
         scores = _scores_without_update(stack, inputs, terms_of, method)
         mask = _mask_without_update(scores, method, shares, groups, stack.parts)
         pruned = [w.to(mask.device).masked_fill(~kept, 0) for w, kept in zip(weights, stack.split(mask), strict=True)]
     _check_scores(scores, lambda1, lambda2, scale)
-    energies = _energies([dense - new.float() for dense, new in zip(stack.dense, pruned, strict=True)], inputs)
+    energies = energies_of([dense - new.float() for dense, new in zip(stack.dense, pruned, strict=True)], inputs)
     if used_damping is not None:
         pruned, energies = _unharmed(pruned, energies, stack, mask, inputs)
-    norms = _energies(stack.dense, inputs)
+        if solver == "admm":
+            pruned, energies = _refined(pruned, energies, stack, solved, mask, inputs, used_damping)
+    norms = energies_of(stack.dense, inputs)
     return [
         PruneResult(
             weight=new.to(weight.device),
@@ -201,48 +212,15 @@ def partial_update(result: PruneResult, weight: Tensor, inputs: InputStatistics,
     dense = weight.to(inputs.square_norm.device, torch.float32)
     kept = dense.masked_fill(~result.mask.to(dense.device), 0)
     mixed = torch.lerp(kept, result.weight.to(kept), share).to(weight.dtype)
-    error = _energies([dense - mixed.float()], inputs)[0].sum().item()
+    error = energies_of([dense - mixed.float()], inputs)[0].sum().item()
     return replace(result, weight=mixed.to(weight.device), error=error)
-
-
-class _Stack:
-    """Weights that read the same inputs, one below the other, in units in which float32 holds what is made of them.
-
-    Attributes:
-        dense: The weights as float32 where the statistics are.
-        parts: Their numbers of rows.
-        units: By what each is multiplied in `scaled`.
-        scaled: All of them, (ΣO, I); not to be changed.
-        x_unit: By what squares of x are multiplied.
-
-    Raises:
-        ValueError: If a weight is not finite.
-    """
-
-    def __init__(self, weights: Sequence[Tensor], inputs: InputStatistics) -> None:
-        device = inputs.square_norm.device
-        self.dense = [weight.to(device, torch.float32) for weight in weights]
-        self.parts = [len(weight) for weight in weights]
-        self.units = []
-        for largest, weight in zip(_largest(self.dense), weights, strict=True):
-            if not largest < float("inf"):
-                wide = " as float32." if weight.dtype == torch.float64 else "."
-                raise ValueError(f"Argument `weight` holds NaN or Inf{wide}")
-            self.units.append(safe_unit(largest, 16))
-        scaled = [weight if unit == 1 else weight * unit for weight, unit in zip(self.dense, self.units, strict=True)]
-        self.scaled = torch.cat(scaled) if len(scaled) > 1 else scaled[0]
-        self.x_unit = inputs.unit()
-
-    def split(self, x: Tensor) -> list[Tensor]:
-        """What belongs to each, of rows of all."""
-        return list(x.split(self.parts))
 
 
 def _activation_norms(
     method: str,
     inputs: InputStatistics,
     outputs: Sequence[OutputStatistics | None],
-    stack: _Stack,
+    stack: Stack,
     mode: ActivationNorm,
     scale: float,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -256,7 +234,7 @@ def _activation_norms(
 
 
 def _updated(
-    stack: _Stack,
+    stack: Stack,
     factor: Tensor,
     dead: Tensor,
     terms_of: TermsOf,
@@ -271,7 +249,7 @@ def _updated(
     return pruned.masked_fill_(dead, 0), mask, scores
 
 
-def _scores_without_update(stack: _Stack, inputs: InputStatistics, terms_of: TermsOf, method: str) -> Tensor:
+def _scores_without_update(stack: Stack, inputs: InputStatistics, terms_of: TermsOf, method: str) -> Tensor:
     """|W|, or the scores of the inputs' energies; without any energy all inputs count alike."""
     if method == "magnitude":
         return stack.scaled.abs()
@@ -307,17 +285,12 @@ def _cast(pruned: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
     return cast
 
 
-def _largest(weights: list[Tensor]) -> list[float]:
-    """Largest magnitude of each, waited for once; NaN if it holds any."""
-    return torch.stack([weight.abs().max() for weight in weights]).tolist()
-
-
 def _unharmed(
-    pruned: list[Tensor], energies: list[Tensor], stack: _Stack, mask: Tensor, inputs: InputStatistics
+    pruned: list[Tensor], energies: list[Tensor], stack: Stack, mask: Tensor, inputs: InputStatistics
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The pruned weights without the update of those rows that are better off without, if one is worse as a whole than none."""
     masks = stack.split(mask)
-    without = _energies([dense.masked_fill(kept, 0) for dense, kept in zip(stack.dense, masks, strict=True)], inputs)
+    without = energies_of([dense.masked_fill(kept, 0) for dense, kept in zip(stack.dense, masks, strict=True)], inputs)
     for i, dense in enumerate(stack.dense):
         if energies[i].sum() <= without[i].sum():
             continue
@@ -329,20 +302,25 @@ def _unharmed(
     return pruned, energies
 
 
-def _energies(weights: list[Tensor], inputs: InputStatistics) -> list[Tensor]:
-    """Σ ‖w x‖² = w G wᵀ over the calibration tokens of each row, never below 0: float64 on the CPU, (O,) of each weight.
-
-    Of a part of the tokens only, it is scaled up to all.
-    """
-    x_unit, found = inputs.unit() ** 0.5, []
-    units = [safe_unit(largest, 16) for largest in _largest(weights)]
-    with float32_matmul(inputs.precision, inputs.gram.device):
-        for weight, w_unit in zip(weights, units, strict=True):
-            scaled = weight if w_unit == x_unit == 1 else weight * w_unit * x_unit  # float32 need not hold their product
-            found.append((scaled @ inputs.gram).mul_(scaled).sum(1))
-    rows = torch.cat(found).cpu().double().clamp_min(0).split([len(weight) for weight in weights])
-    share = inputs.gram_tokens / inputs.num_tokens
-    return [energies / ((w_unit * x_unit) ** 2 * share) for energies, w_unit in zip(rows, units, strict=True)]
+def _refined(
+    pruned: list[Tensor],
+    energies: list[Tensor],
+    stack: Stack,
+    solved: Tensor,
+    mask: Tensor,
+    inputs: InputStatistics,
+    damping: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The pruned weights with those rows of ADMM whose error is lower, by more than float32 could make up."""
+    with float32_matmul("highest", mask.device):
+        refined = stack.in_own_units(admm_update(stack.scaled, solved, mask, inputs.preconditioned(damping)))
+    refined = [new.to(old.dtype) for new, old in zip(refined, pruned, strict=True)]
+    found = energies_of([dense - new.float() for dense, new in zip(stack.dense, refined, strict=True)], inputs)
+    for i, (new, energy) in enumerate(zip(refined, found, strict=True)):
+        better = energy < (1 - LEAST_GAIN) * energies[i]  # not where a row has left the range of its type: that is NaN
+        pruned[i] = torch.where(better.to(new.device)[:, None], new, pruned[i])
+        energies[i] = torch.where(better, energy, energies[i])
+    return pruned, energies
 
 
 def _in_units_of(scores: Tensor, method: str, x_unit: float, w_unit: float) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from functional.pruning.admm import Preconditioned, precondition
 from functional.pruning.precision import Precision, check_precision, float32_matmul
 from functional.pruning.solver import inverse_factor, safe_unit
 
@@ -190,6 +191,7 @@ class InputStatistics(_Statistics):
         """Tokens that have entered the Gram matrix."""
         self._unit: float | None = None
         self._factors: dict[float, tuple[Tensor, Tensor, float]] = {}
+        self._preconditioned: dict[float, Preconditioned] = {}
 
     @property
     def gram(self) -> Tensor:
@@ -218,6 +220,13 @@ class InputStatistics(_Statistics):
         if damping not in self._factors:
             self._factors[damping] = inverse_factor(self.gram * (2 / self.num_samples * self.unit()), damping)
         return self._factors[damping]
+
+    def preconditioned(self, damping: float) -> Preconditioned:
+        """:func:`functional.pruning.admm.precondition` of H · `unit()`, computed once for all linears that share x."""
+        self.check_whole()
+        if damping not in self._preconditioned:
+            self._preconditioned[damping] = precondition(self.gram * (2 / self.num_samples * self.unit()), damping)
+        return self._preconditioned[damping]
 
     def merge(self, other: Self) -> Self:
         """Add the sums of `other` (same features) to these."""
@@ -282,6 +291,7 @@ class InputStatistics(_Statistics):
     def _forget(self) -> None:
         super()._forget()
         self._factors.clear()
+        self._preconditioned.clear()
         self._unit = None
 
     def _shape(self, name: str) -> tuple[int, ...]:

@@ -1,0 +1,93 @@
+"""Weight update for a mask that is chosen: least squares on the kept weights, by ADMM on the Gram matrix.
+
+Every row w of a weight has its own problem: minimise (w − z) H (w − z)ᵀ over z that is 0 outside the row's mask. OBS, which
+fixes columns from left to right, stops short of that minimum; "Fast and Effective Weight Update for Pruned LLMs"
+(arXiv 2401.02938) goes on by the alternating direction method of multipliers, for all rows at once:
+
+    H = (2/N) Σ x xᵀ + damping · mean(diag) · I, as for OBS
+    G = D H D with D = diag(H)^−½, so that G has ones in its diagonal
+    V ← W D⁻¹ − ρ (W D⁻¹ − Z + U) Q     Q = (G + ρ I)⁻¹, one factorisation for all weights that read the same inputs
+    Z ← M ⊙ (V + U)                     the projection on the mask
+    U ← U + V − Z                       multipliers, which are 0 where weights are kept
+
+from Z = the OBS solution and the multipliers that belong to it, U = (1 − M) ⊙ (W D⁻¹ − Z) G / ρ. An iteration is one product of
+the weight with Q. With ones in the diagonal ρ needs no tuning: on linears of SmolLM2 ρ = 1 is within 0.1 % of the minimum after
+20 iterations (ρ = 0.3: 0.5 %, ρ = 0.1: 18 %). The first iterations leave the plane of the mask's solutions and may be worse
+than OBS: `ITERATIONS` are made, and whoever calls compares the error of each row with that of OBS (`prune_linears` does).
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Solver = Literal["obs", "admm"]
+
+ITERATIONS = 20
+PENALTY = 1.0
+"""ρ."""
+
+
+class Preconditioned(NamedTuple):
+    """What ADMM needs of a Hessian.
+
+    Attributes:
+        gram: G, (I, I).
+        inverse: Q, (I, I).
+        scale: Diagonal of D, (I,).
+        dead: Inputs that are always 0, bool, (I,); their weights become 0.
+    """
+
+    gram: Tensor
+    inverse: Tensor
+    scale: Tensor
+    dead: Tensor
+
+
+def precondition(hessian: Tensor, damping: float) -> Preconditioned:
+    """G and Q of a Hessian, float32, whatever its rank: Q exists since ρ is positive.
+
+    Args:
+        hessian: (I, I), symmetric, positive semi-definite, float32, in units in which its diagonal is no further from 1 than
+            float32 holds; changed in place.
+        damping: Share of the mean diagonal that is added, as for OBS.
+    """
+    dead = hessian.diagonal() == 0
+    diagonal = hessian.diagonal() + dead
+    diagonal = diagonal + damping * diagonal.mean()
+    scale = diagonal.rsqrt()
+    gram = hessian.mul_(scale).mul_(scale[:, None])
+    gram.diagonal().fill_(1)
+    penalised = gram.clone()
+    penalised.diagonal().add_(PENALTY)
+    return Preconditioned(gram, torch.cholesky_inverse(torch.linalg.cholesky(penalised)), scale, dead)
+
+
+def admm_update(
+    weight: Tensor, start: Tensor, mask: Tensor, preconditioned: Preconditioned, iterations: int = ITERATIONS
+) -> Tensor:
+    """New weights for a mask, (O, I), float32, 0 outside it.
+
+    Args:
+        weight: W, (O, I), float32; rows of several matrices that read the same inputs may lie one below the other.
+        start: Weights to start from, those of :func:`functional.pruning.solver.obs_prune`, (O, I), 0 outside the mask.
+        mask: (O, I), bool, True = kept.
+        preconditioned: Of the inputs.
+        iterations: Number of them.
+    """
+    gram, inverse, scale, dead = preconditioned
+    dropped = ~mask | dead
+    dense, kept = weight / scale, (start / scale).masked_fill_(dropped, 0)
+    multipliers = ((dense - kept) @ gram).div_(PENALTY).masked_fill_(~dropped, 0)
+    for _ in range(iterations):
+        free = torch.addmm(dense, dense - kept + multipliers, inverse, alpha=-PENALTY)
+        free += multipliers
+        kept = free.masked_fill(dropped, 0)
+        multipliers = free.sub_(kept)
+    return kept.mul_(scale)
+
+
+def check_solver(solver: str) -> None:
+    """Raise a ValueError unless `solver` is known."""
+    if solver not in get_args(Solver):
+        raise ValueError(f"Argument `solver` expected to be obs or admm but got {solver!r}.")

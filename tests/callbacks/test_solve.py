@@ -1,0 +1,59 @@
+"""The solver of a whole run: what it lowers, what it leaves alone, and the same bits however it is run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fault_runs import Fault, PruningRun, go, tiny
+from callbacks import BlockwisePruning
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    """Settings -> a run of its own."""
+    folder = tmp_path_factory.mktemp("solver")
+    model, text = tiny(folder)
+    data, made = {"num_calibration": 8, "num_heldout": 4}, iter(range(100))
+    return lambda **settings: PruningRun(model, text, str(folder / str(next(made))), settings=settings, data=data)
+
+
+def errors_of(run):
+    report = json.loads((Path(run.output) / "pruning.json").read_text())
+    return [{name: linear["error"] for name, linear in block["linears"].items()} for block in report["blocks"]]
+
+
+@pytest.mark.parametrize("target", [{"sparsity": 0.6}, {"pattern": "2:4"}], ids=str)
+def test_admm_lowers_errors_of_updated_linears_only(target, run_of):
+    """In the first block, whose inputs are the same; v is held."""
+    runs = [run_of(non_updated="v", solver=solver, **target) for solver in ("obs", "admm")]
+    assert [go(run) for run in runs] == [[0], [0]]
+    obs, admm = (errors_of(run)[0] for run in runs)
+    for name, error in obs.items():
+        assert admm[name] == error if "v_proj" in name else admm[name] < error, name
+
+
+@pytest.mark.parametrize("settings", [{"sparsity": 0.6}, {"sparsity": 0.6, "allocation": "error"}], ids=str)
+def test_processes_and_resume_give_the_same_bits(settings, run_of):
+    """With the attention rule, which takes shares of the update."""
+    alone, killed = run_of(solver="admm", **settings), run_of(solver="admm", **settings)
+    both = replace(run_of(solver="admm", **settings), processes=2)
+    assert go(alone) == [0] and go(both) == [0, 0] and both.weights == alone.weights
+    assert go(killed, {0: Fault("before a file is renamed", 3)})[0] < 0
+    assert go(killed) == [0] and killed.weights == alone.weights
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 0.5, "solver": "als"}, "`solver` expected to be obs or admm but got 'als'"),
+        (
+            {"sparsity": 0.5, "solver": "admm", "method": "wanda"},
+            "`solver` = 'admm' belongs to methods with a weight update.*wanda",
+        ),
+    ],
+)
+def test_wrong_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BlockwisePruning(**arguments)
