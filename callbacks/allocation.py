@@ -1,8 +1,9 @@
 """Allocation: how many weights each linear loses, from one pass of the calibration data over the dense model.
 
-The pass adds up ‖X_j‖² of the inputs of all linears and nothing else, batch by batch, block by block, so it needs the memory
-of one batch; with several processes the sums are those of all. `functional.pruning.allocation` makes shares of zeros of them,
-one for each block, and numbers of zeros that sum to that of the whole model.
+The pass adds up ‖X_j‖² of the inputs of all linears, and how much of the hidden states each block writes, batch by batch, block
+by block, so it needs the memory of one batch; with several processes the sums are those of all.
+`functional.pruning.allocation` makes shares of zeros of them, one for each block, and numbers of zeros that sum to that of the
+whole model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,9 @@ from functional.pruning.allocation import (
     error_curve,
     outlier_ratio_of_scores,
     owl_sparsities,
+    unit_tokens,
     whole_numbers,
+    written_share,
 )
 from lightning_modules.architectures import PrunableLinear
 from lightning_modules.block_stream import BlockStream
@@ -46,8 +49,8 @@ class Targets:
 
     Attributes:
         zeros: Block -> linear -> number of weights that become 0.
-        measures: Block -> its share of zeros (sparsity), and what that was read off: outlier_ratio, or expected_error, the
-            estimate of its relative error.
+        measures: Block -> its share of zeros (sparsity), and what that was read off: outlier_ratio, or written_share and
+            expected_error, the estimate of the relative error of its output.
     """
 
     zeros: dict[str, dict[str, int]]
@@ -81,39 +84,48 @@ def allocate(
     blocks = module.blocks
     linears = {block: {name: module.linears(blocks[block])[name] for name in names} for block, names in plan.items() if names}
     with isolate_rng():  # dataloaders draw from it
-        norms = _square_norms(trainer, module, linears, offload)
-    processes.add_up(found.sums()["square_norm"] for found in norms.values())
+        norms, written = _dense_pass(trainer, module, linears, offload, settings.allocation == "error")
+    processes.add_up([*(found.sums()["square_norm"] for found in norms.values()), written])
 
     def read() -> dict[str, Any]:
         mine = list(linears)[processes.rank :: processes.size]
         return {block: _read(settings, block, linears[block], norms) for block in mine}
 
     read_off = {block: value for part in processes.gather(processes.together(read)) for block, value in part.items()}
-    return processes.from_first(processes.in_first(lambda: _targets(settings, plan, module, linears, read_off)))
+    shares = dict(zip(blocks, (written[:, 0] / written[:, 1]).tolist(), strict=True))
+    return processes.from_first(processes.in_first(lambda: _targets(settings, plan, module, linears, read_off, shares)))
 
 
-def _square_norms(
-    trainer: Trainer, module: PrunableModule, linears: Linears, offload: Offload
-) -> dict[nn.Linear, OutputStatistics]:
-    """Statistics of the inputs, by module: the sums that pruning needs of outputs are all that is needed of inputs here."""
+def _dense_pass(
+    trainer: Trainer, module: PrunableModule, linears: Linears, offload: Offload, unit: bool
+) -> tuple[dict[nn.Linear, OutputStatistics], Tensor]:
+    """Statistics of the inputs, by module: the sums that pruning needs of outputs are all that is needed of inputs here.
+
+    With `unit` of tokens of length 1. And of each block the sum of `written_share` and the number of tokens, (blocks, 2).
+    """
     norms = {linear.module: OutputStatistics(linear.in_features) for found in linears.values() for linear in found.values()}
     stream = BlockStream(list(module.blocks.values()))
+    written = torch.zeros(len(stream.blocks), 2, dtype=module.metric_dtype, device=module.device)
     batches = islice(trainer.train_dataloader, trainer.num_training_batches)
     with torch.no_grad(), offload.passing():
         for batch in (trainer.strategy.batch_to_device(batch) for batch in batches):
             positions = module.sample_positions(batch)
             with trainer.precision_plugin.forward_context():
                 stream.capture(0, lambda batch=batch: module.calibration_forward(batch))
-                with _adding(norms, positions):
+                with _adding(norms, positions, unit):
                     for index in range(len(stream.blocks)):
+                        before = stream.hidden(0)
                         stream.advance(0, index)
-    return norms
+                        written[index, 0] += written_share(before, stream.hidden(0))
+                        written[index, 1] += before[..., 0].numel()
+    return norms, written
 
 
 @contextmanager
-def _adding(norms: Mapping[nn.Linear, OutputStatistics], positions: Tensor) -> Iterator[None]:
+def _adding(norms: Mapping[nn.Linear, OutputStatistics], positions: Tensor, unit: bool) -> Iterator[None]:
     def add(linear: nn.Linear, args: tuple[Tensor], _: Tensor) -> None:
-        norms[linear].update(args[0].reshape(len(positions), -1, args[0].shape[-1]), positions)
+        x = args[0].reshape(len(positions), -1, args[0].shape[-1])
+        norms[linear].update(unit_tokens(x) if unit else x, positions)
 
     handles = [linear.register_forward_hook(add) for linear in norms]
     try:
@@ -144,7 +156,12 @@ def _read(
 
 
 def _targets(
-    settings: PruningSettings, plan: Plan, module: PrunableModule, linears: Linears, read_off: Mapping[str, Any]
+    settings: PruningSettings,
+    plan: Plan,
+    module: PrunableModule,
+    linears: Linears,
+    read_off: Mapping[str, Any],
+    written: Mapping[str, float],
 ) -> Targets:
     """From what was read off all blocks."""
     sizes = {block: {name: linear.weight.numel() for name, linear in found.items()} for block, found in linears.items()}
@@ -153,8 +170,12 @@ def _targets(
         shares = owl_sparsities(read, of_blocks, settings.sparsity, settings.owl_range)
         measures = [{"outlier_ratio": ratio} for ratio in read]
     else:
+        read = [[written[block] * error for error in curve] for block, curve in zip(sizes, read, strict=True)]
         shares = equal_slopes(read, of_blocks, settings.sparsity, *bounds(settings.sparsity))
-        measures = [{"expected_error": curve[round(share * GRID)]} for curve, share in zip(read, shares, strict=True)]
+        measures = [
+            {"written_share": written[block], "expected_error": curve[round(share * GRID)]}
+            for block, curve, share in zip(sizes, read, shares, strict=True)
+        ]
     wholesale = settings.by_rows(module)
     entries = [
         (share, size, linears[block][name].out_features if wholesale(name, plan[block][name]) else 1)

@@ -8,10 +8,17 @@
               minimise Σ_b E_b(S_b)  subject to  Σ_b n_b S_b = zeros,  low ≤ S_b ≤ high,
               so E_b'(S_b) / n_b = μ for every S_b that no bound stops, with one multiplier μ for all parts
 
-E(S) is a relative error, estimated without a Gram matrix as if the inputs of a linear were uncorrelated: with
-s_ij = W_ij² ‖X_j‖², it is the sum of the ⌊S · numel⌋ smallest s over the sum of all, the error of a Wanda mask of the whole
-matrix, no weight updated. The curve of a sorted sum is convex, and piecewise linear between its grid points, so taking pieces
-in the order of their slopes per weight until the zeros are spent solves the problem exactly: the slope of the last piece is μ.
+E_b(S) estimates the relative error of the block's output h' if its input h is that of the dense model:
+
+    E_b(S) = r_b · mean over its linears of e(S)     r_b = mean over tokens of ‖h' − h‖² / ‖h'‖²
+
+r_b is the share of the hidden states that the block itself writes: what it gets wrong of that, the residual stream dilutes.
+e(S) is the relative error of a linear, estimated without a Gram matrix as if its inputs were uncorrelated: with
+s_ij = W_ij² ‖X_j‖², the sum of the ⌊S · numel⌋ smallest s over the sum of all, the error of a Wanda mask of the whole matrix,
+no weight updated. Here every token of X is scaled to length 1, or a few huge ones (attention sinks) would decide.
+
+The curve of a sorted sum is convex, and piecewise linear between its grid points, so taking pieces in the order of their slopes
+per weight until the zeros are spent solves the problem exactly: the slope of the last piece is μ.
 """
 
 from collections.abc import Sequence
@@ -66,8 +73,28 @@ def owl_sparsities(ratios: Sequence[float], sizes: Sequence[int], sparsity: floa
     return np.clip(wanted + shift, 0, 1).tolist()
 
 
+def unit_tokens(x: Tensor) -> Tensor:
+    """Every token of x, (..., features), scaled to length 1; float32. A token that is 0 stays so."""
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)  # its square may not be held by float32
+    x = x / largest.masked_fill(largest == 0, 1)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.masked_fill(length == 0, 1)
+
+
+def written_share(before: Tensor, after: Tensor) -> Tensor:
+    """Σ over tokens of ‖h' − h‖² / ‖h'‖², a float32 scalar; of a token with h' = 0 it is 0.
+
+    Args:
+        before: h, (..., features).
+        after: h', the same shape.
+    """
+    difference, length = (torch.linalg.vector_norm(x.float(), dim=-1) for x in (after.float() - before.float(), after))
+    return (difference / length.masked_fill(length == 0, torch.inf)).square().sum()
+
+
 def error_curve(weight: Tensor, square_norm: Tensor) -> Tensor:
-    """E at the sparsities k / GRID, k = 0 ... GRID: float64, (GRID + 1,), from 0 to 1, convex.
+    """e at the sparsities k / GRID, k = 0 ... GRID: float64, (GRID + 1,), from 0 to 1, convex.
 
     Args:
         weight: W, (O, I).

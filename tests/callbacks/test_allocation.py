@@ -42,8 +42,11 @@ def zeros_of(module, ignored=""):
     return [(sum(int((w == 0).sum()) for w in found), sum(w.numel() for w in found)) for found in weights]
 
 
-def naive_norms(directory, data):
-    """‖X_j‖² of every linear, from forward passes of the whole dense model, window by window, in float64."""
+def naive_norms(directory, data, unit=False):
+    """‖X_j‖² of every linear, from forward passes of the whole dense model, window by window, in float64.
+
+    With `unit` of tokens of length 1; and under the names of blocks the share of each token that they write.
+    """
     module = CausalLM(directory)
     module.configure_model()
     found = {}
@@ -51,9 +54,17 @@ def naive_norms(directory, data):
         for name, linear in module.linears(block).items():
 
             def add(_, args, __, key=(block_name, name)):
-                found[key] = found.get(key, 0) + args[0].double().reshape(-1, args[0].shape[-1]).square().sum(0)
+                x = args[0].double().reshape(-1, args[0].shape[-1])
+                x = x / x.norm(dim=1, keepdim=True) if unit else x
+                found[key] = found.get(key, 0) + x.square().sum(0)
 
             linear.module.register_forward_hook(add)
+
+        def compare(_, args, output, key=block_name):
+            before, after = args[0].double(), (output[0] if isinstance(output, tuple) else output).double()
+            found.setdefault(key, []).append(((after - before).norm(dim=-1) / after.norm(dim=-1)).square().flatten())
+
+        block.register_forward_hook(compare)
     with torch.no_grad():
         for window in torch.cat([batch["input_ids"] for batch in data.train_dataloader()]):
             module.model.eval()(window[None], use_cache=False)
@@ -115,16 +126,18 @@ def test_owl_is_that_of_the_dense_model(tiny_model, text_file, tmp_path):
 
 
 def test_expected_error_is_that_of_the_masks(tiny_model, text_file, tmp_path):
-    """What `error` expects of a block: mean share of W² ‖X_j‖² that a mask of the whole matrix takes."""
+    """What `error` expects of a block: what it writes, times the mean share of W² ‖X_j‖² that masks of whole matrices take."""
     directory = tiny_model("llama")
     _, data, callback = fit(directory, text_file, tmp_path, sparsity=0.6, allocation="error")
-    module, norms = naive_norms(directory, data)
+    module, norms = naive_norms(directory, data, unit=True)
     for (block_name, block), record in zip(module.blocks.items(), callback.records, strict=True):
         errors = []
         for name, linear in module.linears(block).items():
             scores = (linear.weight.double().square() * norms[block_name, name]).flatten().sort().values
             errors.append(scores[: round(record.allocation["sparsity"] * len(scores))].sum() / scores.sum())
-        assert record.allocation["expected_error"] == pytest.approx((sum(errors) / len(errors)).item(), rel=2e-2)
+        written = torch.cat(norms[block_name]).mean().item()
+        assert record.allocation["written_share"] == pytest.approx(written, rel=1e-4)
+        assert record.allocation["expected_error"] == pytest.approx(written * (sum(errors) / len(errors)).item(), rel=2e-2)
 
 
 def test_everything_says_what_the_targets_are(tiny_model, text_file, tmp_path, capsys):

@@ -16,7 +16,9 @@ from functional.pruning.allocation import (
     error_curve,
     outlier_ratio_of_scores,
     owl_sparsities,
+    unit_tokens,
     whole_numbers,
+    written_share,
 )
 from tests.functional.pruning.problems import collect, problem
 
@@ -77,6 +79,18 @@ def test_error_curve_of_nothing_and_of_very_many():
     assert torch.equal(error_curve(torch.zeros(2, 3), torch.ones(3)), error_curve(torch.ones(2, 3), torch.zeros(3)))
     weight, norms = torch.randn(3000, 200, generator=torch.Generator().manual_seed(0)), torch.rand(200)
     np.testing.assert_allclose(error_curve(weight, norms), error_curve(weight[:1310], norms), atol=5e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+def test_unit_tokens_and_written_share(scale):
+    before, after = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)), torch.ones(2, 3, 5)
+    before[0, 0], after[1, 1] = 0, 0
+    b, a = before.double(), after.double()
+    expected = sum(((a[i, j] - b[i, j]).norm() / a[i, j].norm()) ** 2 for i in range(2) for j in range(3) if a[i, j].any())
+    assert written_share(before, after).item() == pytest.approx(expected.item(), rel=1e-5)
+    lengths = unit_tokens(before * scale).norm(dim=-1)
+    torch.testing.assert_close(lengths, (before != 0).any(-1).float())
+    torch.testing.assert_close(unit_tokens(before[1] * scale), before[1] / before[1].norm(dim=-1, keepdim=True))
 
 
 @pytest.mark.parametrize("seed", range(8))
