@@ -2,10 +2,10 @@
 
     python -m benchmarks.allocation --wikitext ../shared/data/wikitext-2
     python -m benchmarks.allocation --task deit --data ../shared/data/tiny-imagenet-200
-    python -m benchmarks.allocation --wikitext ../shared/data/wikitext-2 --samples 16 --seq-len 512 --test-windows 0   (a CPU)
+    python -m benchmarks.allocation --wikitext ../shared/data/wikitext-2 --samples 16 --seq-len 512 --test-samples 0   (a CPU)
 
 Defaults are chosen by the held-out columns: text, or training images, that were not calibrated on. Test perplexity and the
-accuracy on validation images are only reported; `test_windows` says on how many windows, 0 none. Rows are appended as they come
+accuracy on validation images are only reported; `test_samples` says of how many windows or images, 0 none. Rows are appended as they come
 and not run again if they are there; `--shard 0/4` lets several processes share the work and the file.
 """
 
@@ -38,9 +38,11 @@ VARIANTS = {
 }
 """Arguments of BlockwisePruning."""
 KEYS = ("task", "model", "dtype", "method", "allocation", "solver", "target", "calibration", "seq_len", "samples", "heldout",
-        "test_windows", "seed")  # fmt: skip
+        "test_samples", "seed")  # fmt: skip
 MEASURED = ("sparsity", "least_sparse_block", "most_sparse_block", "relative_error", "heldout_perplexity", "test_perplexity",
             "heldout_loss", "heldout_top1", "val_top1", "seconds", "processes")  # fmt: skip
+IMAGES = 500
+"""Of a batch."""
 COLUMNS = (*KEYS, *MEASURED, *ENVIRONMENT)
 
 
@@ -50,7 +52,8 @@ def prune(module: PrunableModule, data: LightningDataModule, dense: dict, row: d
     target = {"pattern": row["target"]} if ":" in row["target"] else {"sparsity": float(row["target"])}
     settings = {name: row[name] for name in ("method", "allocation", "solver")}
     callback = BlockwisePruning(**target, **settings, attention_maps=[], output_dir=str(scratch / "pruned"))
-    quiet_trainer(scratch, callbacks=[callback]).fit(module, data)
+    limit = math.ceil(row["heldout"] / IMAGES) if (row["task"], row["test_samples"]) == ("deit", 0) else 1.0
+    quiet_trainer(scratch, callbacks=[callback], limit_val_batches=limit).fit(module, data)
     records, metrics = callback.records, callback.metrics["pruned"]
     linears = [linear for record in records for linear in record.linears.values()]
     found = {
@@ -63,7 +66,8 @@ def prune(module: PrunableModule, data: LightningDataModule, dense: dict, row: d
     if row["task"] == "llm":
         found["heldout_perplexity"] = metrics["val/perplexity"]
     else:
-        found |= {name.replace("/", "_"): metrics[name] for name in ("heldout/loss", "heldout/top1", "val/top1")}
+        names = ("heldout/loss", "heldout/top1", *(("val/top1",) if row["test_samples"] else ()))
+        found |= {name.replace("/", "_"): metrics[name] for name in names}
     return {name: round(value, 6) for name, value in found.items()}
 
 
@@ -85,7 +89,7 @@ def language_model(args: argparse.Namespace, scratch: Path) -> Iterator[tuple[Pr
         )  # fmt: skip
         yield module, data, {"calibration": text, "seq_len": args.seq_len or 2048, "samples": args.samples or 128,
                              "heldout": args.heldout or 16, "seed": seed, "model": Path(args.model or SMOLLM2).stem,
-                             "test_windows": "all" if args.test_windows is None else args.test_windows}  # fmt: skip
+                             "test_samples": "all" if args.test_samples is None else args.test_samples}  # fmt: skip
 
 
 def vision_transformer(args: argparse.Namespace, _: Path) -> Iterator[tuple[PrunableModule, LightningDataModule, dict]]:
@@ -97,11 +101,12 @@ def vision_transformer(args: argparse.Namespace, _: Path) -> Iterator[tuple[Prun
         samples, heldout = args.samples or 128, args.heldout or 2000
         data = DecodedImages(
             root=str(args.data), train="calib", classes=str(args.data / "classes.tsv"), image_size=64, crop_pct=1.0,
-            num_calibration=samples, num_heldout=heldout, seed=seed, batch_size=500,
+            num_calibration=samples, num_heldout=heldout, seed=seed, batch_size=IMAGES,
         )  # fmt: skip
         data.setup("fit")
         yield module, data, {"calibration": "calib", "seq_len": 65, "samples": samples, "heldout": heldout, "seed": seed,
-                             "model": checkpoint.stem, "test_windows": ""}  # fmt: skip
+                             "model": checkpoint.stem,
+                             "test_samples": "all" if args.test_samples is None else args.test_samples}  # fmt: skip
 
 
 def table(task: str) -> str:
@@ -139,7 +144,8 @@ def _variant(row: dict) -> str:
 
 
 def _setting(row: dict) -> str:
-    test = "" if row["test_windows"] in ("", "0") else f", {row['test_windows']} test windows"
+    of = "test windows" if row["task"] == "llm" else "validation images"
+    test = "" if row["test_samples"] == "0" else f", {row['test_samples']} {of}"
     return (
         f"{row['model']} ({row['dtype']}), {row['method']}, {row['calibration']}, {row['samples']} x {row['seq_len']} "
         f"calibration tokens, {row['heldout']} held out{test}, {row['hardware']}, "
@@ -171,7 +177,9 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, help="of a window; 2048 when left out")
     parser.add_argument("--samples", type=int, help="calibration windows or images; 128 when left out")
     parser.add_argument("--heldout", type=int, help="windows or images held out; 16 or 2000 when left out")
-    parser.add_argument("--test-windows", type=int, help="of the test text, 0 for none; all when left out")
+    parser.add_argument(
+        "--test-samples", type=int, help="windows of the test text; 0 for none, also of images; all when left out"
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th run, from the i-th on")
@@ -195,8 +203,8 @@ def main() -> None:
                 if number % count != index or tuple(str(row[key]) for key in KEYS) in done:
                     continue
                 row |= prune(module, data, dense, row, scratch) | facts
-                if args.task == "llm" and args.test_windows != 0:
-                    limit = 1.0 if args.test_windows is None else math.ceil(args.test_windows / args.batch_size)
+                if args.task == "llm" and args.test_samples != 0:
+                    limit = 1.0 if args.test_samples is None else math.ceil(args.test_samples / args.batch_size)
                     (test,) = quiet_trainer(scratch, limit_test_batches=limit).test(module, data, verbose=False)
                     row["test_perplexity"] = round(test["test/perplexity"], 4)
                 append(args.output, row, COLUMNS)
