@@ -16,7 +16,7 @@ from functional.pruning.precision import Precision
 from functional.pruning.statistics import LARGEST, too_large
 from lightning_modules.architectures import PrunableLinear
 
-ERROR_TOKENS = 16384
+ERROR_TOKENS = 4096
 """At least so many tokens, and two for each input channel, measure the error of a linear that is not updated."""
 
 
