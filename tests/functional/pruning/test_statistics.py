@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from functional.pruning import InputStatistics, OutputStatistics
+from functional.pruning import InputStatistics, OutputStatistics, prune_linear
 
 SAMPLES, TOKENS, FEATURES = 6, 5, 4
 X = torch.randn(SAMPLES, TOKENS, FEATURES, generator=torch.Generator().manual_seed(1))
@@ -119,3 +119,28 @@ def test_float64_inputs_and_autocast_are_summed_in_float32():
         mixed = InputStatistics(FEATURES).update(X.double(), 0)
     for name, value in plain.sums().items():
         torch.testing.assert_close(mixed.sums()[name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [4, 0, 5, 2, 1, 3]])
+def test_a_gram_matrix_of_the_first_samples_measures_errors(order):
+    """Whatever the order of samples: positions decide. What it cannot serve is refused."""
+    part = InputStatistics(FEATURES, gram_samples=2)
+    for sample in order:
+        part.update(X[sample : sample + 1], sample)
+    first = X[:2].reshape(-1, FEATURES).double()
+    torch.testing.assert_close(part.gram.double(), first.T @ first, rtol=1e-5, atol=1e-6)
+    assert (part.gram_tokens, part.num_tokens) == (2 * TOKENS, SAMPLES * TOKENS)
+    whole = InputStatistics(FEATURES).update(X, 0)
+    torch.testing.assert_close(part.square_norm, whole.square_norm)
+    weight = torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(1))
+    result = prune_linear(weight, part, method="wanda", sparsity=0.5)
+    dropped = (weight * ~result.mask).double()
+    share = (2 * TOKENS) / (SAMPLES * TOKENS)
+    assert result.error == pytest.approx((first @ dropped.T).square().sum().item() / share, rel=1e-5)
+    assert torch.equal(result.mask, prune_linear(weight, whole, method="wanda", sparsity=0.5).mask)
+    with pytest.raises(ValueError, match=rf"holds {2 * TOKENS} of {SAMPLES * TOKENS} tokens, but a weight update needs all"):
+        prune_linear(weight, part, method="sparsegpt", sparsity=0.5)
+    with pytest.raises(ValueError, match="`gram_samples` expected to be a positive number or None but got 0"):
+        InputStatistics(FEATURES, gram_samples=0)
+    with pytest.raises(ValueError, match="`precision` expected to be highest or high but got 'low'"):
+        InputStatistics(FEATURES, precision="low")
