@@ -6,27 +6,49 @@ PHASES = ("two_passes", "statistics", "solve", "rule", "block")
 
 
 def prune_speed() -> str:
-    """Milliseconds of a block by phase, and how many times the plain variant takes."""
+    """Milliseconds of a block by phase, and how many times the plain variant takes; a table for each device."""
     rows = read("prune_speed.csv")
-    plain = {row["model"]: float(row["block"]) for row in rows if row["variant"] == "plain d2prune, v held"}
-    plain_wanda = {row["model"]: float(row["block"]) for row in rows if row["variant"] == "plain wanda"}
+    return "\n\n".join(on_device([row for row in rows if row["hardware"] == name]) for name in hardware(rows))
+
+
+def hardware(rows: list[dict[str, str]]) -> list[str]:
+    """In the order in which they come."""
+    return list(dict.fromkeys(row["hardware"] for row in rows))
+
+
+def on_device(rows: list[dict[str, str]]) -> str:
+    """The table of one device."""
+    plain = {(r["model"], r["variant"].partition(" ")[2].split(",")[0]): float(r["block"]) for r in rows if is_plain(r)}
     lines = []
     for row in rows:
         times = {name: float(row[name]) for name in PHASES if row[name]}
-        if row["variant"].startswith("plain"):
+        if is_plain(row):
             times["statistics"] += float(row["propagation"])  # ours has both in one pass over the batches
-        base = (plain_wanda if "wanda" in row["variant"] else plain).get(row["model"])
-        faster = f"{base / times['block']:.1f}" if base and not row["variant"].startswith("plain") else ""
+        base = None if is_plain(row) else plain.get((row["model"], row["variant"].split(",")[0]))
         cells = [f"{1000 * times[name]:.0f}" if name in times else "" for name in PHASES]
-        memory = f"{float(row['peak_memory_gib']):.1f}" if row["peak_memory_gib"] else ""
-        lines.append([f"{row['model']}, {row['variant']}", *cells, faster, memory])
+        cells += [f"{base / times['block']:.1f}" if base else "", f"{float(row['whole_run']):.1f}" if row["whole_run"] else ""]
+        cells.append(f"{float(row['peak_memory_gib']):.1f}" if row["peak_memory_gib"] else "")
+        lines.append([f"{row['model']}, {row['variant']}, {row['blocks']} blocks", *cells])
     first = rows[0]
-    note = (
-        f"Random weights, {first['dtype']}, {first['samples']} x {first['seq_len']} tokens, one {first['hardware']}, torch "
-        f"{first['torch']}, transformers {first['transformers']}, lightning {first['lightning']}. Milliseconds, median."
-    )
-    header = ["", "two passes", "statistics and propagation", "solve", "rule", "block", "plain / ours", "peak GiB"]
-    return f"{table(header, lines)}\n\n{note}"
+    sizes = f"{first['dtype']}, {first['samples']} x {first['seq_len']} tokens, {first['threads']} threads"
+    versions = f"torch {first['torch']}, transformers {first['transformers']}, lightning {first['lightning']}"
+    header = [
+        "ms, median",
+        "two passes",
+        "statistics, propagation",
+        "solve",
+        "rule",
+        "block",
+        "plain / ours",
+        "run, s",
+        "peak GiB",
+    ]
+    return f"{table(header, lines)}\n\n{first['hardware']}, {sizes}, {versions}, seed {first['seed']}."
+
+
+def is_plain(row: dict[str, str]) -> bool:
+    """Whether a row is the plain variant's."""
+    return row["variant"].startswith("plain")
 
 
 def multi_gpu() -> str:
