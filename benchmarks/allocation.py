@@ -5,8 +5,8 @@
     python -m benchmarks.allocation --wikitext ../shared/data/wikitext-2 --samples 16 --seq-len 512 --test-samples 0   (a CPU)
 
 Defaults are chosen by the held-out columns: text, or training images, that were not calibrated on. Test perplexity and the
-accuracy on validation images are only reported; `test_samples` says of how many windows or images, 0 none. Rows are appended as they come
-and not run again if they are there; `--shard 0/4` lets several processes share the work and the file.
+accuracy on validation images are only reported; `test_samples` says of how many windows or images, 0 none. Rows are appended as
+they come and not run again if they are there; `--shard 0/4` lets several processes share the work and the file.
 """
 
 import argparse
