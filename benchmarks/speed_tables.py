@@ -1,4 +1,4 @@
-"""Tables of results/README.md on time: prune_speed.csv, multi_gpu.csv."""
+"""Tables of results/README.md on time: prune_speed.csv, multi_gpu.csv, csg2l_scaling.csv."""
 
 from benchmarks.markdown import read, table
 
@@ -67,4 +67,16 @@ def multi_gpu() -> str:
     return f"{table(['', *(f'{number} GPU' for number in devices)], lines)}\n\n{note}"
 
 
-TABLES = {"prune-speed": prune_speed, "multi-gpu": multi_gpu}
+def graph_scaling() -> str:
+    """Seconds and memory by number of nodes."""
+    rows = read("csg2l_scaling.csv")
+    lines = [[row["what"], *(f"{int(row[name]):,}" if row[name] else "" for name in ("nodes", "edges", "anchors")),
+              row["seconds"], row["more_peak_gib"]] for row in rows]  # fmt: skip
+    first = rows[0]
+    note = (
+        f"{first['hardware']}, {first['threads']} threads, rank {first['rank']}, torch {first['torch']}, seed {first['seed']}."
+    )
+    return f"{table(['', 'nodes', 'edges', 'anchors', 's', 'GiB more'], lines)}\n\n{note}"
+
+
+TABLES = {"prune-speed": prune_speed, "multi-gpu": multi_gpu, "graphs-scaling": graph_scaling}
