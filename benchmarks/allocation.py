@@ -109,17 +109,12 @@ def vision_transformer(args: argparse.Namespace, _: Path) -> Iterator[tuple[Prun
                              "test_samples": "all" if args.test_samples is None else args.test_samples}  # fmt: skip
 
 
-def table(task: str) -> str:
-    """A table for each setting of the rows: variants by target, held-out and test, mean over seeds.
-
-    Args:
-        task: llm or deit.
-    """
-    rows = [row for row in read("allocation.csv") if row["task"] == task]
-    texts = []
+def table() -> str:
+    """A table for each setting of the rows: variants by target, held-out and test, mean over seeds."""
+    rows, texts = read("allocation.csv"), []
     for setting in dict.fromkeys(_setting(row) for row in rows):
         chosen = [row for row in rows if _setting(row) == setting]
-        targets = sorted({row["target"] for row in chosen})
+        task, targets = chosen[0]["task"], sorted({row["target"] for row in chosen})
         columns = ["heldout_perplexity", "test_perplexity"] if task == "llm" else ["heldout_loss", "val_top1"]
         columns = [column for column in columns if any(row[column] for row in chosen)]
         names = {

@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 
-from benchmarks import graph_tables, recovery, speed_tables
+from benchmarks import allocation, graph_tables, recovery, speed_tables
 from benchmarks.markdown import ROOT, read, spread, table
 
 METHODS = ("magnitude", "wanda", "d2_wanda", "sparsegpt", "d2_sparsegpt")
@@ -141,7 +141,7 @@ def activation() -> str:
 
 
 TABLES = {"quality": quality, "rules": rules, "activation": activation, "deit": deit, "defaults": defaults}
-TABLES |= graph_tables.TABLES | speed_tables.TABLES | {"recovery": recovery.table}
+TABLES |= graph_tables.TABLES | speed_tables.TABLES | {"recovery": recovery.table, "allocation": allocation.table}
 TEXTS_WITH_TABLES = (ROOT / "README.md", ROOT / "results" / "README.md")
 
 
