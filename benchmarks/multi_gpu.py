@@ -148,7 +148,8 @@ def validate(options: argparse.Namespace) -> None:
     rows = Rows("validate", Path(options.model).stem, options)
     for devices in options.devices:
         logs = options.scratch / f"validate_{devices}"
-        data = ("--data.source", options.source, "--data.seq_len", options.seq_len, "--data.num_heldout", 15)
+        data = ("--data.source", options.source, "--data.sampling", "joined", "--data.seq_len", options.seq_len)
+        data = (*data, "--data.num_heldout", 15)  # which two do not share evenly
         logger = ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", logs)
         model = ("--model.model_name_or_path", options.scratch / f"prune_{options.devices[0]}")
         line = command("validate", "configs/d2prune/smollm2-135m.yaml", devices, *model, *data, *logger)
@@ -254,7 +255,7 @@ def compare(first: Path, second: Path) -> dict[str, float]:
     equal = entries = square = norm = 0.0
     for path in sorted(first.glob("*.safetensors")):
         with safe_open(path, "pt") as one, safe_open(second / path.name, "pt") as other:
-            for name in (name for name in one.keys() if name.endswith("proj.weight")):  # noqa: SIM118
+            for name in (name for name in one.offset_keys() if name.endswith("proj.weight")):
                 a, b = one.get_tensor(name), other.get_tensor(name)
                 equal, entries = equal + float(((a != 0) == (b != 0)).sum()), entries + a.numel()
                 square, norm = square + float((a.float() - b.float()).square().sum()), norm + float(a.float().square().sum())

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from callbacks.collector import by_sample
 from callbacks.offload import Offload
 from callbacks.processes import Processes
 from callbacks.settings import Plan, PruningSettings
@@ -124,7 +125,7 @@ def _dense_pass(
 @contextmanager
 def _adding(norms: Mapping[nn.Linear, OutputStatistics], positions: Tensor, unit: bool) -> Iterator[None]:
     def add(linear: nn.Linear, args: tuple[Tensor], _: Tensor) -> None:
-        x = args[0].reshape(len(positions), -1, args[0].shape[-1])
+        x = by_sample(args[0], positions)
         norms[linear].update(unit_tokens(x) if unit else x, positions)
 
     handles = [linear.register_forward_hook(add) for linear in norms]

@@ -9,7 +9,6 @@ BlockwisePruning says when; the mathematics is `functional.pruning`.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from lightning.pytorch.loggers import Logger
@@ -21,7 +20,7 @@ from callbacks.collector import StatisticsCollector
 from callbacks.processes import Processes, owners_of
 from callbacks.report import BlockRecord, LinearRecord
 from callbacks.settings import PruningSettings
-from callbacks.solve import kept_and_pruned, log_scores, record_of, solve_together
+from callbacks.solve import kept_and_pruned, log_scores, record_of, solve
 from callbacks.update_rules import HELD, ROLES, UPDATED, method_of, outlier_choice, states_of
 from functional.digest import checksum
 from functional.pruning import PruneResult
@@ -84,7 +83,7 @@ class BlockPruner:
             ValueError: As `prune_linear`, naming block and linear.
             RuntimeError: If another process failed, or holds other weights afterwards.
         """
-        processes, linears = self._processes, collector.linears
+        processes = self._processes
         if self.targets is not None:
             record.allocation = self.targets.measures.get(record.name, {})  # none of a block that is ignored
         processes.together(lambda: collector.check(record.name))  # each its own batches, before they are summed
@@ -92,36 +91,26 @@ class BlockPruner:
         owners = owners_of(collector, processes.size, chosen_from)
         processes.reduce(collector, owners)
 
-        def solve_own() -> Solved:
+        def work() -> Solved:
             if attention is not None:
                 attention.enter(index)
             found = self._choose(collector, methods, attention, record)
-            together: dict[tuple[str, str], list[str]] = {}
-            for name, method in methods.items():
-                if owners[name] == processes.rank and name not in found:
-                    together.setdefault((collector.leader(name), method), []).append(name)
-            for (_, method), names in together.items():
-                found |= {name: (result, method) for name, result in self._solve(collector, record.name, names, method).items()}
-            return found
+            own = {name: method for name, method in methods.items() if owners[name] == processes.rank and name not in found}
+            return found | self._solve_all(collector, record.name, own)
 
-        solved = processes.together(solve_own)
-        for name, linear in linears.items():
-            weight = solved[name][0].weight if name in solved else linear.weight
-            with torch.no_grad():
-                linear.weight.copy_(processes.send(weight, owners[name]))
-        if processes.size > 1:
-            processes.check_equal(checksum(linear.weight for linear in linears.values()), record.name)
+        solved = processes.together(work)
+        self._exchange(collector.linears, {name: result.weight for name, (result, _) in solved.items()}, owners, record.name)
 
-        def measure() -> dict[str, Any]:
+        def measure() -> dict[str, LinearRecord]:
             if attention is not None:
                 attention.leave(index, record, loggers)
             return {
-                name: self._record_of(record.name, name, linears[name], result, method)
+                name: self._record_of(record.name, name, collector.linears[name], result, method)
                 for name, (result, method) in solved.items()
             }
 
         found = {name: entry for part in processes.gather(processes.together(measure)) for name, entry in part.items()}
-        record.linears = {name: found[name] for name in linears}
+        record.linears = {name: found[name] for name in collector.linears}
         if histograms:
             scores = {name: kept_and_pruned(result) for name, (result, _) in solved.items()}
             for name, entry in (pair for part in processes.gather(scores) for pair in part.items()):
@@ -142,6 +131,16 @@ class BlockPruner:
                 linear.weight.copy_(self._processes.send(weight, 0))
         if attention is not None:
             attention.pass_by(index)
+
+    def _exchange(
+        self, linears: Mapping[str, PrunableLinear], own: Mapping[str, Tensor], owners: Mapping[str, int], block: str
+    ) -> None:
+        """Give all linears in all processes the new weights of their owners, and see that all hold the same."""
+        for name, linear in linears.items():
+            with torch.no_grad():
+                linear.weight.copy_(self._processes.send(own.get(name, linear.weight), owners[name]))
+        if self._processes.size > 1:
+            self._processes.check_equal(checksum(linear.weight for linear in linears.values()), block)
 
     def _record_of(self, block: str, name: str, linear: PrunableLinear, result: PruneResult, method: str) -> LinearRecord:
         sparsity = None if self.targets is None else self.targets.sparsity(block, name, linear.weight.numel())
@@ -185,7 +184,18 @@ class BlockPruner:
             for role, name in roles.items()
         }
 
+    def _solve_all(self, collector: StatisticsCollector, block: str, methods: Mapping[str, str]) -> Solved:
+        """Linears of one input and one method together."""
+        together: dict[tuple[str, str], list[str]] = {}
+        for name, method in methods.items():
+            together.setdefault((collector.leader(name), method), []).append(name)
+        return {
+            name: (result, method)
+            for (_, method), names in together.items()
+            for name, result in self._solve(collector, block, names, method).items()
+        }
+
     def _solve(self, collector: StatisticsCollector, block: str, names: list[str], method: str) -> dict[str, PruneResult]:
         inputs = collector.inputs(names[0])
         self.calibration = {"samples": inputs.num_samples, "tokens_per_sample": inputs.num_tokens / inputs.num_samples}
-        return solve_together(self._settings, collector, block, names, method, self.targets)
+        return solve(self._settings, collector, block, names, method, self.targets)

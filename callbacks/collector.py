@@ -142,11 +142,11 @@ class StatisticsCollector:
             if self._leaders.setdefault(name, leader) != leader:
                 raise RuntimeError(f"The linear {name!r} shares its input with others in some batches only.")
             if leader == name:
-                x = _by_sample(x, positions)
+                x = by_sample(x, positions)
                 if name not in self._inputs:
                     self._inputs[name] = InputStatistics(x.shape[-1], self._precision, self._gram_samples(x))
                 self._inputs[name].update(x, positions)
-            self.outputs[name].update(_by_sample(y, positions), positions)
+            self.outputs[name].update(by_sample(y, positions), positions)
             self._called[name].append(len(self._positions) - 1)
 
         def hook(module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
@@ -165,6 +165,6 @@ class StatisticsCollector:
         return None if self._updates else -(-max(ERROR_TOKENS, 2 * features) // tokens)
 
 
-def _by_sample(x: Tensor, positions: Tensor) -> Tensor:
+def by_sample(x: Tensor, positions: Tensor) -> Tensor:
     """(samples, tokens, features), also from (samples · tokens, features), the form that OPT gives its MLP."""
     return x.reshape(len(positions), -1, x.shape[-1])

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed
 from typing_extensions import override
 
+from callbacks.after_run import AfterRun
 from callbacks.report import environment, log_scalars, print_table, write_json
 from callbacks.whole_weights import need_whole_weights
 from functional.extras import require
@@ -33,7 +33,7 @@ LONGEST = datetime.timedelta(days=7)
 """How long other processes wait for the first."""
 
 
-class EvaluateTasks(Callback):
+class EvaluateTasks(AfterRun):
     """Evaluate a CausalLM on tasks after `validate` or `test`, or at the end of `fit` (pruning too); needs the extra `eval`.
 
     One table on the terminal, `tasks.json` in the log directory, and scalars tasks/<task>/<metric>. With several processes the
@@ -78,7 +78,7 @@ class EvaluateTasks(Callback):
         if not isinstance(pl_module, CausalLM):
             raise TypeError(f"EvaluateTasks needs a language model, CausalLM, but got {type(pl_module).__name__}.")
         require("eval", "lm_eval", "datasets")
-        need_whole_weights(trainer, self)
+        need_whole_weights(trainer, type(self).__name__)
         self._manager = self._find_tasks()
         self._group = None
         if trainer.world_size > 1:  # of its own, since the others wait for hours: NCCL would give up
@@ -111,22 +111,14 @@ class EvaluateTasks(Callback):
         return manager
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: CausalLM) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._evaluate(trainer, pl_module)
-
-    @override
-    def on_test_end(self, trainer: Trainer, pl_module: CausalLM) -> None:
-        self._evaluate(trainer, pl_module)
-
-    @override
     def on_fit_end(self, trainer: Trainer, pl_module: CausalLM) -> None:
         before = pl_module.device
         pl_module.to(trainer.strategy.root_device)  # the trainer has sent it to the CPU
-        self._evaluate(trainer, pl_module)
+        super().on_fit_end(trainer, pl_module)
         pl_module.to(before)
 
-    def _evaluate(self, trainer: Trainer, pl_module: CausalLM) -> None:
+    @override
+    def after_run(self, trainer: Trainer, pl_module: CausalLM) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # every process is asked for it
         self.results = self._from_first(lambda: self._run(trainer, pl_module))
         if not trainer.is_global_zero:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+from callbacks.after_run import AfterRun
 from callbacks.result import check_writable
 from callbacks.save_model import move_files
 from callbacks.whole_weights import need_whole_weights
@@ -32,7 +32,7 @@ TOLERANCE = 1e-4
 """Largest difference of a logit to PyTorch's, as a share of the largest logit where that is above 1."""
 
 
-class ExportOnnx(Callback):
+class ExportOnnx(AfterRun):
     """Write the model as ONNX after `validate` or `test`, or at the end of `fit`; needs the extra `export`.
 
     A language model becomes input_ids (batch, sequence) -> logits (batch, sequence, vocabulary), without cache and padding
@@ -51,24 +51,12 @@ class ExportOnnx(Callback):
         if not isinstance(pl_module, (CausalLM, ImageClassifier)):
             raise TypeError(f"ExportOnnx needs a CausalLM or an ImageClassifier but got {type(pl_module).__name__}.")
         require("export", "onnx", "onnxscript", "onnxruntime")
-        need_whole_weights(trainer, self)
+        need_whole_weights(trainer, type(self).__name__)
         if self.output_dir is not None:
             check_writable(Path(self.output_dir).expanduser())
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._export(trainer, pl_module)
-
-    @override
-    def on_test_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        self._export(trainer, pl_module)
-
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        self._export(trainer, pl_module)
-
-    def _export(self, trainer: Trainer, pl_module: PrunableModule) -> None:
+    def after_run(self, trainer: Trainer, pl_module: PrunableModule) -> None:
         target = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "onnx").expanduser()
         if not trainer.is_global_zero:
             return

@@ -41,7 +41,7 @@ class KeepSparsity(Callback):
             return
         if not isinstance(pl_module, PrunableModule):
             raise TypeError(f"KeepSparsity needs a PrunableModule such as CausalLM but got {type(pl_module).__name__}.")
-        need_whole_weights(trainer, self)
+        need_whole_weights(trainer, type(self).__name__)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: PrunableModule) -> None:

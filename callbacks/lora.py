@@ -67,7 +67,7 @@ class LoRA(SaveModel):
         if stage != "fit":
             return
         require("lora", "peft")
-        need_whole_weights(trainer, self)
+        need_whole_weights(trainer, type(self).__name__)
         for other in trainer.callbacks:
             if other is not self and isinstance(other, (KeepSparsity, SaveModel)):
                 raise ValueError(

@@ -11,10 +11,11 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from callbacks.collector import StatisticsCollector
+from callbacks.whole_weights import need_whole_weights
 from functional.digest import as_bytes
 from lightning_modules.resumable import gathered
 
@@ -126,16 +127,11 @@ def processes_of(trainer: Trainer) -> Processes:
     Raises:
         ValueError: If the trainer's strategy is another than a single device or DDP.
     """
-    strategy = trainer.strategy
-    if isinstance(strategy, SingleDeviceStrategy):
+    need_whole_weights(trainer, "BlockwisePruning")
+    if isinstance(trainer.strategy, SingleDeviceStrategy):
         return Processes()
-    if type(strategy) is not DDPStrategy:
-        raise ValueError(
-            f"Argument `trainer.strategy` expected auto (one device) or ddp for pruning, but got {type(strategy).__name__}. "
-            "Every process holds the whole model: use `--trainer.strategy ddp`."
-        )
     # No wrapper: there is no gradient, for which it would take as much memory as the model, and buffers are constants.
-    strategy.configure_ddp = lambda: None
+    trainer.strategy.configure_ddp = lambda: None
     return Processes(trainer.global_rank, trainer.world_size)
 
 

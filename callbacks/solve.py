@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from fractions import Fraction
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -26,46 +25,15 @@ def solve(
     settings: PruningSettings,
     collector: StatisticsCollector,
     block: str,
-    name: str,
-    method: str,
-    targets: Targets | None = None,
-) -> PruneResult:
-    """Prune one linear of a block; its module keeps its weights.
-
-    Raises:
-        ValueError: As `prune_linear` and `StatisticsCollector.check`, naming block and linear.
-    """
-    try:
-        return _solve(settings, collector, block, [name], method, targets)[0]
-    except ValueError as error:
-        if str(error).startswith(f"{block}."):
-            raise
-        raise type(error)(f"{block}.{name}: {error}") from error
-
-
-def solve_together(
-    settings: PruningSettings,
-    collector: StatisticsCollector,
-    block: str,
     names: Sequence[str],
     method: str,
     targets: Targets | None = None,
 ) -> dict[str, PruneResult]:
-    """Prune linears of a block that read the same tensor, each as `solve` does."""
-    if len(names) > 1:
-        with suppress(ValueError):  # below it says which of them it was
-            return dict(zip(names, _solve(settings, collector, block, names, method, targets), strict=True))
-    return {name: solve(settings, collector, block, name, method, targets) for name in names}
+    """Prune linears of a block that read the same tensor; their modules keep their weights.
 
-
-def _solve(
-    settings: PruningSettings,
-    collector: StatisticsCollector,
-    block: str,
-    names: Sequence[str],
-    method: str,
-    targets: Targets | None,
-) -> list[PruneResult]:
+    Raises:
+        ValueError: As `prune_linears` and `StatisticsCollector.check`, naming block and linear.
+    """
     collector.check(block)
     inputs, outputs = collector.inputs(names[0]), [collector.outputs[name] for name in names]
     arguments = settings.arguments(inputs.num_tokens / inputs.num_samples)
@@ -74,11 +42,17 @@ def _solve(
         arguments["sparsity"] = [
             targets.sparsity(block, name, weight.numel()) for name, weight in zip(names, weights, strict=True)
         ]
-    results = prune_linears(weights, inputs, outputs, method=method, **arguments)
+    try:
+        results = prune_linears(weights, inputs, outputs, method=method, **arguments)
+    except ValueError as error:
+        if len(names) == 1:
+            raise type(error)(f"{block}.{names[0]}: {error}") from error
+        alone = [solve(settings, collector, block, [name], method, targets) for name in names]  # one of them says what it was
+        return {name: result for found in alone for name, result in found.items()}
     damping = results[0].damping
     if damping is not None and damping > settings.damping:
         log.warning("%s.%s: the Hessian needed a damping of %g.", block, ", ".join(names), damping)
-    return results
+    return dict(zip(names, results, strict=True))
 
 
 def record_of(

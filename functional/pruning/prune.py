@@ -263,14 +263,9 @@ def _mask_without_update(
     """What the table above says of magnitude, wanda and d2_wanda."""
     if groups is not None:
         return keep_largest_of_groups(scores, groups)
-    if method == "magnitude":
-        pairs = zip(scores.split(parts), shares, strict=True)
-        return torch.cat([keep_largest(part, zeros_wanted(part.numel(), share)) for part, share in pairs])
-    columns = scores.shape[1]
-    if len(set(shares)) == 1:
-        return keep_largest_of_rows(scores, zeros_wanted(columns, shares[0]))
+    keep, numel = (keep_largest, torch.numel) if method == "magnitude" else (keep_largest_of_rows, lambda part: part.shape[1])
     pairs = zip(scores.split(parts), shares, strict=True)
-    return torch.cat([keep_largest_of_rows(part, zeros_wanted(columns, share)) for part, share in pairs])
+    return torch.cat([keep(part, zeros_wanted(numel(part), share)) for part, share in pairs])
 
 
 def _cast(pruned: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:

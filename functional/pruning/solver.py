@@ -5,16 +5,16 @@ err = (w − q) / U_jj, where q is w on the kept rows and 0 elsewhere, and the l
 worked off in blocks: inside a block one by one, after it all later columns at once.
 """
 
-import importlib.util
 import logging
 import math
 from collections.abc import Sequence
-from functools import cache
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from functional.pruning.kernels import by_kernels
 from functional.pruning.masks import Pattern, keep_largest_of_groups, keep_largest_of_rows, zeros_wanted
 from functional.pruning.scores import ScoreTerms
 
@@ -110,42 +110,59 @@ def obs_prune(
     if pattern is not None:
         block_size = max(block_size // pattern.group, 1) * pattern.group
     blocks = [(start, min(start + block_size, weight.shape[1])) for start in range(0, weight.shape[1], block_size)]
-    arguments = weight.clone(), factor, terms, sparsity, pattern, blocks, list(parts or [len(weight)])
-    if weight.is_cuda and _fits_kernel(block_size, pattern):
-        try:
-            return _prune_by_kernels(*arguments)
-        except RuntimeError as error:
-            if "C compiler" not in str(error):
-                raise
-            _warn_once("Triton finds no C compiler")
-    return _prune_by_columns(*arguments)
+    parts = list(parts or [len(weight)])
+    shares = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity] * len(parts)
+    task = Task(factor, terms, pattern, blocks, _runs(parts, shares))
+    if _fits_kernel(block_size, pattern):
+        return by_kernels(
+            weight, lambda: _prune_by_kernels(weight.clone(), task), lambda: _prune_by_columns(weight.clone(), task)
+        )
+    return _prune_by_columns(weight.clone(), task)
+
+
+class Run(NamedTuple):
+    """Parts of one size and share of zeros that follow one another: what is done to one can be done to all in one call."""
+
+    first: int
+    last: int
+    """Rows `first` to `last` - 1 of the weight."""
+    rows: int
+    """Of a part."""
+    sparsity: float
+
+    def num_zeros(self, start: int, end: int) -> int:
+        """Of columns `start` to `end` - 1 of a part, such that those of all columns so far are ⌊entries · sparsity⌋."""
+        return zeros_wanted(self.rows * end, self.sparsity) - zeros_wanted(self.rows * start, self.sparsity)
+
+
+class Task(NamedTuple):
+    """What is to be done to a weight: see `obs_prune`."""
+
+    factor: Tensor
+    terms: ScoreTerms
+    pattern: Pattern | None
+    blocks: list[tuple[int, int]]
+    """First column and last column + 1 of each."""
+    runs: list[Run]
 
 
 Pruned = tuple[Tensor, Tensor, Tensor]
 """New weights, mask, scores; each (rows, columns)."""
-Blocks = list[tuple[int, int]]
-"""First column and last column + 1 of each."""
-Shares = float | Sequence[float]
-"""Share of zeros of each part, or one for all."""
 
 
-def _prune_by_columns(
-    weight: Tensor,
-    factor: Tensor,
-    terms: ScoreTerms,
-    sparsity: Shares,
-    pattern: Pattern | None,
-    blocks: Blocks,
-    parts: list[int],
-) -> Pruned:
+def _prune_by_columns(weight: Tensor, task: Task) -> Pruned:
     """On any device; changes `weight`."""
+    factor, terms, pattern = task.factor, task.terms, task.pattern
     mask = torch.ones_like(weight, dtype=torch.bool)
     scores = torch.zeros_like(weight)
-    for start, end in blocks:
+    for start, end in task.blocks:
         block = slice(start, end)
         if pattern is None:
             scores[:, block] = terms(weight[:, block], block)
-            mask[:, block] = _keep_of_parts(scores[:, block], parts, start, end, sparsity)
+            for run in task.runs:
+                chosen = slice(run.first, run.last), block
+                entries = scores[chosen].reshape(-1, run.rows * (end - start))
+                mask[chosen] = keep_largest_of_rows(entries, run.num_zeros(start, end)).view_as(mask[chosen])
         swept = _sweep(weight[:, block], mask[:, block], factor[block, block], terms, block, pattern)
         weight[:, block], mask[:, block], errors, chosen_by = swept
         if pattern is not None:
@@ -154,50 +171,32 @@ def _prune_by_columns(
     return weight, mask, scores
 
 
-def _prune_by_kernels(
-    weight: Tensor,
-    factor: Tensor,
-    terms: ScoreTerms,
-    sparsity: Shares,
-    pattern: Pattern | None,
-    blocks: Blocks,
-    parts: list[int],
-) -> Pruned:
+def _prune_by_kernels(weight: Tensor, task: Task) -> Pruned:
     """The same by the kernels of `solver_triton`."""
     from functional.pruning.solver_triton import Sweeper
 
-    sweeper = Sweeper(weight, factor.contiguous(), terms.coefficients(slice(None), len(weight)))
-    for start, end in blocks:
+    sweeper = Sweeper(weight, task.factor.contiguous(), task.terms.coefficients(slice(None), len(weight)))
+    for start, end in task.blocks:
         width = end - start
         errors = weight.new_empty(len(weight), width)
-        if pattern is not None:
-            sweeper.sweep_groups(start, width, errors, *pattern)
+        if task.pattern is not None:
+            sweeper.sweep_groups(start, width, errors, *task.pattern)
         else:
-            scores, first = sweeper.score(start, width), 0
-            for rows, share, number in _runs(parts, sparsity):
-                chosen = first, first + rows * number, rows
-                num_zeros = zeros_wanted(rows * end, share) - zeros_wanted(rows * start, share)
-                sweeper.sweep(start, width, errors, chosen, scores, num_zeros)
-                first = chosen[1]
-        weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+            scores = sweeper.score(start, width)
+            for run in task.runs:
+                sweeper.sweep(start, width, errors, run[:3], scores, run.num_zeros(start, end))
+        weight[:, end:].addmm_(errors, task.factor[start:end, end:], alpha=-1)
     return sweeper.new, sweeper.kept.view(torch.bool), sweeper.scores
 
 
-def _runs(parts: list[int], sparsity: Shares) -> list[tuple[int, float, int]]:
-    """Parts that follow one another and are alike: rows, share of zeros, how many."""
-    shares = sparsity if isinstance(sparsity, Sequence) else [sparsity] * len(parts)
-    return [(*alike, len(list(found))) for alike, found in groupby(zip(parts, shares, strict=True))]
-
-
-def _keep_of_parts(scores: Tensor, parts: list[int], start: int, end: int, sparsity: Shares) -> Tensor:
-    """The mask of columns `start` to `end`; parts of one size and share, one after the other, in one call."""
-    found, first = [], 0
-    for rows, share, number in _runs(parts, sparsity):
-        num_zeros = zeros_wanted(rows * end, share) - zeros_wanted(rows * start, share)
-        chunk = scores[first : first + number * rows]
-        found.append(keep_largest_of_rows(chunk.reshape(number, -1), num_zeros).view_as(chunk))
-        first += number * rows
-    return torch.cat(found) if len(found) > 1 else found[0]
+def _runs(parts: list[int], shares: list[float]) -> list[Run]:
+    """Parts, by their numbers of rows, and their shares of zeros."""
+    runs, first = [], 0
+    for (rows, share), alike in groupby(zip(parts, shares, strict=True)):
+        last = first + rows * len(list(alike))
+        runs.append(Run(first, last, rows, share))
+        first = last
+    return runs
 
 
 Swept = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -228,18 +227,5 @@ def _sweep(weight: Tensor, mask: Tensor, factor: Tensor, terms: ScoreTerms, bloc
 
 
 def _fits_kernel(block_size: int, pattern: Pattern | None) -> bool:
-    """Whether the kernel of solver_triton can be had, and a row of a block fits into its registers."""
-    return _has_triton() and block_size <= LARGEST_KERNEL_BLOCK and (pattern is None or pattern.group <= LARGEST_KERNEL_GROUP)
-
-
-@cache
-def _has_triton() -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        _warn_once("Triton is not installed")
-    return found
-
-
-@cache
-def _warn_once(reason: str) -> None:
-    log.warning("%s: the weight update runs column by column, several times slower on a GPU.", reason)
+    """Whether a row of a block fits into the registers of solver_triton's kernels."""
+    return block_size <= LARGEST_KERNEL_BLOCK and (pattern is None or pattern.group <= LARGEST_KERNEL_GROUP)

@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from functional.pruning.admm import Preconditioned, precondition
+from functional.pruning.kernels import by_kernels
 from functional.pruning.precision import Precision, check_precision, float32_matmul
 from functional.pruning.solver import inverse_factor, safe_unit
 
@@ -88,8 +89,8 @@ class _Statistics:
             )
         positions = _positions(sample_index, len(x))
         x = x.detach().float() if x.dtype == torch.float64 else x.detach()
-        self.peaks.append(_peak(x))
-        norm = _norm_over_tokens(x)
+        norm, peak = by_kernels(x, lambda: _norms_and_peak_by_kernel(x), lambda: _norms_and_peak(x))
+        self.peaks.append(peak)
         self._device = self._device or x.device
         self._add("square_norm", norm.square().sum(0))
         weights = positions.to(x.device, non_blocking=True)[:, None]
@@ -205,8 +206,7 @@ class InputStatistics(_Statistics):
 
     def hessian(self) -> Tensor:
         """H = (2/N) Σ_n X_n X_nᵀ, a new tensor, float32, (I, I)."""
-        self.check_whole()
-        return self.gram * (2 / self.num_samples)
+        return self._hessian_in(1.0)
 
     def unit(self) -> float:
         """By what squares of x are multiplied so that float32 holds what a solve makes of them: 1, or a power of four."""
@@ -216,21 +216,15 @@ class InputStatistics(_Statistics):
 
     def inverse_factor(self, damping: float) -> tuple[Tensor, Tensor, float]:
         """:func:`functional.pruning.solver.inverse_factor` of H · `unit()`, computed once for all linears that share x."""
-        self.check_whole()
         if damping not in self._factors:
-            self._factors[damping] = inverse_factor(self.gram * (2 / self.num_samples * self.unit()), damping)
+            self._factors[damping] = inverse_factor(self._hessian_in(self.unit()), damping)
         return self._factors[damping]
 
     def preconditioned(self, damping: float) -> Preconditioned:
         """:func:`functional.pruning.admm.precondition` of H · `unit()`, computed once for all linears that share x."""
-        self.check_whole()
         if damping not in self._preconditioned:
-            self._preconditioned[damping] = precondition(self.gram * (2 / self.num_samples * self.unit()), damping)
+            self._preconditioned[damping] = precondition(self._hessian_in(self.unit()), damping)
         return self._preconditioned[damping]
-
-    def merge(self, other: Self) -> Self:
-        """Add the sums of `other` (same features) to these."""
-        return super().merge(other)
 
     def mean_square_norm(self) -> Tensor:
         """(1/N) Σ_n ‖X_n,j‖², Wanda's scaler, float32, (I,)."""
@@ -253,6 +247,10 @@ class InputStatistics(_Statistics):
                 f"The Gram matrix holds {self.gram_tokens} of {self.num_tokens} tokens, but a weight update needs all. Leave "
                 "out `gram_samples`."
             )
+
+    def _hessian_in(self, unit: float) -> Tensor:
+        self.check_whole()
+        return self.gram * (2 / self.num_samples * unit)
 
     def _update_more(self, x: Tensor, norm: Tensor, positions: Tensor) -> None:
         weights = (2 * positions).sqrt().to(x.device, non_blocking=True)[:, None]
@@ -325,18 +323,18 @@ def too_large(largest: float, where: str = "") -> str:
     )
 
 
-def _norm_over_tokens(x: Tensor) -> Tensor:
-    """‖X_n,j‖, float32, (samples, features). A GPU reduces half precision without a copy; on a CPU that reduction is slow."""
-    if x.device.type == "cpu":
-        return x.float().square().sum(1).sqrt()
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+def _norms_and_peak(x: Tensor) -> tuple[Tensor, Tensor]:
+    """‖X_n,j‖, float32, (samples, features), and the largest magnitude, NaN if there is any; not waited for."""
+    peak = torch.stack(x.aminmax()).abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    if x.device.type == "cpu":  # where the reduction of half precision is slow
+        return x.float().square().sum(1).sqrt(), peak
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32), peak
 
 
-def _peak(x: Tensor) -> Tensor:
-    """Largest magnitude in one pass, without a copy; not waited for. NaN if there is any."""
-    if not x.numel():
-        return x.new_zeros((), dtype=torch.float32)
-    return torch.stack(x.aminmax()).abs().amax().float()
+def _norms_and_peak_by_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
+    from functional.pruning.statistics_triton import norms_and_peak
+
+    return norms_and_peak(x) if x.numel() else _norms_and_peak(x)
 
 
 def _positions(sample_index: int | Tensor, num_samples: int) -> Tensor:

@@ -109,11 +109,11 @@ def test_the_check_is_made_by_every_first_solve_and_again_after_more_batches():
     x = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
     settings = PruningSettings(method="wanda", sparsity=0.5)
     collector = collected([x, x])
-    assert solve(settings, collector, "block", "b", "wanda").weight.isfinite().all()
+    assert solve(settings, collector, "block", ["b"], "wanda")["b"].weight.isfinite().all()
     collector = collected([x, x, x * math.nan, x * math.inf])
     for name in "ab":  # whichever is asked for: nothing of the block may move
         with pytest.raises(ValueError, match=r"^block\.a: Argument `inputs` .* batch 2 \(sample 7, all counted from 0\)"):
-            solve(settings, collector, "block", name, "wanda")
+            solve(settings, collector, "block", [name], "wanda")
 
 
 def test_a_linear_that_was_never_called_is_an_error():

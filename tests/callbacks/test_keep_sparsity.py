@@ -178,7 +178,7 @@ def test_what_a_user_is_told(tiny_model, pruned, text, tmp_path):
 
         quiet(tmp_path, KeepSparsity()).fit(BoringModel())
     with pytest.raises(ValueError, match=r"`trainer.strategy` expected auto .* with KeepSparsity, .* got FSDPStrategy"):
-        need_whole_weights(SimpleNamespace(strategy=FSDPStrategy()), KeepSparsity())
+        need_whole_weights(SimpleNamespace(strategy=FSDPStrategy()), "KeepSparsity")
     other = KeepSparsity()
     other.load_state_dict({"elsewhere": {"shape": [2, 4], "bits": torch.zeros(1, dtype=torch.uint8)}})
     with pytest.raises(ValueError, match="`ckpt_path`: its checkpoint holds the mask of another model"):

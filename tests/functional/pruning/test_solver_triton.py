@@ -45,8 +45,9 @@ def prune(kernels, weight, factor, terms, sparsity=0.5, pattern=None, block_size
     blocks = [(start, min(start + block_size, weight.shape[1])) for start in range(0, weight.shape[1], block_size)]
     function = solver._prune_by_kernels if kernels else solver._prune_by_columns
     terms = ScoreTerms(*(None if x is None else x.to(DEVICE) for x in (terms.square, terms.linear, terms.rows)))
-    arguments = (factor.to(DEVICE), terms, sparsity, pattern, blocks, parts or [len(weight)])
-    return [x.cpu() for x in function(weight.to(DEVICE, copy=True), *arguments)]
+    parts = parts or [len(weight)]
+    task = solver.Task(factor.to(DEVICE), terms, pattern, blocks, solver._runs(parts, [sparsity] * len(parts)))
+    return [x.cpu() for x in function(weight.to(DEVICE, copy=True), task)]
 
 
 @pytest.mark.parametrize("shape", [(7, 16), (4, 24), (1, 4), (10, 32), (21, 48)])

@@ -1,0 +1,26 @@
+"""AfterRun: a callback that does one thing with the model that a run leaves, whichever run it was."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+
+class AfterRun(Callback):
+    """Calls `after_run` at the end of `validate`, of `test` and of `fit`, but not of a validation within `fit`."""
+
+    def after_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What a subclass does; called in all processes."""
+        raise NotImplementedError
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self.after_run(trainer, pl_module)
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.after_run(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.after_run(trainer, pl_module)

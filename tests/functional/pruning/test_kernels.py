@@ -1,0 +1,105 @@
+"""GPU kernels of masks and statistics against Python's own sorting and float64; through Triton's interpreter without a GPU."""
+
+import logging
+import math
+
+import pytest
+import torch
+
+from functional.pruning import kernels
+from functional.pruning.kernels import by_kernels
+from functional.pruning.masks_triton import WIDEST, fits, keep_largest_of_rows
+from functional.pruning.statistics_triton import norms_and_peak
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def sorted_mask(scores, num_zeros):
+    """By Python's sort of (score, place)."""
+    keep = torch.ones(scores.shape, dtype=torch.bool)
+    for i, row in enumerate(scores.tolist()):
+        for j in sorted(range(len(row)), key=lambda j: (row[j], j))[:num_zeros]:
+            keep[i, j] = False
+    return keep
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 8), (3, 100), (300, 12), (2, 5000)])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.97, 1.0])
+def test_mask_kernel_equals_sorting(shape, share):
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0)) ** 3
+    num_zeros = max(int(share * shape[1]), 1)
+    found = keep_largest_of_rows(scores.to(DEVICE), num_zeros).cpu()
+    assert torch.equal(found, sorted_mask(scores, num_zeros))
+
+
+@pytest.mark.parametrize("num_zeros", [1, 5, 9, 16])
+def test_mask_kernel_with_ties_zeros_infinities_and_tiny_numbers(num_zeros):
+    """Both zeros are one number; ties lose from the left; every other difference counts, down to the last bit."""
+    row = [0.0, -0.0, 1.0, 1.0, -math.inf, math.inf, 1e-45, -1e-45, 1.0000001, 3e38, -3e38, 0.0, -0.0, 1.0, -1.0, math.inf]
+    scores = torch.tensor([row, row[::-1]])
+    assert torch.equal(keep_largest_of_rows(scores.to(DEVICE), num_zeros).cpu(), sorted_mask(scores, num_zeros))
+
+
+def test_mask_kernel_of_more_dimensions_and_strides():
+    scores = torch.randn(4, 6, 10, generator=torch.Generator().manual_seed(1)).transpose(0, 1)
+    found = keep_largest_of_rows(scores.to(DEVICE), 4).cpu()
+    assert torch.equal(found.reshape(-1, 10), sorted_mask(scores.reshape(-1, 10), 4))
+
+
+def test_which_scores_the_mask_kernel_is_for():
+    assert fits(torch.ones(1, WIDEST)) and not fits(torch.ones(1, WIDEST + 1)) and not fits(torch.ones(1, 8).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 70, 5), (3, 64, 130)])
+def test_norms_and_peak_equal_float64(dtype, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    norm, peak = norms_and_peak(x.to(DEVICE))
+    torch.testing.assert_close(norm.cpu().double(), x.double().square().sum(1).sqrt(), rtol=1e-6, atol=0)
+    assert norm.dtype == torch.float32 and peak.item() == x.abs().max().item()
+
+
+def test_norms_of_slices_and_transposed_batches():
+    x = torch.randn(3, 20, 24, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    for part in (x[..., 8:16], x.transpose(1, 2), x[:, ::2]):
+        norm, peak = norms_and_peak(part)
+        torch.testing.assert_close(norm.double(), part.double().square().sum(1).sqrt(), rtol=1e-6, atol=0)
+        assert peak == part.abs().max()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_shows_in_the_peak(bad):
+    x = torch.ones(2, 80, 6)
+    x[1, 70, 4] = bad
+    norm, peak = norms_and_peak(x.to(DEVICE))
+    assert torch.equal(norm.cpu().isfinite(), torch.tensor([[True] * 6, [True] * 4 + [False, True]]))
+    assert peak.isnan() if math.isnan(bad) else peak == math.inf
+
+
+def test_a_large_number_whose_square_overflows_keeps_its_size():
+    norm, peak = norms_and_peak(torch.full((1, 3, 2), 1e20).to(DEVICE))
+    assert norm.isinf().all() and peak.item() == pytest.approx(1e20)
+
+
+class OnGpu:
+    is_cuda = True
+
+
+def test_without_a_compiler_the_plain_way_is_taken_and_said_once(caplog):
+    def fails():
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    kernels._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert by_kernels(OnGpu(), fails, lambda: "plain") == by_kernels(OnGpu(), fails, lambda: "plain") == "plain"
+    assert caplog.text.count("Triton finds no C compiler") == 1
+    assert by_kernels(OnGpu(), lambda: "kernel", fails) == "kernel"
+    assert by_kernels(torch.ones(1), fails, lambda: "plain") == "plain"
+
+
+def test_other_errors_of_a_kernel_are_not_hidden():
+    def fails():
+        raise RuntimeError("out of registers")
+
+    with pytest.raises(RuntimeError, match="out of registers"):
+        by_kernels(OnGpu(), fails, lambda: "plain")
