@@ -15,7 +15,9 @@ ENTRIES = 4096
 
 
 @triton.jit
-def _keep_kernel(score_ptr, keep_ptr, rows, columns, num_zeros, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+def _keep_kernel(
+    score_ptr, keep_ptr, rows, columns, num_zeros, WIDTH: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     at = row[:, None].to(tl.int64) * columns + column[None, :]
@@ -33,8 +35,14 @@ def _keep_kernel(score_ptr, keep_ptr, rows, columns, num_zeros, WIDTH: tl.conste
         low = tl.where(enough, low, middle + 1)
     below, equal = key < low[:, None], key == low[:, None]
     missing = num_zeros - tl.sum(below.to(tl.int32), 1)
-    tied = tl.cumsum(equal.to(tl.int32), 1)
-    dropped = below | (equal & (tied <= missing[:, None]))  # ties lose from the left
+    first = tl.zeros((ROWS,), tl.int32)
+    last = tl.full((ROWS,), WIDTH - 1, tl.int32)
+    for _ in range(STEPS):  # ties lose from the left: the column of the last that does; a cumulative sum went wrong on a GPU
+        middle = (first + last) // 2
+        enough = tl.sum((equal & (column[None, :] <= middle[:, None])).to(tl.int32), 1) >= missing
+        last = tl.where(enough, middle, last)
+        first = tl.where(enough, first, middle + 1)
+    dropped = below | (equal & (column[None, :] <= first[:, None]))
     tl.store(keep_ptr + at, 1 - dropped.to(tl.int8), mask=inside)
 
 
@@ -50,5 +58,7 @@ def keep_largest_of_rows(scores: Tensor, num_zeros: int) -> Tensor:
     width = triton.next_power_of_2(flat.shape[1])
     rows = max(ENTRIES // width, 1)
     warps = 4 if width <= ENTRIES else 8
-    _keep_kernel[(triton.cdiv(len(flat), rows),)](flat, keep, *flat.shape, num_zeros, WIDTH=width, ROWS=rows, num_warps=warps)
+    _keep_kernel[(triton.cdiv(len(flat), rows),)](
+        flat, keep, *flat.shape, num_zeros, WIDTH=width, STEPS=width.bit_length() - 1, ROWS=rows, num_warps=warps
+    )
     return keep.view(torch.bool).view_as(scores)

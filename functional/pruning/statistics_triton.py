@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FEATURES, TOKENS = 128, 64
+FEATURES, TOKENS = 128, 32
 """Of the tile that a program reads at a time."""
 
 
@@ -17,15 +17,16 @@ def _norm_kernel(
     sample = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     column = x_ptr + sample * sample_stride + feature.to(tl.int64) * feature_stride
-    square = tl.zeros((FEATURES,), tl.float32)
-    peak = tl.zeros((FEATURES,), tl.float32)
+    squares = tl.zeros((TOKENS, FEATURES), tl.float32)  # summed over the tile only at the end, which takes the warps together
+    peaks = tl.zeros((TOKENS, FEATURES), tl.float32)
     for start in range(0, tokens, TOKENS):
         token = start + tl.arange(0, TOKENS)
         inside = (token[:, None] < tokens) & (feature[None, :] < features)
         x = tl.load(column[None, :] + token[:, None].to(tl.int64) * token_stride, mask=inside, other=0.0).to(tl.float32)
-        square += tl.sum(x * x, 0)
-        peak = tl.maximum(peak, tl.max(tl.abs(x), 0))
-    peak = tl.where(square == square, peak, square)  # a maximum may pass over NaN
+        squares += x * x
+        peaks = tl.maximum(peaks, tl.abs(x))
+    square = tl.sum(squares, 0)
+    peak = tl.where(square == square, tl.max(peaks, 0), square)  # a maximum may pass over NaN
     out = sample * features + feature
     tl.store(norm_ptr + out, tl.sqrt_rn(square), mask=feature < features)
     tl.store(peak_ptr + out, peak, mask=feature < features)

@@ -131,7 +131,7 @@ class OneFails(PruningRun):
 
         import callbacks.block_pruner
 
-        original, calls = callbacks.block_pruner.solve_together, []
+        original, calls = callbacks.block_pruner.solve, []
 
         def solve(*args):
             calls.append(args)
@@ -139,7 +139,7 @@ class OneFails(PruningRun):
                 raise ValueError("this Hessian is not to my taste")
             return original(*args)
 
-        callbacks.block_pruner.solve_together = solve
+        callbacks.block_pruner.solve = solve
         super().work()
 
 
