@@ -64,7 +64,7 @@ class Linear24(nn.Module):
         flat = x.reshape(-1, self.in_features)
         if x.is_cuda and flat.shape[0] <= MOST_TOKENS:
             y = decode(flat, self.values, self.indices, self.bias)
-        elif self.packed is not None and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()):
+        elif self.packed is not None and in_graph():
             y = prefill.multiply(flat, self.packed, self.out_features, self.algorithm)
             y = y if self.bias is None else y + self.bias
         else:  # outside a graph cuSPARSELt plans for 0.45 ms a call; making the dense weight takes some 0.03 ms
@@ -74,6 +74,11 @@ class Linear24(nn.Module):
     def extra_repr(self) -> str:
         """As of ``nn.Linear``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def in_graph() -> bool:
+    """Whether what is launched now is being captured or compiled."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def compress_linears(blocks: list[nn.Module], device: torch.device | None = None) -> tuple[int, int, int, int]:
