@@ -13,6 +13,8 @@ from torch import Tensor
 MOST_TOKENS = 16
 """Rows of the smallest tile of the tensor cores; with more tokens the weights are no longer what a GPU waits for."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SMALLEST_PRODUCT = 16
+"""Least inputs of one step of the tensor cores in Triton."""
 EXPANDED = (16, 64)
 """Rows and bytes of a program of `expand`."""
 SUMMED = 256
@@ -101,13 +103,16 @@ def _decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, con
     partial = splits > 1
     target = x.new_empty(splits, tokens, rows, dtype=torch.float32) if partial else out
     has_bias = bias is not None
+    by_two = chosen.tensor_cores and x.itemsize == 2 and width % 2 == 0 and chosen.bytes >= 2 * SMALLEST_PRODUCT
+    if by_two:
+        values, indices = values.view(torch.int32), indices.view(torch.int16)
     given = (x.contiguous(), *values, indices, bias if has_bias else out, target)
     options = {"ROWS": chosen.rows, "BYTES": chosen.bytes, "STAGES": chosen.stages, "num_warps": chosen.warps}
     options |= {"HAS_BIAS": has_bias and not partial, "PARTIAL": partial, "EVEN": width % chosen.bytes == 0}
     grid = (triton.cdiv(rows, chosen.rows), splits)
     with torch.cuda.device_of(x):  # Triton launches on the current one
         if chosen.tensor_cores:
-            options |= {"TOKENS": MOST_TOKENS, "WIDEN": not x.is_cuda}
+            options |= {"TOKENS": MOST_TOKENS, "WIDEN": not x.is_cuda, "BY_TWO": bool(by_two)}
             kernels.tokens_kernel[grid](*given, tokens, rows, width, blocks, **options)
         else:
             kernels.token_kernel[grid](*given, rows, width, blocks, **options)

@@ -19,13 +19,66 @@ def _load(ptr, mask, EVEN: tl.constexpr):
 @triton.jit
 def _places(nibble, first_value, second_value):
     """What stands at each of the four positions; the first index is at most 2, the second at least 1 and larger."""
-    first, second = nibble & 3, nibble >> 2
+    first, second = nibble & 3, nibble & 12
     nothing = tl.zeros(first_value.shape, first_value.dtype)
     w0 = tl.where(first == 0, first_value, nothing)
-    w1 = tl.where(first == 1, first_value, tl.where(second == 1, second_value, nothing))
-    w2 = tl.where(first == 2, first_value, tl.where(second == 2, second_value, nothing))
-    w3 = tl.where(second == 3, second_value, nothing)
+    w1 = tl.where(first == 1, first_value, tl.where(second == 1 << 2, second_value, nothing))
+    w2 = tl.where(first == 2, first_value, tl.where(second == 2 << 2, second_value, nothing))
+    w3 = tl.where(second == 3 << 2, second_value, nothing)
     return w0, w1, w2, w3
+
+
+@triton.jit
+def _places_of_two(nibbles, first_values, second_values):
+    """The same for two groups in the halves of 32 bits, with half of the instructions: each bit of an index becomes a mask."""
+    b0, b1 = (nibbles & 0x10001) * 0xFFFF, (nibbles >> 1 & 0x10001) * 0xFFFF
+    c0, c1 = (nibbles >> 2 & 0x10001) * 0xFFFF, (nibbles >> 3 & 0x10001) * 0xFFFF
+    w0 = first_values & ~(b0 | b1)
+    w1 = (first_values & b0) | (second_values & c0 & ~c1)
+    w2 = (first_values & b1) | (second_values & c1 & ~c0)
+    w3 = second_values & c0 & c1
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _add_product(y, x, index, first_values, second_values, TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDEN: tl.constexpr):
+    """y + x times groups that come one by one: x (TOKENS, 4 SIZE), the others (SIZE, rows)."""
+    if WIDEN:
+        first_values, second_values, x = first_values.to(tl.float32), second_values.to(tl.float32), x.to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, (TOKENS, SIZE, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    w0, w1, w2, w3 = _places(index, first_values, second_values)
+    y = tl.dot(x0, w0, y, input_precision="ieee")
+    y = tl.dot(x1, w1, y, input_precision="ieee")
+    y = tl.dot(x2, w2, y, input_precision="ieee")
+    return tl.dot(x3, w3, y, input_precision="ieee")
+
+
+@triton.jit
+def _add_product_of_two(
+    y, x, index, first_values, second_values, TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDEN: tl.constexpr
+):
+    """y + x times groups that come by twos: x (TOKENS, 8 SIZE), the others (SIZE, rows)."""
+    even, odd = tl.split(tl.reshape(x, (TOKENS, SIZE, 2, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    w0, w1, w2, w3 = _places_of_two(index, first_values, second_values)
+    y = _dot_of_two(x0, w0, y, WIDEN)
+    y = _dot_of_two(x1, w1, y, WIDEN)
+    y = _dot_of_two(x2, w2, y, WIDEN)
+    return _dot_of_two(x3, w3, y, WIDEN)
+
+
+@triton.jit
+def _dot_of_two(x, both, y, WIDEN: tl.constexpr):
+    """The lower 16 bits of `both` belong to the groups of even, the upper ones to those of odd number."""
+    x_low, x_high = tl.split(x)
+    low, high = both.to(tl.int16).to(x.dtype, bitcast=True), (both >> 16).to(tl.int16).to(x.dtype, bitcast=True)
+    if WIDEN:
+        x_low, x_high, low, high = x_low.to(tl.float32), x_high.to(tl.float32), low.to(tl.float32), high.to(tl.float32)
+    y = tl.dot(x_low, low, y)
+    return tl.dot(x_high, high, y)
 
 
 @triton.jit
@@ -57,10 +110,11 @@ def token_kernel(
             even, odd = tl.split(tl.reshape(x, (BYTES, 2, 2)))
             x0, x2 = tl.split(even)
             x1, x3 = tl.split(odd)
-            first, second = (byte >> 4 * half) & 3, (byte >> (4 * half + 2)) & 3
-            x_first = tl.where(first == 0, x0[None, :], tl.where(first == 1, x1[None, :], x2[None, :]))
-            x_second = tl.where(second == 1, x1[None, :], tl.where(second == 2, x2[None, :], x3[None, :]))
-            total += first_value * x_first + second_value * x_second
+            # Single bits tell: the first index is 0, 1 or 2, the second 1, 2 or 3.
+            b0, b1 = byte & (1 << 4 * half) != 0, byte & (2 << 4 * half) != 0
+            c0, c1 = byte & (4 << 4 * half) != 0, byte & (8 << 4 * half) != 0
+            total += first_value * tl.where(b1, x2[None, :], tl.where(b0, x1[None, :], x0[None, :]))
+            total += second_value * tl.where(c0, tl.where(c1, x3[None, :], x1[None, :]), x2[None, :])
     y = tl.sum(total, 1)
     if HAS_BIAS:
         y += tl.load(bias_ptr + row, mask=row < rows, other=0).to(tl.float32)
@@ -73,45 +127,46 @@ def token_kernel(
 @triton.jit
 def tokens_kernel(
     x_ptr, first_ptr, second_ptr, indices_ptr, bias_ptr, out_ptr, tokens, rows, width, blocks_of_split,
-    HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, EVEN: tl.constexpr, BY_TWO: tl.constexpr,
     ROWS: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Up to TOKENS tokens: the weights of each position of the groups make a dense tile for the tensor cores.
 
+    With BY_TWO, for 16 bits and an even `width`, values come as int32, those of two groups each, and index bytes as int16.
     WIDEN is for Triton's interpreter, whose product takes the bits of bfloat16 for integers.
     """
+    STEP: tl.constexpr = 2 if BY_TWO else 1
+    SIZE: tl.constexpr = BYTES // STEP
+    length = width // STEP
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     token = tl.arange(0, TOKENS)
     read = tl.minimum(row, rows - 1).to(tl.int64)[None, :]
-    column, four = tl.arange(0, BYTES), tl.arange(0, 4 * BYTES)
+    column, four = tl.arange(0, SIZE), tl.arange(0, 4 * BYTES)
     x_at = x_ptr + tl.minimum(token, tokens - 1)[:, None] * (8 * width)
-    # Tiles lie as (BYTES, ROWS), as the product wants them; bytes of a row are still consecutive in memory.
-    index_at = indices_ptr + read * width
-    first_at, second_at = first_ptr + read * (2 * width), second_ptr + read * (2 * width)
+    # Tiles lie as (SIZE, ROWS), as the product wants them; bytes of a row are still consecutive in memory.
+    index_at = indices_ptr + read * length
+    first_at, second_at = first_ptr + read * (2 * length), second_ptr + read * (2 * length)
     y = tl.zeros((TOKENS, ROWS), tl.float32)
     begin = split * blocks_of_split
     end = tl.minimum(begin + blocks_of_split, tl.cdiv(width, BYTES))
     for block in tl.range(begin, end, num_stages=STAGES):
-        at = block * BYTES + column
-        inside = (at < width)[:, None]
+        at = block * SIZE + column
+        inside = (at < length)[:, None]
         at = at[:, None]
-        byte = _load(index_at + at, inside, EVEN).to(tl.int32)
+        index = _load(index_at + at, inside, EVEN).to(tl.int32)
+        if BY_TWO:
+            index = index & 0xFFFF
+            index = index | index << 8  # the first byte in the lower half, the second in the upper
         fours = 4 * block * BYTES + four
         for half in tl.static_range(2):
-            first_value = _load(first_at + half * width + at, inside, EVEN)
-            second_value = _load(second_at + half * width + at, inside, EVEN)
+            first_values = _load(first_at + half * length + at, inside, EVEN)
+            second_values = _load(second_at + half * length + at, inside, EVEN)
             x = _load(x_at + (4 * half * width + fours)[None, :], (fours < 4 * width)[None, :], EVEN)
-            if WIDEN:
-                first_value, second_value, x = first_value.to(tl.float32), second_value.to(tl.float32), x.to(tl.float32)
-            even, odd = tl.split(tl.reshape(x, (TOKENS, BYTES, 2, 2)))
-            x0, x2 = tl.split(even)
-            x1, x3 = tl.split(odd)
-            w0, w1, w2, w3 = _places((byte >> 4 * half) & 15, first_value, second_value)
-            y = tl.dot(x0, w0, y, input_precision="ieee")
-            y = tl.dot(x1, w1, y, input_precision="ieee")
-            y = tl.dot(x2, w2, y, input_precision="ieee")
-            y = tl.dot(x3, w3, y, input_precision="ieee")
+            if BY_TWO:
+                y = _add_product_of_two(y, x, index >> 4 * half, first_values, second_values, TOKENS, SIZE, WIDEN)
+            else:
+                y = _add_product(y, x, (index >> 4 * half) & 15, first_values, second_values, TOKENS, SIZE, WIDEN)
     if HAS_BIAS:
         y += tl.load(bias_ptr + row, mask=row < rows, other=0).to(tl.float32)[None, :]
     out_at = out_ptr + token[:, None] * rows + row[None, :]
