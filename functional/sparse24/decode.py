@@ -45,8 +45,8 @@ def default_config(tokens: int, rows: int, width: int) -> Config:
     if tokens == 1:
         return Config(0, rows=16, bytes=128, splits=1, warps=4, stages=3)
     # Two programs for each multiprocessor of a large GPU: fewer leave some of its memory's bandwidth unused.
-    splits = min(max(1, 264 * 32 // rows), max(1, width // 128))
-    return Config(1, rows=32, bytes=64, splits=splits, warps=4, stages=4)
+    splits = min(-(-264 * 64 // rows), max(1, width // 64))
+    return Config(1, rows=64, bytes=32, splits=splits, warps=4, stages=3)
 
 
 def decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None, config: Config | None = None) -> Tensor:

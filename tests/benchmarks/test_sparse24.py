@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import sparse24, sparse24_tuning
+from benchmarks import sparse24, sparse24_tuning, speed_tables
 from functional.sparse24 import default_config
 
 TINY = ["--device", "cpu", "--dtype", "float32", "--hidden", "64", "--intermediate", "96", "--layers", "2", "--prompt", "8"]
@@ -86,3 +86,12 @@ def test_the_grid_has_what_triton_takes(tokens):
     assert all(config.rows >= 16 and config.bytes >= 16 for config in configs if config.tensor_cores)
     assert {config.tensor_cores for config in configs} == ({0, 1} if tokens == 1 else {1})
     assert default_config(tokens, 4096, 512)._fields == configs[0]._fields
+
+
+def test_the_table_shows_both_parts(rows, monkeypatch):
+    rows("--part", "linears", "--tokens", "2", "20", "--shapes", "q")
+    found = rows("--part", "model", "--batch", "1", "--steps", "2")
+    monkeypatch.setattr(speed_tables, "read", lambda name: found)
+    text = speed_tables.sparse24()
+    assert text.count("| q, 64 x 64, ") == 2 and "| decoding (tokens/s), batch 1 | " in text
+    assert "| memory of the linears (GiB) | " in text and "prefill" in text and ", float32, torch " in text
