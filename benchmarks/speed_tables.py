@@ -79,4 +79,34 @@ def graph_scaling() -> str:
     return f"{table(['', 'nodes', 'edges', 'anchors', 's', 'GiB more'], lines)}\n\n{note}"
 
 
+def sparse24() -> str:
+    """Compressed 2:4 linears beside dense ones: one at a time, and the whole model."""
+    rows = read("sparse24.csv")
+    linears = [
+        [
+            f"{row['what']}, {row['outputs']} x {row['inputs']}, {row['tokens']} tokens",
+            *(f"{float(row[name]):.1f}" for name in ("dense", "compressed")),
+            f"{float(row['speedup']):.2f}",
+            f"{float(row['compressed_gb_s']):.0f}" if row["compressed_gb_s"] else "",
+            *(f"{float(row[name]):.5f}" for name in ("dense_error", "error")),
+        ]
+        for row in rows
+        if row["part"] == "linears"
+    ]
+    model = [
+        [
+            f"{row['what']} ({row['unit']})" + (f", batch {row['batch']}" if row["batch"] else ""),
+            *(f"{float(row[name]):.4g}" if row[name] else "" for name in ("dense", "compressed")),
+            f"{float(row['speedup']):.2f}" if row["speedup"] else "",
+        ]
+        for row in rows
+        if row["part"] == "model"
+    ]
+    header = ["µs", "dense", "2:4", "dense / 2:4", "2:4, GB/s", "relative error, dense", "2:4"]
+    tables = [table(header, linears), table(["", "dense", "2:4", "2:4 / dense"], model)]
+    first = rows[0]
+    note = f"{first['hardware']}, {first['dtype']}, torch {first['torch']}, transformers {first['transformers']}, seed 0."
+    return "\n\n".join([*tables, note])
+
+
 TABLES = {"prune-speed": prune_speed, "multi-gpu": multi_gpu, "graphs-scaling": graph_scaling}

@@ -138,7 +138,7 @@ def find_linears(block: nn.Module, architecture: Architecture) -> dict[str, Prun
         if not isinstance(module, nn.Linear):
             raise ValueError(
                 f"{name!r} of {type(block).__name__} is a {type(module).__name__}, not a plain nn.Linear. "
-                "Load the model without quantisation or adapters."
+                "Load the model without quantisation, adapters or `sparse24`."
             )
         parts = architecture.fused.get(name)
         if parts is None:

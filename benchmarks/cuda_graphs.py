@@ -1,0 +1,67 @@
+"""Timing on a GPU without the time of launches: what is measured is captured once, and replayed.
+
+On a CPU nothing is captured, and a function is called as it is: this tries a benchmark, the times mean little.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import nn
+
+COLD_BYTES = 400 * 2**20
+"""Of all copies of a weight: several times the L2 cache of the largest GPU."""
+REPLAYS = 30
+
+
+def wait(device: torch.device) -> None:
+    """For the GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def captured(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """A replay of what a function launches; it is called twice before, and once while capturing."""
+    if device.type == "cpu":
+        return function
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # compiles kernels and fills caches, which must not happen while capturing
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def seconds(run: Callable[[], object], device: torch.device, repeats: int = REPLAYS) -> float:
+    """Median time of a call after a first one, on the GPU's own clock."""
+    times = []
+    run()
+    for _ in range(repeats):
+        wait(device)
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        else:
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
+    return median(times)
+
+
+def cold_copies(module: nn.Module) -> list[nn.Module]:
+    """A module and, on a GPU, equal ones with memory of their own, so many that its cache does not hold them."""
+    tensors = (*module.parameters(), *module.buffers())
+    if not any(tensor.is_cuda for tensor in tensors):
+        return [module]
+    size = sum(tensor.nbytes for tensor in tensors)
+    return [module, *(copy.deepcopy(module) for _ in range(-(-COLD_BYTES // size) - 1))]
