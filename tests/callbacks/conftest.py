@@ -1,9 +1,22 @@
-"""A pruned tiny model for the tests of what comes after pruning, and the tiny models of the tests of update rules."""
+"""A pruned tiny model for the tests of what comes after pruning, the tiny models of the tests of update rules, and the server
+from which processes are forked."""
 
 import pytest
 
+from benchmarks import fault_runs
 from tests.callbacks.recovery_runs import loaded, prune_two_of_four
 from tests.callbacks.rule_cases import Case
+
+fault_runs.PRELOADED += (
+    "train",
+    "datamodules.images",
+    "lightning_modules.causal_lm",
+    "lightning_modules.image_classifier",
+    "timm",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.opt.modeling_opt",
+)
+"""What else the runs of these tests import: else each process of about 250 does so by itself, for half a second."""
 
 
 @pytest.fixture(scope="session")
