@@ -1,4 +1,4 @@
-"""Tiny random models of every language model family; nothing is downloaded."""
+"""Tiny random models of every language model family, and a quiet Trainer; nothing is downloaded."""
 
 FAMILIES = ("opt", "llama", "mistral", "qwen2", "qwen3")
 VOCABULARY = 96
@@ -127,3 +127,12 @@ def write_citeseer(folder):
         for fold in range(10):
             turned = {name: np.roll(mask, fold) for name, mask in masks.items()}
             np.savez(raw / f"citeseer_split_0.6_0.2_{fold}.npz", **turned)
+
+
+def quiet(folder, *callbacks, **options):
+    """A Trainer that writes nothing by itself."""
+    from lightning.pytorch import Trainer
+
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    options = {"enable_checkpointing": False, "max_epochs": 1, "accelerator": "cpu", "devices": 1} | options
+    return Trainer(default_root_dir=folder, callbacks=list(callbacks), **silent, **options)

@@ -14,10 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.fault_runs import go, quiet_trainer
 from callbacks import BlockwisePruning, EvaluateTasks
-from datamodules import TextDataModule
 from lightning_modules import CausalLM
-from tests.callbacks.recovery_runs import quiet
-from tests.tiny import tiny_vit
+from tests.callbacks.recovery_runs import TextRun, loaded, short_windows
+from tests.tiny import quiet, tiny_vit
 
 QUESTIONS = 30
 
@@ -56,7 +55,7 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture
 def text(text_file, tiny_model):
-    return TextDataModule(tiny_model("llama"), source=text_file, seq_len=12, num_calibration=8, num_heldout=4, batch_size=2)
+    return short_windows(tiny_model("llama"), text_file)
 
 
 def by_hand(module, folder, shots=0):
@@ -117,8 +116,7 @@ def test_after_pruning_the_pruned_model_is_evaluated(tasks, text, tiny_model, tm
 
 
 def test_generated_answers_and_examples(tasks, text, tiny_model, tmp_path):
-    module = CausalLM(tiny_model("llama"))
-    module.configure_model()
+    module = loaded(tiny_model("llama"))
     questions = [json.loads(line) for line in (tasks / "questions.jsonl").read_text().splitlines()]
     right = 0
     for number, question in enumerate(questions):
@@ -140,30 +138,27 @@ def test_generated_answers_and_examples(tasks, text, tiny_model, tmp_path):
 
 
 @dataclass(frozen=True)
-class EvaluationRun:
-    """Validation with a task in several processes; each writes what it knows."""
+class EvaluationRun(TextRun):
+    """Validation with a task; each process writes what it knows.
 
-    model: str
-    text: str
-    tasks: str
-    output: str
-    processes: int = 2
-    nodes: int = 1
+    Attributes:
+        tasks: Folder.
+    """
+
+    tasks: str = ""
 
     def work(self):
         callback = EvaluateTasks(["tiny_choice"], self.tasks)
-        data = TextDataModule(self.model, source=self.text, seq_len=12, num_calibration=8, num_heldout=4, batch_size=2)
         trainer = quiet_trainer(self, Path(self.output), callbacks=[callback])
-        trainer.validate(CausalLM(self.model), data)
+        trainer.validate(CausalLM(self.model), short_windows(self.model, self.text))
         Path(self.output, f"rank{trainer.global_rank}.json").write_text(json.dumps(callback.results))
 
 
 def test_in_two_processes_the_first_evaluates_and_all_know(tasks, text_file, tiny_model, tmp_path):
-    run, log = EvaluationRun(tiny_model("llama"), text_file, str(tasks), str(tmp_path)), tmp_path / "log"
+    run, log = EvaluationRun(tiny_model("llama"), text_file, str(tmp_path), tasks=str(tasks)), tmp_path / "log"
     assert go(run, log=log) == [0, 0], log.read_text()[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
-    module = CausalLM(tiny_model("llama"))
-    module.configure_model()
+    module = loaded(tiny_model("llama"))
     assert first == second and (first["tiny_choice"]["acc"], first["tiny_choice"]["acc_norm"]) == by_hand(module, tasks)
     assert log.read_text().count("tiny_choice acc ") == 1 and (tmp_path / "tasks.json").is_file()
 
@@ -174,7 +169,7 @@ def test_an_error_of_the_first_process_ends_all(tasks, text_file, tiny_model, tm
     content = yaml.safe_load((tasks / "tiny_choice.yaml").read_text()) | {"doc_to_choice": "{{nothing[0].here}}"}
     (broken / "tiny_choice.yaml").write_text(yaml.safe_dump(content))
     log = tmp_path / "log"
-    assert go(EvaluationRun(tiny_model("llama"), text_file, str(broken), str(tmp_path)), log=log) == [1, 1]
+    assert go(EvaluationRun(tiny_model("llama"), text_file, str(tmp_path), tasks=str(broken)), log=log) == [1, 1]
     assert "nothing" in log.read_text()
 
 

@@ -13,10 +13,10 @@ import transformers
 from callbacks import BlockwisePruning, ExportOnnx
 from callbacks.export_onnx import check_logits, check_weights, export_onnx
 from callbacks.keep_sparsity import linear_weights
-from datamodules import ImageDataModule, TextDataModule
+from datamodules import ImageDataModule
 from lightning_modules import CausalLM, ImageClassifier
-from tests.callbacks.recovery_runs import quiet
-from tests.tiny import VOCABULARY, tiny_vit
+from tests.callbacks.recovery_runs import short_windows
+from tests.tiny import VOCABULARY, quiet, tiny_vit
 
 DEIT = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 10}
 
@@ -40,7 +40,7 @@ def run(path, inputs):
 
 @pytest.fixture(scope="module")
 def text(text_file, pruned):
-    return TextDataModule(pruned, source=text_file, seq_len=12, num_calibration=8, num_heldout=4, batch_size=2)
+    return short_windows(pruned, text_file)
 
 
 @pytest.fixture(scope="module")

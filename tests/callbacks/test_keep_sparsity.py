@@ -14,16 +14,15 @@ from benchmarks.fault_runs import go
 from callbacks import BlockwisePruning, KeepSparsity, SaveModel
 from callbacks.keep_sparsity import linear_weights, share_of, zeros_of
 from callbacks.whole_weights import need_whole_weights
-from datamodules import TextDataModule
 from lightning_modules import CausalLM
-from tests.callbacks.recovery_runs import LEARNING_RATE, RecoveryRun, prune_two_of_four, quiet
-from tests.tiny import tiny_images, tiny_vit
+from tests.callbacks.recovery_runs import LEARNING_RATE, Crash, RecoveryRun, loaded, prune_two_of_four, short_windows
+from tests.tiny import quiet, tiny_images, tiny_vit
 
 
 @pytest.fixture
 def text(text_file, pruned):
     """50 batches an epoch, so 50 steps."""
-    return TextDataModule(pruned, source=text_file, seq_len=12, num_calibration=100, num_heldout=4, batch_size=2, seed=0)
+    return short_windows(pruned, text_file, num_calibration=100, seed=0)
 
 
 class Watch(Callback):
@@ -40,12 +39,6 @@ class Watch(Callback):
         weights = linear_weights(pl_module)
         self.lost += sum(int((weights[name][mask] != 0).sum()) for name, mask in self.zeros.items())
         self.moved = min(float((weights[name] != self.before[name])[~mask].float().mean()) for name, mask in self.zeros.items())
-
-
-def loaded(directory):
-    module = CausalLM(directory)
-    module.configure_model()
-    return module
 
 
 def masks_of(directory):
@@ -82,12 +75,6 @@ def test_without_it_they_are_lost(pruned, text, tmp_path):
     watch = Watch(masks_of(pruned))
     quiet(tmp_path, watch).fit(CausalLM(pruned, learning_rate=LEARNING_RATE), text)
     assert watch.lost > 50 * 1000
-
-
-class Crash(Callback):
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.current_epoch == 1:
-            raise RuntimeError("a power cut")
 
 
 class ZeroByChance(Callback):
@@ -145,7 +132,7 @@ def test_fused_projections_of_a_vision_transformer(tmp_path):
 
 def test_two_processes_end_with_the_same_zeros(pruned, text_file, tmp_path):
     log = tmp_path / "log"
-    assert go(RecoveryRun(pruned, text_file, str(tmp_path), "KeepSparsity"), log=log) == [0, 0], log.read_text()[-3000:]
+    assert go(RecoveryRun(pruned, text_file, str(tmp_path)), log=log) == [0, 0], log.read_text()[-3000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert first["steps"] == 8
     before = linear_weights(loaded(pruned))

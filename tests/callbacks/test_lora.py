@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from benchmarks.fault_runs import go
 from callbacks import KeepSparsity, LoRA, SaveModel
 from callbacks.keep_sparsity import linear_weights, share_of, zeros_of
-from datamodules import ImageDataModule, TextDataModule
+from datamodules import ImageDataModule
 from lightning_modules import CausalLM, ImageClassifier
-from tests.callbacks.recovery_runs import LEARNING_RATE, RecoveryRun, prune_two_of_four, quiet
+from tests.callbacks.recovery_runs import LEARNING_RATE, Crash, RecoveryRun, loaded, prune_two_of_four, short_windows
+from tests.tiny import quiet
 
 RANK, ALPHA = 4, 12
 
@@ -23,7 +24,7 @@ RANK, ALPHA = 4, 12
 @pytest.fixture
 def text(text_file, pruned):
     """20 batches an epoch."""
-    return TextDataModule(pruned, source=text_file, seq_len=12, num_calibration=40, num_heldout=4, batch_size=2, seed=0)
+    return short_windows(pruned, text_file, num_calibration=40, seed=0)
 
 
 class Adapters(Callback):
@@ -77,12 +78,6 @@ def test_masked_merge_is_the_sum_where_weights_are_not_zero(precision, pruned, t
     shown = capsys.readouterr().out
     assert re.search(r"val/loss +\S+ pruned -> \S+ trained -> \S+ merged", shown)
     assert re.search(r"sparsity +50.0000% of the prunable linears -> 50.0000% with the adapters merged", shown)
-
-
-def loaded(directory):
-    module = CausalLM(directory)
-    module.configure_model()
-    return module
 
 
 def test_kept_apart_the_base_stays_sparse_and_all_libraries_add_them(pruned, text, tmp_path, capsys):
@@ -144,12 +139,6 @@ def test_vision_transformer(merge, tmp_path):
         ImageClassifier(str(tmp_path / "model")).configure_model()
 
 
-class Crash(Callback):
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.current_epoch == 1:
-            raise RuntimeError("a power cut")
-
-
 def test_resumed_run_ends_as_an_uninterrupted_one(pruned, text, tmp_path):
     found = []
     for more in ((), (Crash(),)):
@@ -171,7 +160,7 @@ def test_resumed_run_ends_as_an_uninterrupted_one(pruned, text, tmp_path):
 
 def test_two_processes_merge_alike(pruned, text_file, tmp_path):
     log = tmp_path / "log"
-    assert go(RecoveryRun(pruned, text_file, str(tmp_path), "LoRA"), log=log) == [0, 0], log.read_text()[-3000:]
+    assert go(RecoveryRun(pruned, text_file, str(tmp_path), callback="LoRA"), log=log) == [0, 0], log.read_text()[-3000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)["weights"] for rank in range(2))
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     for name, weight in linear_weights(loaded(pruned)).items():

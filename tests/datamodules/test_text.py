@@ -1,4 +1,4 @@
-"""TextDataModule: what is held out stays out, windows are what they claim to be, draws depend on the seed alone.
+"""TextDataModule: what is held out stays out, draws depend on the seed alone, a stage prepares what it needs.
 
 The tokenizer is a small byte-level BPE trained here on the standard library's documentation; nothing is downloaded.
 Documents carry marks such as <17>, so that a decoded window tells which documents it was cut from.
@@ -6,16 +6,13 @@ Documents carry marks such as <17>, so that a decoded window tells which documen
 
 import json
 import re
-import subprocess
 import sys
 from collections import Counter
 
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.cli import LightningCLI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import SequentialSampler
@@ -23,14 +20,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from datamodules import TextDataModule, text
 from datamodules.text import (
-    consecutive_windows,
-    draw_from_documents,
-    draw_from_stream,
     load_tokenizer,
-    split_by_document,
-    split_by_position,
 )
 from datamodules.text_sources import read_pydoc
+from tests.tiny import quiet
 
 
 @pytest.fixture(scope="session")
@@ -86,15 +79,6 @@ def marks(tokenizer, windows):
     return {int(mark) for window in windows for mark in re.findall(r"<(\d+)>", tokenizer.decode(window))}
 
 
-def words(document):
-    """A tokeniser for the functions below it: a number a word."""
-    return torch.tensor([int(word) for word in document.split()], dtype=torch.long)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 # The split
 
 
@@ -106,37 +90,6 @@ def test_no_document_is_in_both_parts(make, marked, tokenizer):
     assert not calibration & heldout
     assert len(heldout) >= 2 and len(calibration | heldout) > 35
     assert heldout != set(range(40 - len(heldout), 40))  # shuffled, not the last ones of the file
-
-
-@given(
-    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=25),
-    needed=st.integers(0, 120),
-    seed=st.integers(0, 2**32 - 1),
-)
-@settings(deadline=None, max_examples=200)
-def test_split_by_document_is_disjoint_and_minimal(lengths, needed, seed):
-    documents = [" ".join([str(i)] * n) for i, n in enumerate(lengths)]
-    if sum(lengths) < needed:
-        with pytest.raises(ValueError, match=rf"need {needed} tokens, found {sum(lengths)}\."):
-            split_by_document(documents, words, needed, generator(seed))
-        return
-    order, tokens = split_by_document(documents, words, needed, generator(seed))
-    heldout = set(tokens.tolist())
-    assert len(order) == len(set(order)) and not heldout & set(order)
-    counts = Counter(tokens.tolist())
-    assert all(count == lengths[i] for i, count in counts.items())  # whole documents
-    assert len(tokens) >= needed and tokens.tolist() == sorted(tokens.tolist())  # in the order of the source
-    assert len(tokens) == 0 or any(len(tokens) - lengths[i] < needed for i in heldout)  # one document too few before
-
-
-def test_split_by_document_counts_what_the_joint_is_worth():
-    """A tokeniser that merges across the joint: apart the documents seem to hold enough."""
-
-    def pairs(document):
-        return torch.zeros((len(document.replace("\n\n", "")) + 1) // 2, dtype=torch.long)
-
-    _, tokens = split_by_document(["abc"] * 10, pairs, 4, generator())
-    assert len(tokens) == 5  # two documents: 2 + 2 apart, 3 joined; three documents: 5
 
 
 @pytest.mark.parametrize("name", ["one.txt", "nine.jsonl", "rows.jsonl"])
@@ -154,31 +107,7 @@ def test_few_documents_or_a_running_text_are_cut_before_their_end(make, tokenize
     assert calibration <= possible and len(calibration) > min(len(possible) / 4, 400)
 
 
-def test_split_by_position():
-    calibration, heldout = split_by_position(torch.arange(10), 4, 6)
-    assert calibration.tolist() == [0, 1, 2, 3, 4, 5] and heldout.tolist() == [6, 7, 8, 9]
-    calibration, heldout = split_by_position(torch.arange(10), 0, 6)
-    assert len(calibration) == 10 and len(heldout) == 0
-    with pytest.raises(ValueError, match=r"need 11 tokens, found 10\. Give more text, or lower `seq_len`"):
-        split_by_position(torch.arange(10), 4, 7)
-
-
 # Windows
-
-
-def test_windows_start_anywhere_in_the_stream_to_its_last_token():
-    windows = draw_from_stream(torch.arange(10), 8, 200, generator())
-    assert windows.shape == (200, 8) and set(windows[:, 0].tolist()) == {0, 1, 2}
-    assert torch.equal(windows - windows[:, :1], torch.arange(8).expand(200, 8))
-    assert draw_from_stream(torch.arange(8), 8, 2, generator()).tolist() == [list(range(8))] * 2
-    with pytest.raises(ValueError, match=r"needs 9 tokens, found 8\."):
-        draw_from_stream(torch.arange(8), 9, 1, generator())
-
-
-def test_consecutive_windows_drop_the_remainder():
-    assert consecutive_windows(torch.arange(11), 4, "source").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    with pytest.raises(ValueError, match=r"`test_source`: one test window needs 4 tokens, found 3\."):
-        consecutive_windows(torch.arange(3), 4, "test_source")
 
 
 def test_held_out_windows_are_consecutive_text_without_special_tokens(make, tokenizer):
@@ -202,38 +131,6 @@ def test_each_document_window_lies_in_one_long_document(make, marked, tokenizer)
     assert all(i % 2 == 1 for (i,) in found)
     assert max(Counter(i for (i,) in found).values()) < 20
     assert not set.union(*found) & marks(tokenizer, windows_of(data.val_dataloader()))
-
-
-def test_only_drawn_documents_are_tokenised():
-    seen = []
-
-    def tokenise(document):
-        seen.append(document)
-        return words(document)
-
-    documents = [" ".join([str(i)] * 9) for i in range(100_000)]
-    order, heldout = split_by_document(documents, tokenise, 40, generator())
-    windows = draw_from_documents(documents, order, tokenise, 8, 50, generator())
-    assert len(windows) == 50 and len(heldout) == 45
-    assert len(seen) == 5 + 1 + 50  # those held out, these joined, and one a window
-
-
-def test_document_windows_have_random_offsets():
-    document = " ".join(map(str, range(30)))
-    windows = draw_from_documents([document], [0], words, 10, 300, generator())
-    assert set(windows[:, 0].tolist()) == set(range(21))
-
-
-def test_no_long_document_is_an_error_after_one_pass():
-    passes = Counter()
-
-    def tokenise(document):
-        passes[document] += 1
-        return words(document)
-
-    with pytest.raises(ValueError, match=r"needs a document of 9 tokens, the longest of 3 calibration documents has 8"):
-        draw_from_documents(["1 " * 8, "2 " * 5, "3"], [2, 0, 1], tokenise, 8, 4, generator())
-    assert set(passes.values()) == {1} and len(passes) == 3
 
 
 # Stages
@@ -453,16 +350,7 @@ class Recorder(LightningModule):
 @pytest.mark.parametrize("num_heldout", [3, 0])
 def test_all_stages_of_a_trainer(make, tmp_path, num_heldout):
     data, module = make(num_heldout=num_heldout, num_calibration=7, test_source="pydoc", seq_len=512), Recorder()
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-    )
+    trainer = quiet(tmp_path, max_epochs=2)
     trainer.fit(module, data)
     trainer.test(module, data, verbose=False)
     heldout = list(range(num_heldout))
@@ -504,14 +392,3 @@ def test_every_argument_survives_yaml_to_object_to_yaml(tmp_path, monkeypatch):
     (tmp_path / "dumped.yaml").write_text(dumped)
     assert load(f"--config={tmp_path / 'dumped.yaml'}") == (arguments, dumped)
     assert load("--data=datamodules.TextDataModule")[0] == dict(TextDataModule().hparams)
-
-
-def test_the_package_imports_no_framework_until_asked():
-    code = (
-        "import sys, datamodules; assert not {'torch', 'lightning', 'transformers', 'datasets'} & set(sys.modules);"
-        "assert 'TextDataModule' in dir(datamodules); datamodules.NoSuch"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
-        "AttributeError: module 'datamodules' has no attribute 'NoSuch'; it has "
-    )
