@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from functional.pruning.kernels import by_kernels
-
 LARGEST_COMPARED_GROUP = 8
 """Larger groups of an N:M pattern are sorted, smaller ones compared entry by entry."""
 
@@ -85,24 +83,12 @@ def keep_largest(scores: Tensor, num_zeros: int) -> Tensor:
 def keep_largest_of_rows(scores: Tensor, num_zeros: int) -> Tensor:
     """Drop the `num_zeros` smallest scores of every row (last dimension): bool, like `scores`.
 
-    On a CPU by partial sorting in linear time. On a GPU rows of up to 16384 entries by a kernel, longer ones by a full sort,
-    which is faster than what PyTorch has for finding a threshold.
+    On a CPU by partial sorting in linear time. On a GPU a full sort is faster than what finds a threshold.
     """
     if num_zeros in (0, scores.shape[-1]) or scores.numel() == 0:
         return torch.full_like(scores, num_zeros == 0, dtype=torch.bool)
     if scores.device.type == "cpu":
         return _keep_above_threshold(scores, num_zeros)
-    return by_kernels(scores, lambda: _keep_by_kernel(scores, num_zeros), lambda: _keep_by_sorting(scores, num_zeros))
-
-
-def _keep_by_kernel(scores: Tensor, num_zeros: int) -> Tensor:
-    from functional.pruning import masks_triton
-
-    kernel = masks_triton.keep_largest_of_rows if masks_triton.fits(scores) else _keep_by_sorting
-    return kernel(scores, num_zeros)
-
-
-def _keep_by_sorting(scores: Tensor, num_zeros: int) -> Tensor:
     keep = torch.ones_like(scores, dtype=torch.bool)
     return keep.scatter_(-1, torch.sort(scores, dim=-1, stable=True).indices[..., :num_zeros], False)
 

@@ -268,7 +268,7 @@ class InputStatistics(_Statistics):
         exact_products = tokens.is_cuda and tokens.dtype in (torch.float16, torch.bfloat16) and self.precision == "high"
         if not exact_products:
             tokens = tokens.to(torch.float32)
-        width = PANEL_ON_GPU if tokens.is_cuda else PANEL
+        width = _panel(tokens)
         with float32_matmul(self.precision, tokens.device):
             for start in range(0, self.features, width):
                 rows, left = gram[start : start + width, start:], tokens[:, start : start + width].T
@@ -280,10 +280,11 @@ class InputStatistics(_Statistics):
     def _in_float32(self, name: str) -> Tensor:
         value = super()._in_float32(name)
         if name == "gram":  # of which only what is right of the diagonal was summed up
-            for start in range(0, self.features, PANEL):
-                panel = slice(start, start + PANEL)
+            width = _panel(value)
+            for start in range(0, self.features, width):
+                panel, below = slice(start, start + width), slice(start + width, None)
                 value[panel, panel] = value[panel, panel].triu() + value[panel, panel].triu(1).T
-                value[start + PANEL :, panel] = value[panel, start + PANEL :].T
+                value[below, panel] = value[panel, below].T
         return value
 
     def _forget(self) -> None:
@@ -305,6 +306,10 @@ class OutputStatistics(_Statistics):
 
     def __init__(self, out_features: int) -> None:
         super().__init__(out_features)
+
+
+def _panel(like: Tensor) -> int:
+    return PANEL_ON_GPU if like.is_cuda else PANEL
 
 
 def check_activation_norm(mode: str, scale: float) -> None:

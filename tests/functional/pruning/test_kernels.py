@@ -1,4 +1,4 @@
-"""GPU kernels of masks and statistics against Python's own sorting and float64; through Triton's interpreter without a GPU."""
+"""GPU kernels of statistics against float64, and where kernels are used; through Triton's interpreter without a GPU."""
 
 import logging
 import math
@@ -8,46 +8,9 @@ import torch
 
 from functional.pruning import kernels
 from functional.pruning.kernels import by_kernels
-from functional.pruning.masks_triton import WIDEST, fits, keep_largest_of_rows
 from functional.pruning.statistics_triton import norms_and_peak
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def sorted_mask(scores, num_zeros):
-    """By Python's sort of (score, place)."""
-    keep = torch.ones(scores.shape, dtype=torch.bool)
-    for i, row in enumerate(scores.tolist()):
-        for j in sorted(range(len(row)), key=lambda j: (row[j], j))[:num_zeros]:
-            keep[i, j] = False
-    return keep
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (7, 8), (3, 100), (300, 12), (2, 5000)])
-@pytest.mark.parametrize("share", [0.01, 0.5, 0.97, 1.0])
-def test_mask_kernel_equals_sorting(shape, share):
-    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0)) ** 3
-    num_zeros = max(int(share * shape[1]), 1)
-    found = keep_largest_of_rows(scores.to(DEVICE), num_zeros).cpu()
-    assert torch.equal(found, sorted_mask(scores, num_zeros))
-
-
-@pytest.mark.parametrize("num_zeros", [1, 5, 9, 16])
-def test_mask_kernel_with_ties_zeros_infinities_and_tiny_numbers(num_zeros):
-    """Both zeros are one number; ties lose from the left; every other difference counts, down to the last bit."""
-    row = [0.0, -0.0, 1.0, 1.0, -math.inf, math.inf, 1e-45, -1e-45, 1.0000001, 3e38, -3e38, 0.0, -0.0, 1.0, -1.0, math.inf]
-    scores = torch.tensor([row, row[::-1]])
-    assert torch.equal(keep_largest_of_rows(scores.to(DEVICE), num_zeros).cpu(), sorted_mask(scores, num_zeros))
-
-
-def test_mask_kernel_of_more_dimensions_and_strides():
-    scores = torch.randn(4, 6, 10, generator=torch.Generator().manual_seed(1)).transpose(0, 1)
-    found = keep_largest_of_rows(scores.to(DEVICE), 4).cpu()
-    assert torch.equal(found.reshape(-1, 10), sorted_mask(scores.reshape(-1, 10), 4))
-
-
-def test_which_scores_the_mask_kernel_is_for():
-    assert fits(torch.ones(1, WIDEST)) and not fits(torch.ones(1, WIDEST + 1)) and not fits(torch.ones(1, 8).double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
