@@ -215,7 +215,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=2048, help="tokens before decoding, and of prefill")
     parser.add_argument("--steps", type=int, default=32, help="tokens that are decoded")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--seconds", type=float, default=20, help="of tune, for each shape and number of tokens")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="of tune, for each shape and number of tokens, after compiling"
+    )
     return parser.parse_args()
 
 

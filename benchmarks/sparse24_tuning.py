@@ -3,8 +3,8 @@
 import itertools
 import random
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 
 import torch
@@ -14,51 +14,47 @@ from benchmarks.cuda_graphs import captured, cold_copies, seconds
 from functional.sparse24 import Config, decode, default_config
 from lightning_modules.linear24 import Linear24
 
-ROWS, BYTES, SPLITS, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 4, 8), (2, 3, 4, 5)
-ROWS_OF_ONE, BYTES_OF_ONE = (2, 4, 8, 16, 32), (32, 64, 128, 256)
-LARGEST_TILE, SMALLEST_TILE = 8192, 512
-SHARED_MEMORY = 220 * 1024
+SPLITS, STAGES = (1, 2, 4, 8), (2, 3, 4)
+TILES = [(rows, size, warps) for rows in (32, 64, 128) for size in (32, 64) for warps in (2, 4, 8)]
+TILES_OF_ONE = [(rows, size, warps) for rows in (4, 8, 16, 32) for size in (64, 128, 256) for warps in (2, 4, 8)]
+BYTES_OF_A_THREAD = (4, 32)
+"""Fewer leave nothing to do at a time, more do not fit into registers."""
+ROWS_OF_A_WARP = 8
 COMPILERS = 12
 SHOWN = 5
 REPLAYS = 7
 
 
-def grid(tokens: int, width: int, itemsize: int) -> list[Config]:
+def grid(tokens: int, width: int) -> list[Config]:
     """What could be fast, in random but always the same order."""
-    found = []
-    for rows, size, splits, warps, stages in itertools.product(ROWS, BYTES, SPLITS, WARPS, STAGES):
-        tile = rows * size * (1 + 4 * itemsize) + 16 * 8 * size * itemsize
-        if 16 * warps <= rows * 8 and tile * (stages - 1) <= SHARED_MEMORY:  # a warp has eight rows or more
-            found.append(Config(1, rows, size, splits, warps, stages))
+    tiles = [(1, *tile) for tile in TILES if tile[0] >= ROWS_OF_A_WARP * tile[2]]
     if tokens == 1:
-        for rows, size, splits, warps, stages in itertools.product(ROWS_OF_ONE, BYTES_OF_ONE, SPLITS, WARPS, STAGES):
-            if rows * size // warps <= 2048:  # else registers do not suffice
-                found.append(Config(0, rows, size, splits, warps, stages))
+        tiles += [(0, *tile) for tile in TILES_OF_ONE]
     found = [
-        config
-        for config in found
-        if SMALLEST_TILE <= config.rows * config.bytes <= LARGEST_TILE and config.splits * config.bytes <= width
+        Config(cores, rows, size, splits, warps, stages)
+        for (cores, rows, size, warps), splits, stages in itertools.product(tiles, SPLITS, STAGES)
+        if BYTES_OF_A_THREAD[0] <= rows * size // (32 * warps) <= BYTES_OF_A_THREAD[1] and splits * size <= width
     ]
     random.Random(0).shuffle(found)
     return found
 
 
 def tune(linear: nn.Linear, name: str, tokens: int, budget: float) -> list[tuple[float, Config]]:
-    """Try configurations for some seconds; print and return the fastest, in seconds of a call, and the default's place.
+    """Try configurations for some seconds after they were compiled; print the fastest, and the default's place.
 
-    On a GPU half of the time goes into compiling, in processes of their own.
+    Returns:
+        Seconds of a call and configuration, fastest first.
     """
     compressed = Linear24.from_linear(linear)
     x = torch.randn(tokens, linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
     default = default_config(tokens, *compressed.indices.shape)
-    configs = [default, *grid(tokens, compressed.indices.shape[1], x.itemsize)]
-    begin = time.monotonic()
+    configs = [default, *grid(tokens, compressed.indices.shape[1])]
     if x.is_cuda:
-        configs = list(compiled(configs, x, compressed, begin + budget / 2))
+        configs = compiled(configs, x, compressed)
     dense, turns = cold_copies(linear), cold_copies(compressed)
     base = seconds(captured(lambda: [turn(x) for turn in dense], x.device), x.device, REPLAYS) / len(dense)
     found, failed = [], 0
-    expected = linear(x).float()
+    expected, begin = linear(x).float(), time.monotonic()
     for config in configs:
         if time.monotonic() - begin > budget and found:
             break
@@ -83,23 +79,32 @@ def tune(linear: nn.Linear, name: str, tokens: int, budget: float) -> list[tuple
     return found
 
 
-def compiled(configs: list[Config], x: torch.Tensor, linear: Linear24, until: float) -> Iterator[Config]:
-    """Those that could be compiled before a time; they are in Triton's cache on disk then."""
+@cache
+def compilers() -> ProcessPoolExecutor:
+    """Processes of their own, since compiling takes most of the time; they stay for the next shape."""
+    return ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn"))
+
+
+def compiled(configs: list[Config], x: torch.Tensor, linear: Linear24) -> list[Config]:
+    """Those that could be compiled; they are in Triton's cache on disk then."""
+    begin = time.monotonic()
     shape = (len(x), *linear.indices.shape, str(x.dtype).removeprefix("torch."))
-    with ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(compile_one, config, shape, until): config for config in configs}
-        for future, config in waiting.items():
-            problem = future.result()
-            if problem is None:
-                yield config
-            elif problem:
-                print(f"  {config}: {problem}", flush=True)
+    jobs = {kernel: compilers().submit(compile_one, kernel, shape) for kernel in {kernel_of(config) for config in configs}}
+    problems = {kernel: job.result() for kernel, job in jobs.items()}
+    for kernel, problem in problems.items():
+        if problem:
+            print(f"  {kernel}: {problem}", flush=True)
+    print(f"{len(jobs)} kernels compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    return [config for config in configs if problems[kernel_of(config)] is None]
 
 
-def compile_one(config: Config, shape: tuple, until: float) -> str | None:
-    """Run one configuration once on zeros; None if it went well, what went wrong, or nothing if it was too late."""
-    if time.monotonic() > until:
-        return ""
+def kernel_of(config: Config) -> Config:
+    """The configuration that shares its kernel: several splits are compiled alike."""
+    return config._replace(splits=min(config.splits, 2))
+
+
+def compile_one(config: Config, shape: tuple) -> str | None:
+    """Run one configuration once on zeros; None if it went well, else what went wrong."""
     tokens, rows, width, dtype = shape
     options = {"device": "cuda", "dtype": getattr(torch, dtype)}
     values, indices = torch.zeros(2, rows, 2 * width, **options), torch.zeros(rows, width, device="cuda", dtype=torch.uint8)

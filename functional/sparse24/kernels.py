@@ -10,6 +10,9 @@ and tokens past the last are read as the last one, and not written: this needs n
 import triton
 import triton.language as tl
 
+COUNTS = ["tokens", "blocks_of_split", "splits"]
+"""Not compiled anew where they happen to be 1 or a multiple of 16."""
+
 
 @triton.jit
 def _load(ptr, mask, EVEN: tl.constexpr):
@@ -81,7 +84,7 @@ def _dot_of_two(x, both, y, WIDEN: tl.constexpr):
     return tl.dot(x_high, high, y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def token_kernel(
     x_ptr, first_ptr, second_ptr, indices_ptr, bias_ptr, out_ptr, rows, width, blocks_of_split,
     HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, EVEN: tl.constexpr,
@@ -124,7 +127,7 @@ def token_kernel(
     tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def tokens_kernel(
     x_ptr, first_ptr, second_ptr, indices_ptr, bias_ptr, out_ptr, tokens, rows, width, blocks_of_split,
     HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, EVEN: tl.constexpr, BY_TWO: tl.constexpr,
@@ -175,7 +178,7 @@ def tokens_kernel(
     tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=(token < tokens)[:, None] & (row < rows)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sum_kernel(
     partial_ptr, bias_ptr, out_ptr, numel, rows, splits,
     HAS_BIAS: tl.constexpr, SIZE: tl.constexpr,
