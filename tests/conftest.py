@@ -4,6 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -45,6 +48,23 @@ def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(" ".join(f"w{i}" for i in steps.tolist()))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """Folder in which configs/deit trained a transformer, for 15 epochs, and pruned it, as a user runs them; what they gave."""
+    from train import main
+
+    configs = Path(__file__).parents[1] / "configs/deit"
+    quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    folder = tmp_path_factory.mktemp("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["train.py"])
+        dense = main(["fit", "--config", str(configs / "digits.yaml"), *quiet, "--trainer.max_epochs", "15"])
+        top1 = float(dense.trainer.callback_metrics["val/top1"])
+        pruned = main(["fit", "--config", str(configs / "prune_digits.yaml"), *quiet]).model.model.state_dict()
+    return SimpleNamespace(folder=folder, top1=top1, pruned=pruned, quiet=quiet)
 
 
 @pytest.fixture

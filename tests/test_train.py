@@ -1,4 +1,4 @@
-"""train.py: every shipped config, and the command line as a user types it, in processes of its own."""
+"""train.py: every shipped config, and the command line as a user types it; in processes of its own where that could matter."""
 
 import os
 import re
@@ -21,6 +21,20 @@ def train(*args, cwd=ROOT):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
     command = [sys.executable, str(ROOT / "train.py"), *args]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def show(monkeypatch, capsys):
+    """Runs a command in this process and returns what it prints."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def show(*args):
+        capsys.readouterr()
+        main(list(args))
+        return capsys.readouterr().out
+
+    return show
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
@@ -62,7 +76,7 @@ def config(tiny_model, text_file, tmp_path_factory):
     return path
 
 
-def test_fit_then_the_printed_command_validates_the_result(config):
+def test_fit_then_the_printed_command_validates_the_result(config, show):
     fit = train("fit", "--config", str(config))
     assert fit.returncode == 0, fit.stderr
     line = r"val/perplexity +(\S+) dense -> (\S+) pruned"
@@ -81,35 +95,29 @@ def test_fit_then_the_printed_command_validates_the_result(config):
 
     # With the user's own config, then a second run into the same log root, then other data.
     pruned = command[-1]
-    again = train("validate", "--config", str(config), "--model.model_name_or_path", pruned)
-    assert again.returncode == 0 and f"{shown}" in again.stdout
+    assert f"{shown}" in show("validate", "--config", str(config), "--model.model_name_or_path", pruned)
     for name in ("config.yaml", "pruned/model.safetensors", "pruned/pruning.json", "pruned/tokenizer.json"):
         assert (Path(pruned).parent / name).is_file(), name
-    second = train("fit", "--config", str(config))
-    assert second.returncode == 0, second.stderr
-    assert (
-        re.search(r"val/perplexity.*\n", second.stdout)[0] == perplexities.string[perplexities.start() :].split("\n")[0] + "\n"
-    )
-    other = train("validate", "--config", str(config), "--seed_everything", "5", "--data.source", "pydoc")
-    assert other.returncode == 0, other.stderr
+    assert re.search(rf"{line}.*\n", show("fit", "--config", str(config)))[0] == re.search(rf"{line}.*\n", fit.stdout)[0]
+    assert "val/perplexity" in show("validate", "--config", str(config), "--seed_everything", "5", "--data.source", "pydoc")
 
 
-def test_test_and_predict(config):
-    test = train("test", "--config", str(config))
-    assert test.returncode == 0 and "test/perplexity" in test.stdout, test.stderr
-    predict = train("predict", "--config", str(config), "--model.max_new_tokens", "4")
-    assert predict.returncode == 0 and predict.stdout.count(" >>> ") == 4, predict.stdout + predict.stderr
+def test_test_and_predict(config, show):
+    assert "test/perplexity" in show("test", "--config", str(config))
+    assert show("predict", "--config", str(config), "--model.max_new_tokens", "4").count(" >>> ") == 4
 
 
-def test_print_config_and_wrong_settings(config):
-    shown = train("fit", "--config", str(config), "--print_config")
-    assert yaml.safe_load(shown.stdout)["trainer"]["callbacks"][0]["init_args"]["sparsity"] == 0.5
+def test_print_config_and_wrong_settings(config, show, capsys):
+    with pytest.raises(SystemExit) as ended:
+        show("fit", "--config", str(config), "--print_config")
+    assert not ended.value.code
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"][0]["init_args"]["sparsity"] == 0.5
+    with pytest.raises(ValueError, match="Give either `sparsity`"):
+        show("fit", "--config", str(config), "--trainer.callbacks.pattern", "2:4")
+    with pytest.raises(ValueError, match=r"is not an existing directory\. Give a hub id"):
+        show("validate", "--config", str(config), "--model.model_name_or_path", "./nowhere/model")
     wrong = train("fit", "--config", str(config), "--trainer.callbacks.sparsity", "1.5")
     assert wrong.returncode != 0 and "share of zeros in [0, 1) but got 1.5" in wrong.stderr
-    both = train("fit", "--config", str(config), "--trainer.callbacks.pattern", "2:4")
-    assert both.returncode != 0 and "Give either `sparsity`" in both.stderr
-    nowhere = train("validate", "--config", str(config), "--model.model_name_or_path", "./nowhere/model")
-    assert nowhere.returncode != 0 and "is not an existing directory. Give a hub id" in nowhere.stderr
 
 
 def test_help_is_quick_and_names_the_subcommands_that_there_are():
@@ -124,15 +132,23 @@ def test_help_is_quick_and_names_the_subcommands_that_there_are():
     assert listed == list(LightningCLI.subcommands()) and "configs/quickstart.yaml" in done.stdout
 
 
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """Config -> the last line of a process that has made what it names; both at the same time."""
+    environment, folder, running = os.environ | {"PYTHONPATH": str(ROOT)}, tmp_path_factory.mktemp("imported"), {}
+    for config in ("quickstart.yaml", "csg2l/digits.yaml"):
+        code = (
+            "import sys, train\n"
+            f"train.main(['--config', {str(ROOT / 'configs' / config)!r}, '--trainer.accelerator', 'cpu'], run=False)\n"
+            "print(sorted({'timm', 'torch_geometric', 'datasets', 'peft', 'lm_eval', 'onnx', 'sklearn'} & set(sys.modules)))"
+        )
+        command = [sys.executable, "-c", code]
+        running[config] = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    printed = {config: process.communicate(timeout=120)[0] for config, process in running.items()}
+    assert all(process.returncode == 0 for process in running.values())
+    return {config: text.strip().splitlines()[-1] for config, text in printed.items()}
+
+
 @pytest.mark.parametrize("config", ["quickstart.yaml", "csg2l/digits.yaml"])
-def test_libraries_of_other_jobs_are_not_imported(config, tmp_path):
-    code = (
-        "import sys, train\n"
-        f"train.main(['--config', {str(ROOT / 'configs' / config)!r}, '--trainer.accelerator', 'cpu'], run=False)\n"
-        "print(sorted({'timm', 'torch_geometric', 'datasets', 'peft', 'lm_eval', 'onnx', 'sklearn'} & set(sys.modules)))"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip().splitlines()[-1] in ("[]", "['torch_geometric']" if "csg2l" in config else "[]")
+def test_libraries_of_other_jobs_are_not_imported(config, imported):
+    assert imported[config] in ("[]", "['torch_geometric']" if "csg2l" in config else "[]")

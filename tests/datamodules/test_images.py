@@ -77,7 +77,8 @@ def test_a_corrupt_image_is_an_error_that_names_it(root):
     with pytest.raises(RuntimeError, match=f"bee/004.png' {remedy}"):
         data.calibration_dataloader()
     with pytest.raises(RuntimeError, match=f"cat/000.png' {remedy}"):
-        list(ready(root, num_workers=1).val_dataloader())
+        list(batches := iter(ready(root, num_workers=1).val_dataloader()))
+    batches._shutdown_workers()  # left to the collection of garbage, it waits 5 s for the worker
 
 
 def test_skip_leaves_images_out_and_counts_them(root):

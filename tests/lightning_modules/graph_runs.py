@@ -5,6 +5,7 @@ python graph_runs.py DEVICES FOLDER [FOLDER OF THE RUN WHOSE WEIGHTS ARE MEASURE
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -77,6 +78,13 @@ def resumed(module, data, folder, common):
     return {key: value.double().sum().item() for key, value in module.state_dict().items()}
 
 
+def wait_for(path, seconds=100):
+    """The run whose weights are measured goes on meanwhile; its files are there whole or not at all."""
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
 def run(name, devices, folder, measured):
     make, options = CASES[name]
     seed_everything(0, verbose=False)
@@ -101,6 +109,7 @@ def run(name, devices, folder, measured):
         found["resumed"] = resumed(make(), data, folder, common)
     trainer, again = Trainer(logger=False, **common), make()
     path = measured / f"{name}.ckpt"
+    wait_for(path)
     found["val"] = trainer.validate(again, data, ckpt_path=path, weights_only=True, verbose=False)[0]
     found["test"] = trainer.test(again, data, ckpt_path=path, weights_only=True, verbose=False)[0]
     trainer.predict(again, data, ckpt_path=path, weights_only=True, return_predictions=False)

@@ -4,9 +4,12 @@ python resumed_runs.py FOLDER
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,22 +90,25 @@ def fit(name, folder, *callbacks, resume=False):
     return module.state_dict()
 
 
+def compare(folder, name):
+    """One case: killed, gone on with, and left in peace."""
+    place = folder / name
+    child = os.fork()
+    if not child:
+        fit(name, place, Kill())
+        os._exit(0)
+    killed = os.WTERMSIG(os.waitpid(child, 0)[1])
+    stored = torch.load(place / "last.ckpt", weights_only=True)
+    weights = [fit(name, where, resume=resume) for where, resume in ((place, True), (folder / f"{name}, whole", False))]
+    differing = [key for key, value in weights[1].items() if not torch.equal(value, weights[0][key])]
+    moved = [key for key, value in weights[0].items() if not torch.equal(value, stored["state_dict"][key])]
+    return {"signal": killed, "epoch": stored["epoch"], "differing": differing, "moved": moved}
+
+
 def main(folder):
-    found = {}
-    for name in CASES:
-        place = folder / name
-        child = os.fork()
-        if not child:
-            fit(name, place, Kill())
-            os._exit(0)
-        killed = os.WTERMSIG(os.waitpid(child, 0)[1])
-        stored = torch.load(place / "last.ckpt", weights_only=True)
-        weights = [fit(name, where, resume=resume) for where, resume in ((place, True), (folder / f"{name}, whole", False))]
-        differing = [key for key, value in weights[1].items() if not torch.equal(value, weights[0][key])]
-        start = stored["state_dict"]
-        moved = [key for key, value in weights[0].items() if not torch.equal(value, start[key])]
-        found[name] = {"signal": killed, "step": stored["global_step"], "differing": differing, "moved": moved}
-        found[name]["epoch"] = stored["epoch"]
+    """Two cases at a time."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        found = dict(zip(CASES, pool.map(partial(compare, folder), CASES), strict=True))
     (folder / "found.json").write_text(json.dumps(found))
 
 

@@ -18,13 +18,22 @@ EXACT = [name for name, (_, options) in CASES.items() if options and min(options
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folders of the run with two processes, and of one process that measures its weights."""
+    """Folders of the run with two processes, and of one process that measures its weights; they run at the same time."""
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for arguments in (["2", str(two)], ["1", str(one), str(two)]):
-        command = [sys.executable, "-W", "ignore", str(ROOT / "tests/lightning_modules/graph_runs.py"), *arguments]
-        done = subprocess.run(command, cwd=two, env=environment, capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode == 0, done.stderr[-5000:]
+    script = [sys.executable, "-W", "ignore", str(ROOT / "tests/lightning_modules/graph_runs.py")]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    running = [
+        subprocess.Popen([*script, *arguments], cwd=two, env=environment, **pipes)
+        for arguments in (["2", str(two)], ["1", str(one), str(two)])
+    ]
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors[-5000:]
+    finally:
+        for process in running:
+            process.kill()
     return two, one
 
 

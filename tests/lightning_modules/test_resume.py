@@ -88,14 +88,17 @@ def test_last_goes_on_with_the_newest_run_in_two_processes(tmp_path):
     stopped = torch.load(last, weights_only=True)["epoch"]
     assert stopped < 39
     arguments = command(config(killed), *two, "--ckpt_path", "last")
-    done = subprocess.run(arguments, cwd=killed, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    resumed = subprocess.Popen(arguments, cwd=killed, env=ENVIRONMENT, **pipes)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the others: sums depend on it
     try:
         main(["fit", "--config", str(config(whole))])
+        _, errors = resumed.communicate(timeout=200)
     finally:
         torch.set_num_threads(threads)
+        resumed.kill()
+    assert resumed.returncode == 0, errors[-5000:]
     assert [path.name for path in (killed / "run").iterdir()] == ["version_0"]
     first, second = (torch.load(where / "run/version_0/checkpoints/last.ckpt", weights_only=True) for where in (killed, whole))
     assert first["epoch"] == second["epoch"] == 39
