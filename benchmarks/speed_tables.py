@@ -103,10 +103,10 @@ def sparse24() -> str:
         if row["part"] == "model"
     ]
     header = ["µs", "dense", "2:4", "dense / 2:4", "2:4, GB/s", "relative error, dense", "2:4"]
-    tables = [table(header, linears), table(["", "dense", "2:4", "2:4 / dense"], model)]
+    tables = [table(header, linears)] + [table(["", "dense", "2:4", "2:4 / dense"], model)] * bool(model)
     first = rows[0]
     note = f"{first['hardware']}, {first['dtype']}, torch {first['torch']}, transformers {first['transformers']}, seed 0."
     return "\n\n".join([*tables, note])
 
 
-TABLES = {"prune-speed": prune_speed, "multi-gpu": multi_gpu, "graphs-scaling": graph_scaling}
+TABLES = {"prune-speed": prune_speed, "multi-gpu": multi_gpu, "graphs-scaling": graph_scaling, "sparse24": sparse24}

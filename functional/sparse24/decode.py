@@ -41,7 +41,7 @@ class Config(NamedTuple):
 
 
 def default_config(tokens: int, rows: int, width: int) -> Config:
-    """For a number of tokens, of outputs, and of bytes of a row, I / 8: what was fastest for LLaMA-2-7B's linears on an H100."""
+    """For a number of tokens, of outputs, and of bytes of a row, I / 8: the fastest for LLaMA-2-7B's linears on an H100."""
     if tokens == 1:
         return Config(0, rows=4, bytes=128, splits=1, warps=4, stages=4)
     # Two programs for each multiprocessor of a large GPU: fewer leave some of its memory's bandwidth unused.

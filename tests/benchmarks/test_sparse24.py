@@ -77,7 +77,8 @@ def test_tuning_finds_the_default_among_others(rows, capsys, monkeypatch):
     monkeypatch.setattr(sparse24_tuning, "TILES", some[:1])
     monkeypatch.setattr(sparse24_tuning, "TILES_OF_ONE", some)
     monkeypatch.setattr(sparse24_tuning, "BYTES_OF_A_THREAD", (1, 32))
-    assert rows("--part", "tune", "--shapes", "q", "--tokens", "1", "--seconds", "0.5") == []
+    monkeypatch.setattr(sparse24_tuning, "REPLAYS", 1)
+    assert rows("--part", "tune", "--shapes", "q", "--tokens", "1", "--seconds", "4") == []
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 2 and lines[0].startswith("q, 1 tokens: dense") and any(line.endswith("(default)") for line in lines)
     assert not any("WRONG" in line for line in lines)
