@@ -275,5 +275,7 @@ def test_other_strategies_are_refused():
     trainer = Trainer(accelerator="cpu", strategy="ddp_find_unused_parameters_true", devices=2, logger=False)
     assert processes_of(trainer).size == 2
     trainer.strategy.__class__ = type("FSDPStrategy", (trainer.strategy.__class__,), {})
-    with pytest.raises(ValueError, match=r"`trainer.strategy` expected auto .* or ddp for pruning, but got FSDPStrategy"):
+    with pytest.raises(
+        ValueError, match=r"`trainer.strategy` expected auto .* or ddp with BlockwisePruning, .* but got FSDPStrategy"
+    ):
         processes_of(trainer)
