@@ -4,8 +4,8 @@ All are bound by memory: a program takes a tile of index bytes and the four tile
 consecutive in memory, and puts them together in registers. Run on CPU tensors too under ``TRITON_INTERPRET=1``.
 
 Letters: `rows` O, `width` I / 8 bytes of a row, ROWS and BYTES the tile, EVEN whether BYTES divides `width`. Rows past the last
-are read as the last one, and not written: this needs no mask. Tokens past the last are not read: when they were, in place of them
-the last one, four tokens took longer than sixteen.
+are read as the last one, and not written: this needs no mask. Tokens past the last are not read: when they were, as the last,
+four tokens took longer than sixteen.
 """
 
 import triton
