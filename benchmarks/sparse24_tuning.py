@@ -12,12 +12,11 @@ from torch import nn
 
 from benchmarks.cuda_graphs import captured, cold_copies, seconds
 from functional.sparse24 import Config, decode, default_config
-from functional.sparse24.decode import FEW_TOKENS
 from lightning_modules.linear24 import Linear24
 
 SPLITS, STAGES = (1, 2, 4, 8), (2, 3, 4)
 TILES = [(rows, size, warps) for rows in (32, 64, 128) for size in (32, 64) for warps in (2, 4, 8)]
-TILES_OF_FEW = [(rows, size, warps) for rows in (4, 8, 16, 32) for size in (64, 128, 256) for warps in (2, 4, 8)]
+TILES_OF_ONE = [(rows, size, warps) for rows in (4, 8, 16, 32) for size in (64, 128, 256) for warps in (2, 4, 8)]
 BYTES_OF_A_THREAD = (4, 32)
 """Fewer leave nothing to do at a time, more do not fit into registers."""
 ROWS_OF_A_WARP = 8
@@ -29,8 +28,8 @@ REPLAYS = 7
 def grid(tokens: int, width: int) -> list[Config]:
     """What could be fast, in random but always the same order."""
     tiles = [(1, *tile) for tile in TILES if tile[0] >= ROWS_OF_A_WARP * tile[2]]
-    if tokens <= FEW_TOKENS:
-        tiles += [(0, *tile) for tile in TILES_OF_FEW]
+    if tokens == 1:
+        tiles += [(0, *tile) for tile in TILES_OF_ONE]
     found = [
         Config(cores, rows, size, splits, warps, stages)
         for (cores, rows, size, warps), splits, stages in itertools.product(tiles, SPLITS, STAGES)

@@ -13,8 +13,6 @@ from torch import Tensor
 MOST_TOKENS = 16
 """Rows of the smallest tile of the tensor cores; with more tokens the weights are no longer what a GPU waits for."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FEW_TOKENS = 8
-"""So many can be multiplied without tensor cores: each costs every value a few instructions more."""
 SMALLEST_PRODUCT = 16
 """Least inputs of one step of the tensor cores in Triton."""
 EXPANDED = (16, 64)
@@ -26,7 +24,7 @@ class Config(NamedTuple):
     """How `decode` shares out its work.
 
     Attributes:
-        tensor_cores: Dense tiles on the tensor cores, for any number of tokens; 0 without, for up to `FEW_TOKENS`.
+        tensor_cores: Dense tiles on the tensor cores, for any number of tokens; 0 without, for one token.
         rows: Outputs of a program.
         bytes: Index bytes of a row that a program takes at a time, eight inputs each.
         splits: Programs that share the inputs of a row; if there are several, one more launch adds their sums.
@@ -79,8 +77,8 @@ def decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = Non
             f"Arguments `x` and `values` expected one dtype of bfloat16, float16, float32 but got {x.dtype} and {values.dtype}."
         )
     config = config or default_config(x.shape[0], *indices.shape)
-    if x.shape[0] > FEW_TOKENS and not config.tensor_cores:
-        raise ValueError(f"Argument `config`: tensor_cores = 0 is for {FEW_TOKENS} tokens at most, but there are {x.shape[0]}.")
+    if x.shape[0] != 1 and not config.tensor_cores:
+        raise ValueError(f"Argument `config`: tensor_cores = 0 is for one token, but there are {x.shape[0]}.")
     return _decode(x, values, indices, bias, list(config))
 
 
@@ -117,9 +115,7 @@ def _decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, con
             options |= {"TOKENS": MOST_TOKENS, "WIDEN": not x.is_cuda, "BY_TWO": bool(by_two)}
             kernels.tokens_kernel[grid](*given, tokens, rows, width, blocks, **options)
         else:
-            kernels.few_tokens_kernel[grid](
-                *given, tokens, rows, width, blocks, TOKENS=triton.next_power_of_2(tokens), **options
-            )
+            kernels.token_kernel[grid](*given, rows, width, blocks, **options)
         if partial:
             kernels.sum_kernel[(triton.cdiv(out.numel(), SUMMED),)](
                 target, bias if has_bias else out, out, out.numel(), rows, splits, HAS_BIAS=has_bias, SIZE=SUMMED, num_warps=2

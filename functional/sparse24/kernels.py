@@ -1,4 +1,4 @@
-"""Triton kernels on compressed 2:4 weights: times a few tokens, times up to sixteen, and back to the dense matrix.
+"""Triton kernels on compressed 2:4 weights: times one token, times up to sixteen, and back to the dense matrix.
 
 All are bound by memory: a program takes a tile of index bytes and the four tiles of values that these belong to, all of them
 consecutive in memory, and puts them together in registers. Run on CPU tensors too under ``TRITON_INTERPRET=1``.
@@ -86,22 +86,19 @@ def _dot_of_two(x, both, y, WIDEN: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def few_tokens_kernel(
-    x_ptr, first_ptr, second_ptr, indices_ptr, bias_ptr, out_ptr, tokens, rows, width, blocks_of_split,
+def token_kernel(
+    x_ptr, first_ptr, second_ptr, indices_ptr, bias_ptr, out_ptr, rows, width, blocks_of_split,
     HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BYTES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Up to TOKENS tokens without tensor cores: of each token the two inputs are chosen that a group's values want."""
+    """One token: the two inputs that a group's values want are chosen, no tensor core is needed."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     read = tl.minimum(row, rows - 1).to(tl.int64)[:, None]
     column, four = tl.arange(0, BYTES), tl.arange(0, 4 * BYTES)
     index_at = indices_ptr + read * width
     first_at, second_at = first_ptr + read * (2 * width), second_ptr + read * (2 * width)
-    token = tl.arange(0, TOKENS)
-    x_at = x_ptr + token[:, None] * (8 * width)
-    there = (token < tokens)[:, None]
-    total = tl.zeros((TOKENS, ROWS, BYTES), tl.float32)
+    total = tl.zeros((ROWS, BYTES), tl.float32)
     begin = split * blocks_of_split
     end = tl.minimum(begin + blocks_of_split, tl.cdiv(width, BYTES))
     for block in tl.range(begin, end, num_stages=STAGES):
@@ -113,23 +110,22 @@ def few_tokens_kernel(
         for half in tl.static_range(2):
             first_value = _load(first_at + half * width + at, inside, EVEN).to(tl.float32)
             second_value = _load(second_at + half * width + at, inside, EVEN).to(tl.float32)
-            known = there if EVEN else there & (fours < 4 * width)[None, :]
-            x = tl.load(x_at + (4 * half * width + fours)[None, :], mask=known, other=0).to(tl.float32)
-            even, odd = tl.split(tl.reshape(x, (TOKENS, 1, BYTES, 2, 2)))
+            x = _load(x_ptr + 4 * half * width + fours, fours < 4 * width, EVEN).to(tl.float32)
+            even, odd = tl.split(tl.reshape(x, (BYTES, 2, 2)))
             x0, x2 = tl.split(even)
             x1, x3 = tl.split(odd)
             # Single bits tell: the first index is 0, 1 or 2, the second 1, 2 or 3.
-            b0, b1 = (byte & (1 << 4 * half) != 0)[None], (byte & (2 << 4 * half) != 0)[None]
-            c0, c1 = (byte & (4 << 4 * half) != 0)[None], (byte & (8 << 4 * half) != 0)[None]
-            total += first_value[None] * tl.where(b1, x2, tl.where(b0, x1, x0))
-            total += second_value[None] * tl.where(c0, tl.where(c1, x3, x1), x2)
-    y = tl.sum(total, 2)
+            b0, b1 = byte & (1 << 4 * half) != 0, byte & (2 << 4 * half) != 0
+            c0, c1 = byte & (4 << 4 * half) != 0, byte & (8 << 4 * half) != 0
+            total += first_value * tl.where(b1, x2[None, :], tl.where(b0, x1[None, :], x0[None, :]))
+            total += second_value * tl.where(c0, tl.where(c1, x3[None, :], x1[None, :]), x2[None, :])
+    y = tl.sum(total, 1)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + row, mask=row < rows, other=0).to(tl.float32)[None, :]
-    out_at = out_ptr + token[:, None] * rows + row[None, :]
+        y += tl.load(bias_ptr + row, mask=row < rows, other=0).to(tl.float32)
+    out_at = out_ptr + row
     if PARTIAL:
-        out_at += split * tokens * rows
-    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=there & (row < rows)[None, :])
+        out_at += split * rows
+    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -75,7 +75,7 @@ def test_weights_are_24_and_decoding_follows_generate():
 def test_tuning_finds_the_default_among_others(rows, capsys, monkeypatch):
     some = [(16, 16, 1), (8, 8, 1)]
     monkeypatch.setattr(sparse24_tuning, "TILES", some[:1])
-    monkeypatch.setattr(sparse24_tuning, "TILES_OF_FEW", some)
+    monkeypatch.setattr(sparse24_tuning, "TILES_OF_ONE", some)
     monkeypatch.setattr(sparse24_tuning, "BYTES_OF_A_THREAD", (1, 32))
     monkeypatch.setattr(sparse24_tuning, "REPLAYS", 1)
     assert rows("--part", "tune", "--shapes", "q", "--tokens", "1", "--seconds", "4") == []
