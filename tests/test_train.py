@@ -55,7 +55,8 @@ def test_every_config_is_instantiated(config, tmp_path, monkeypatch):
         assert type(cli.model).__name__ == "CausalLM" and cli.model.hparams.sparse24 and cli.model.hparams.static_cache
     else:
         assert cli.model.model is None  # made when the run starts
-        expected = {"smollm2_lora": "LoRA", "smollm2_full": "KeepSparsity", "paper_tasks": "EvaluateTasks"}
+        expected = {"smollm2_lora": "LoRA", "smollm2_full": "KeepSparsity"}
+        expected |= {"paper_tasks": "EvaluateTasks", "export_onnx": "ExportOnnx"}
         assert type(cli.model).__name__ == "CausalLM" and expected.get(config.stem, "BlockwisePruning") in callbacks
         assert cli.datamodule.hparams.tokenizer == cli.model.hparams.model_name_or_path
     commands = re.findall(r"--config (\S+\.yaml)", config.read_text())
