@@ -84,7 +84,7 @@ def sparse24() -> str:
     rows = read("sparse24.csv")
     linears = [
         [
-            f"{row['what']}, {row['outputs']} x {row['inputs']}, {row['tokens']} tokens",
+            f"{row['what']}, {row['outputs']} x {row['inputs']}, tokens: {row['tokens']}",
             *(f"{float(row[name]):.1f}" for name in ("dense", "compressed")),
             f"{float(row['speedup']):.2f}",
             f"{float(row['compressed_gb_s']):.0f}" if row["compressed_gb_s"] else "",

@@ -22,7 +22,7 @@ from functional.hub import resolve_model_path
 from functional.safe_load import brief
 from lightning_modules.adapters import has_adapters
 from lightning_modules.architectures import find_architecture
-from lightning_modules.linear24 import compress_linears
+from lightning_modules.linear24 import compress_linears, try_kernels
 from lightning_modules.prunable import PrunableModule
 
 PROMPT_SHOWN = 16
@@ -44,8 +44,8 @@ class CausalLM(PrunableModule):
         attn_implementation: As in transformers (sdpa, eager, flash_attention_2); its own choice when None.
         learning_rate: Of AdamW, for ordinary training.
         max_new_tokens: Length of the continuations that `predict` writes.
-        sparse24: Compress the linears of the blocks that are 2:4 once they are loaded (`Linear24`): 9/16 of their memory, and
-            `predict` writes faster on a GPU with up to 16 windows in a batch. For validate, test and predict.
+        sparse24: Compress the linears of the blocks that are 2:4 once they are loaded (`Linear24`): 9/16 of their memory at 16
+            bit, and on a GPU `predict` reads no more than that for up to 16 windows in a batch. For validate, test, predict.
         static_cache: `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a step, once
             for a batch size, and the time of a token is no longer that of launching its kernels.
     """
@@ -72,9 +72,9 @@ class CausalLM(PrunableModule):
 
     def configure_model(self) -> None:
         """Load tokenizer and weights, once."""
+        self._check_sparse24()
         if self.model is not None:
             return
-        self._check_sparse24()
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         name, arguments = resolve_model_path(self.model_name_or_path)
@@ -108,6 +108,8 @@ class CausalLM(PrunableModule):
     def _compress(self) -> None:
         """Replace the 2:4 linears of the blocks."""
         device = None if self._trainer is None else self._trainer.strategy.root_device  # a GPU does it in no time
+        if device is not None and device.type == "cuda":
+            try_kernels(device)
         replaced, total, before, after = compress_linears(list(self.blocks.values()), device)
         if not replaced:
             raise ValueError(
@@ -217,7 +219,16 @@ class CausalLM(PrunableModule):
         return super().identity() | {"tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()}
 
     def save(self, directory: Path) -> None:
-        """Hugging Face format: safetensors, config and tokenizer."""
+        """Hugging Face format: safetensors, config and tokenizer.
+
+        Raises:
+            ValueError: If linears are compressed.
+        """
+        if self.hparams.sparse24:
+            raise ValueError(
+                "Argument `sparse24` = True: compressed linears are not saved, no library would read them. The directory that "
+                "this model was loaded from is dense and can be copied; or load it with `sparse24` = False."
+            )
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 

@@ -5,14 +5,16 @@ from torch import Tensor, nn
 
 from functional.sparse24 import MOST_TOKENS, compress, decode, decompress, expand, groups_over_two, prefill
 from functional.sparse24.compress import INPUTS_OF_A_BYTE
+from functional.sparse24.decode import DTYPES
 
 
 class Linear24(nn.Module):
     """``nn.Linear`` with a compressed 2:4 weight: 9/16 of its bytes at 16 bit, 17/32 at 32 bit.
 
-    Up to 16 tokens on a GPU are multiplied from the compressed form, which is faster than dense. More tokens, and all on a CPU,
-    are multiplied by the dense weight, made for the call and given back: no faster than dense. After `prepare_prefill`, more
-    tokens inside a CUDA graph or torch.compile go through the sparse tensor cores; that form takes another 9/16.
+    Up to 16 tokens on a GPU are multiplied from the compressed form (times: results/README.md). More tokens, all on a CPU, and
+    those of another dtype than the weight's, as autocast makes them, are multiplied by the dense weight, made for the call and
+    given back: no faster than dense. After `prepare_prefill`, more tokens inside a CUDA graph or torch.compile go through the
+    sparse tensor cores; that form takes another 9/16.
 
     Args:
         values: (2, O, I / 4), of `functional.sparse24.compress`.
@@ -62,9 +64,10 @@ class Linear24(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         flat = x.reshape(-1, self.in_features)
-        if x.is_cuda and flat.shape[0] <= MOST_TOKENS:
+        as_stored = x.dtype == self.values.dtype and x.dtype in DTYPES
+        if x.is_cuda and as_stored and flat.shape[0] <= MOST_TOKENS:
             y = decode(flat, self.values, self.indices, self.bias)
-        elif self.packed is not None and in_graph():
+        elif as_stored and self.packed is not None and in_graph():
             y = prefill.multiply(flat, self.packed, self.out_features, self.algorithm)
             y = y if self.bias is None else y + self.bias
         else:  # outside a graph cuSPARSELt plans for 0.45 ms a call; making the dense weight takes some 0.03 ms
@@ -79,6 +82,22 @@ class Linear24(nn.Module):
 def in_graph() -> bool:
     """Whether what is launched now is being captured or compiled."""
     return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def try_kernels(device: torch.device) -> None:
+    """See that the kernels run on a GPU, before a model relies on them.
+
+    Raises:
+        ValueError: If they do not: Triton or a C compiler is missing, or the GPU is too old.
+    """
+    weight = torch.zeros(1, INPUTS_OF_A_BYTE, device=device)
+    try:
+        decode(weight, *compress(weight))
+    except Exception as error:  # of Triton's many classes
+        raise ValueError(
+            f"Argument `sparse24` = True needs Triton and a C compiler for a GPU, but its kernels do not run here ({error}). "
+            "Install them, or leave `sparse24` out."
+        ) from error
 
 
 def compress_linears(blocks: list[nn.Module], device: torch.device | None = None) -> tuple[int, int, int, int]:

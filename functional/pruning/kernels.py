@@ -12,17 +12,20 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MISSING: list[str] = []
+"""What Triton was found to lack; once found it is not tried again."""
+
 
 def by_kernels(like: Tensor, kernels: Callable[[], T], plain: Callable[[], T]) -> T:
     """What the kernels give where they can be had for a tensor, else what the plain operators give."""
-    if not like.is_cuda or not _has_triton():
+    if not like.is_cuda or MISSING or not _has_triton():
         return plain()
     try:
         return kernels()
     except RuntimeError as error:
         if "C compiler" not in str(error):
             raise
-        _warn_once("Triton finds no C compiler")
+        _without("Triton finds no C compiler")
     return plain()
 
 
@@ -30,10 +33,10 @@ def by_kernels(like: Tensor, kernels: Callable[[], T], plain: Callable[[], T]) -
 def _has_triton() -> bool:
     found = importlib.util.find_spec("triton") is not None
     if not found:
-        _warn_once("Triton is not installed")
+        _without("Triton is not installed")
     return found
 
 
-@cache
-def _warn_once(reason: str) -> None:
-    log.warning("%s: a weight update runs column by column, several times slower on a GPU.", reason)
+def _without(what: str) -> None:
+    MISSING.append(what)
+    log.warning("%s: PyTorch's own operators do the work; a weight update takes several times longer on a GPU.", what)

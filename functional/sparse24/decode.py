@@ -40,13 +40,16 @@ class Config(NamedTuple):
     stages: int
 
 
-def default_config(tokens: int, rows: int, width: int) -> Config:
-    """For a number of tokens, of outputs, and of bytes of a row, I / 8: the fastest for LLaMA-2-7B's linears on an H100."""
+def default_config(tokens: int, rows: int, width: int, itemsize: int = 2) -> Config:
+    """For a number of tokens, of outputs, and of bytes of a row, I / 8: the fastest for LLaMA-2-7B's linears on an H100.
+
+    Tiles of float32, twice the bytes, are half as wide: the shared memory of smaller GPUs has to hold them.
+    """
     if tokens == 1:
         return Config(0, rows=4, bytes=128, splits=1, warps=4, stages=4)
     # Two programs for each multiprocessor of a large GPU: fewer leave some of its memory's bandwidth unused.
     splits = min(-(-256 * 32 // rows), max(1, width // 64))
-    return Config(1, rows=32, bytes=64, splits=splits, warps=2, stages=3)
+    return Config(1, rows=32, bytes=128 // max(itemsize, 2), splits=splits, warps=2, stages=3)
 
 
 def decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
@@ -76,15 +79,22 @@ def decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = Non
         raise ValueError(
             f"Arguments `x` and `values` expected one dtype of bfloat16, float16, float32 but got {x.dtype} and {values.dtype}."
         )
-    config = config or default_config(x.shape[0], *indices.shape)
+    rows, width = indices.shape
+    if indices.dtype != torch.uint8 or values.shape != (2, rows, 2 * width) or (bias is not None and bias.shape != (rows,)):
+        raise ValueError(
+            f"Arguments `values`, `indices` and `bias` expected (2, {rows}, {2 * width}), uint8 ({rows}, {width}) and "
+            f"({rows},) but got {tuple(values.shape)}, {indices.dtype} {tuple(indices.shape)} and "
+            f"{None if bias is None else tuple(bias.shape)}. Take the first two from `compress`."
+        )
+    config = config or default_config(x.shape[0], rows, width, x.itemsize)
     if x.shape[0] != 1 and not config.tensor_cores:
         raise ValueError(f"Argument `config`: tensor_cores = 0 is for one token, but there are {x.shape[0]}.")
-    return _decode(x, values, indices, bias, list(config))
+    return _decode(x, values.contiguous(), indices.contiguous(), bias, list(config))
 
 
 def expand(values: Tensor, indices: Tensor) -> Tensor:
     """What `decompress` returns, in one launch."""
-    return _expand(values, indices)
+    return _expand(values.contiguous(), indices.contiguous())
 
 
 @torch.library.custom_op("sparse24::decode", mutates_args=())

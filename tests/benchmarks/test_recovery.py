@@ -17,7 +17,7 @@ def test_rows_of_a_tiny_model(tiny_model, text_file, tmp_path, monkeypatch):
     (tmp_path / "wiki.test.raw").write_text(words[:900])
     output = tmp_path / "rows.csv"
     arguments = ["--source", str(tmp_path), "--output", str(output), "--model", tiny_model("llama"), "--targets", "2:4"]
-    arguments += ["--seq-len", "12", "--samples", "40", "--heldout", "4", "--learning-rate", "3e-3"]
+    arguments += ["--seq-len", "12", "--samples", "160", "--heldout", "4", "--learning-rate", "3e-3"]
     monkeypatch.setattr(sys, "argv", ["recovery.py", *arguments])
     recovery.main()
     recovery.main()  # nothing is missing
@@ -30,7 +30,7 @@ def test_rows_of_a_tiny_model(tiny_model, text_file, tmp_path, monkeypatch):
     assert [row["sparsity"] for row in rows[1:]] == ["0.5", "0.5", "0.5", ""]
     pruned = float(rows[1]["heldout_perplexity"])
     for row in rows[2:]:
-        assert (row["steps"], row["learning_rate"], row["source"]) == ("20", "0.003", "wikitext2") and row["torch"]
+        assert (row["steps"], row["learning_rate"], row["source"]) == ("80", "0.003", "wikitext2") and row["torch"]
         assert float(row["heldout_perplexity"]) < pruned and float(row["test_perplexity"]) > 1
 
 

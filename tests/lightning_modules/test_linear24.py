@@ -17,7 +17,7 @@ from datamodules import TextDataModule
 from functional.pruning.masks import Pattern, keep_largest_of_groups
 from functional.sparse24 import prefill
 from lightning_modules import CausalLM, linear24
-from lightning_modules.linear24 import Linear24, compress_linears
+from lightning_modules.linear24 import Linear24, compress_linears, try_kernels
 from tests.tiny import FAMILIES, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +199,29 @@ def test_fit_and_dense_models_are_refused(tiny_model, text_file, tmp_path):
         quiet_trainer(tmp_path).validate(CausalLM(directory, sparse24=True), data, verbose=False)
     with pytest.raises(ValueError, match="`sparse24` = True is for validate, test and predict, but this is fit"):
         quiet_trainer(tmp_path).fit(CausalLM("no/such/model", sparse24=True), data)  # before it looks for weights
+
+
+def test_a_compressed_model_is_neither_trained_nor_saved(pruned, text_file, tmp_path):
+    directory = pruned("llama")
+    data = TextDataModule(tokenizer=directory, source=text_file, seq_len=16, num_calibration=1, num_heldout=1)
+    module = CausalLM(directory, sparse24=True)
+    quiet_trainer(tmp_path).validate(module, data, verbose=False)
+    with pytest.raises(ValueError, match="`sparse24` = True is for validate, test and predict, but this is fit"):
+        quiet_trainer(tmp_path).fit(module, data)
+    with pytest.raises(ValueError, match="compressed linears are not saved"):
+        module.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_kernels_that_do_not_run_are_told_of_before(monkeypatch):
+    try_kernels(torch.device(DEVICE))
+
+    def fails(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(linear24, "decode", fails)
+    with pytest.raises(ValueError, match=r"needs Triton and a C compiler for a GPU, .* \(Failed to find C compiler\)"):
+        try_kernels(torch.device(DEVICE))
 
 
 def test_predict_by_the_command_line_is_that_of_the_dense_model(pruned, text_file, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from functional.pruning.masks import Pattern, keep_largest_of_groups
-from functional.sparse24 import Config, compress, decode, default_config, prefill
+from functional.sparse24 import Config, compress, decode, default_config, expand, prefill
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One rounding of the result; the interpreter cuts off what a GPU rounds, hence a whole unit.
@@ -103,6 +103,28 @@ def test_wrong_arguments():
         decode(x.half(), values, indices)
     with pytest.raises(ValueError, match="tensor_cores = 0 is for one token, but there are 3"):
         decode(x, values, indices, config=OF_ONE["whole"])
+    for wrong in (
+        (values[:, :, 1:], indices, None),
+        (values[:, 1:], indices, None),
+        (values, indices.int(), None),
+        (values, indices, x[0, :15]),
+    ):
+        with pytest.raises(ValueError, match=r"Arguments `values`, `indices` and `bias` expected .* Take the first two from"):
+            decode(x, *wrong)
+
+
+def test_strides_do_not_matter():
+    weight, x, bias = problem(16, 64, 3, torch.float32)
+    values, indices = compress(weight)
+    strided = torch.stack([values, values], -1)[..., 0], torch.stack([indices, indices], -1)[..., 0]
+    assert torch.equal(decode(x, *strided, bias), decode(x, values, indices, bias))
+    assert torch.equal(expand(*strided), weight)
+
+
+def test_float32_has_narrower_tiles():
+    """64 bytes of float32, three stages of them, need more shared memory than most GPUs have."""
+    narrow, wide = (default_config(4, 4096, 512, itemsize) for itemsize in (4, 2))
+    assert 2 * narrow.bytes == wide.bytes and narrow.bytes >= 2 * 16
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16])
