@@ -42,7 +42,7 @@ if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):
     print_help()
     sys.exit()
 
-# Only now: these take seconds.
+# Only now, and hence E402: these take seconds, and `--help` alone has been answered without them.
 from lightning.pytorch.cli import LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: E402
 

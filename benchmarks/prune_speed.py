@@ -24,6 +24,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
+from benchmarks.cuda_graphs import wait
 from benchmarks.plain_pruning import plain_block
 from benchmarks.quality import ENVIRONMENT, append, environment, plain_wikitext
 from callbacks import BlockwisePruning
@@ -73,12 +74,6 @@ class Timed(CausalLM):
     def cpu(self) -> "Timed":
         """Stay on the GPU for the next variant, where Lightning would clear up."""
         return self
-
-
-def wait() -> None:
-    """For the GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def random_module(shape: str, dtype: torch.dtype, layers: int | None) -> Timed:

@@ -146,11 +146,11 @@ def generating(model: nn.Module, prompt: Tensor, steps: int) -> float:
     """Seconds of a token with transformers' generate as it is: no graph, a growing cache; the prompt's time taken off."""
     times = []
     for count in (1, 1, 1 + steps):
-        wait(prompt.device)
+        wait()
         start = time.perf_counter()
         options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
-        wait(prompt.device)
+        wait()
         times.append(time.perf_counter() - start)
     return (times[2] - times[1]) / steps
 

@@ -1,16 +1,18 @@
 """AfterRun: a callback that does one thing with the model that a run leaves, whichever run it was."""
 
+from abc import ABC, abstractmethod
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 
-class AfterRun(Callback):
+class AfterRun(Callback, ABC):
     """Calls `after_run` at the end of `validate`, of `test` and of `fit`, but not of a validation within `fit`."""
 
+    @abstractmethod
     def after_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What a subclass does; called in all processes."""
-        raise NotImplementedError
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -71,15 +71,16 @@ def test_weights_are_24_and_decoding_follows_generate():
         assert torch.equal(written, expected)  # of the prompt, then 1 + 3 steps
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it would compile for a while")
 def test_tuning_finds_the_default_among_others(rows, capsys, monkeypatch):
     some = [(16, 16, 1), (8, 8, 1)]
     monkeypatch.setattr(sparse24_tuning, "TILES", some[:1])
     monkeypatch.setattr(sparse24_tuning, "TILES_OF_ONE", some)
     monkeypatch.setattr(sparse24_tuning, "BYTES_OF_A_THREAD", (1, 32))
     monkeypatch.setattr(sparse24_tuning, "REPLAYS", 1)
-    assert rows("--part", "tune", "--shapes", "q", "--tokens", "1", "--seconds", "4") == []
-    lines = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(sparse24_tuning, "COMPILERS", 2)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # kernels run on CPU tensors in Triton's interpreter only
+    assert rows("--part", "tune", "--shapes", "q", "--tokens", "1", "--seconds", "4", "--device", device) == []
+    lines = [line for line in capsys.readouterr().out.splitlines() if "compiled in" not in line]
     assert len(lines) > 2 and lines[0].startswith("q, 1 tokens: dense") and any(line.endswith("(default)") for line in lines)
     assert not any("WRONG" in line for line in lines)
 
