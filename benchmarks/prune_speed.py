@@ -55,6 +55,7 @@ VARIANTS = {
         "pattern": "2:4",
         "precision": "highest",
     },
+    "d2prune, v held, admm": {"method": "d2prune", "non_updated": "v", "solver": "admm"},
     "d2prune, v held, offload": {"method": "d2prune", "non_updated": "v", "offload": True},
     "wanda": {"method": "wanda"},
 }

@@ -11,30 +11,24 @@ import torch
 from torch import nn
 
 from benchmarks.cuda_graphs import captured, cold_copies, seconds
-from functional.sparse24 import Config, decode, default_config
+from functional.sparse24 import Config, compress, decode, default_config
 from lightning_modules.linear24 import Linear24
 
-SPLITS, STAGES = (1, 2, 4, 8), (2, 3, 4)
-TILES = [(rows, size, warps) for rows in (32, 64, 128) for size in (32, 64) for warps in (2, 4, 8)]
-TILES_OF_ONE = [(rows, size, warps) for rows in (4, 8, 16, 32) for size in (64, 128, 256) for warps in (2, 4, 8)]
-BYTES_OF_A_THREAD = (4, 32)
-"""Fewer leave nothing to do at a time, more do not fit into registers."""
-ROWS_OF_A_WARP = 8
+TILES, WARPS = (1, 2), (2, 4, 8, 16)
+STAGES_AND_UNROLL = ((1, 2), (1, 4), (1, 8), (4, 1), (6, 1))
+WORDS_IN_FLIGHT = (64, 1024)
+"""Of weights, in a program and for each thread of a warp: fewer do not hide the memory's latency, more do not fit."""
 COMPILERS = 12
 SHOWN = 5
 REPLAYS = 7
 
 
-def grid(tokens: int, width: int) -> list[Config]:
+def grid() -> list[Config]:
     """What could be fast, in random but always the same order."""
-    tiles = [(1, *tile) for tile in TILES if tile[0] >= ROWS_OF_A_WARP * tile[2]]
-    if tokens == 1:
-        tiles += [(0, *tile) for tile in TILES_OF_ONE]
-    found = [
-        Config(cores, rows, size, splits, warps, stages)
-        for (cores, rows, size, warps), splits, stages in itertools.product(tiles, SPLITS, STAGES)
-        if BYTES_OF_A_THREAD[0] <= rows * size // (32 * warps) <= BYTES_OF_A_THREAD[1] and splits * size <= width
-    ]
+    sizes = itertools.product(TILES, WARPS, STAGES_AND_UNROLL)
+    found = [Config(tiles, warps, *ahead) for tiles, warps, ahead in sizes]
+    least, most = WORDS_IN_FLIGHT
+    found = [config for config in found if least <= 8 * config.tiles * config.warps * config.stages * config.unroll <= most]
     random.Random(0).shuffle(found)
     return found
 
@@ -47,8 +41,8 @@ def tune(linear: nn.Linear, name: str, tokens: int, budget: float) -> list[tuple
     """
     compressed = Linear24.from_linear(linear)
     x = torch.randn(tokens, linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
-    default = default_config(tokens, *compressed.indices.shape)
-    configs = [default, *grid(tokens, compressed.indices.shape[1])]
+    default = default_config(tokens, *linear.weight.shape)
+    configs = [default, *grid()]
     if x.is_cuda:
         configs = compiled(configs, x, compressed)
     dense, turns = cold_copies(linear), cold_copies(compressed)
@@ -59,8 +53,8 @@ def tune(linear: nn.Linear, name: str, tokens: int, budget: float) -> list[tuple
         if time.monotonic() - begin > budget and found:
             break
         try:
-            y = decode(x, compressed.values, compressed.indices, None, config).float()
-            run = captured(lambda config=config: [decode(x, m.values, m.indices, None, config) for m in turns], x.device)
+            y = decode(x, compressed.compressed, None, config).float()
+            run = captured(lambda config=config: [decode(x, turn.compressed, None, config) for turn in turns], x.device)
             took = seconds(run, x.device, REPLAYS) / len(turns)
         except Exception as problem:  # a tile too large for this card is Triton's error, one of several classes
             failed += 1
@@ -88,28 +82,22 @@ def compilers() -> ProcessPoolExecutor:
 def compiled(configs: list[Config], x: torch.Tensor, linear: Linear24) -> list[Config]:
     """Those that could be compiled; they are in Triton's cache on disk then."""
     begin = time.monotonic()
-    shape = (len(x), *linear.indices.shape, str(x.dtype).removeprefix("torch."))
-    jobs = {kernel: compilers().submit(compile_one, kernel, shape) for kernel in {kernel_of(config) for config in configs}}
-    problems = {kernel: job.result() for kernel, job in jobs.items()}
-    for kernel, problem in problems.items():
+    shape = (len(x), linear.out_features, linear.in_features, str(x.dtype).removeprefix("torch."))
+    jobs = {config: compilers().submit(compile_one, config, shape) for config in dict.fromkeys(configs)}
+    problems = {config: job.result() for config, job in jobs.items()}
+    for config, problem in problems.items():
         if problem:
-            print(f"  {kernel}: {problem}", flush=True)
+            print(f"  {config}: {problem}", flush=True)
     print(f"{len(jobs)} kernels compiled in {time.monotonic() - begin:.0f} s", flush=True)
-    return [config for config in configs if problems[kernel_of(config)] is None]
-
-
-def kernel_of(config: Config) -> Config:
-    """The configuration that shares its kernel: several splits are compiled alike."""
-    return config._replace(splits=min(config.splits, 2))
+    return [config for config, problem in problems.items() if problem is None]
 
 
 def compile_one(config: Config, shape: tuple) -> str | None:
     """Run one configuration once on zeros; None if it went well, else what went wrong."""
-    tokens, rows, width, dtype = shape
+    tokens, rows, columns, dtype = shape
     options = {"device": "cuda", "dtype": getattr(torch, dtype)}
-    values, indices = torch.zeros(2, rows, 2 * width, **options), torch.zeros(rows, width, device="cuda", dtype=torch.uint8)
     try:
-        decode(torch.zeros(tokens, 8 * width, **options), values, indices, None, config)
+        decode(torch.zeros(tokens, columns, **options), compress(torch.zeros(rows, columns, **options)), None, config)
         torch.cuda.synchronize()
     except Exception as problem:
         return f"{type(problem).__name__}: {str(problem)[:100]}"

@@ -45,7 +45,7 @@ class CausalLM(PrunableModule):
         learning_rate: Of AdamW, for ordinary training.
         max_new_tokens: Length of the continuations that `predict` writes.
         sparse24: Compress the linears of the blocks that are 2:4 once they are loaded (`Linear24`): 9/16 of their memory at 16
-            bit, and on a GPU `predict` reads no more than that for up to 16 windows in a batch. For validate, test, predict.
+            bit, and then on a GPU `predict` reads no more than that for up to 16 windows in a batch. For validate, test, predict.
         static_cache: `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a step, once
             for a batch size, and the time of a token is no longer that of launching its kernels.
     """
@@ -114,7 +114,7 @@ class CausalLM(PrunableModule):
         if not replaced:
             raise ValueError(
                 f"Argument `sparse24` = True, but none of the {total} linears in the blocks of {self.model_name_or_path!r} is "
-                "2:4 with a multiple of 8 inputs. Give a model that was pruned with `pattern` = 2:4, or leave `sparse24` out."
+                "2:4 with a multiple of 4 inputs. Give a model that was pruned with `pattern` = 2:4, or leave `sparse24` out."
             )
         rank_zero_info(
             f"{replaced} of {total} linears are 2:4 and were compressed: {before / 2**20:.1f} -> {after / 2**20:.1f} MiB."

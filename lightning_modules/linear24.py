@@ -3,30 +3,28 @@
 import torch
 from torch import Tensor, nn
 
-from functional.sparse24 import MOST_TOKENS, compress, decode, decompress, expand, groups_over_two, prefill
-from functional.sparse24.compress import INPUTS_OF_A_BYTE
+from functional.sparse24 import GROUP, MOST_TOKENS, Compressed, compress, decode, decompress, expand, groups_over_two, prefill
 from functional.sparse24.decode import DTYPES
 
 
 class Linear24(nn.Module):
     """``nn.Linear`` with a compressed 2:4 weight: 9/16 of its bytes at 16 bit, 17/32 at 32 bit.
 
-    Up to 16 tokens on a GPU are multiplied from the compressed form (times: results/README.md). More tokens, all on a CPU, and
-    those of another dtype than the weight's, as autocast makes them, are multiplied by the dense weight, made for the call and
-    given back: no faster than dense. After `prepare_prefill`, more tokens inside a CUDA graph or torch.compile go through the
-    sparse tensor cores; that form takes another 9/16.
+    Up to 16 tokens on a GPU are multiplied from the compressed form, by a weight of 16 bit (times: results/README.md). More
+    tokens, all on a CPU or of a weight of 32 bit, and those of another dtype than the weight's, as autocast makes them, are
+    multiplied by the dense weight, made for the call and given back: no faster than dense. After `prepare_prefill`, more tokens
+    inside a CUDA graph or torch.compile go through the sparse tensor cores; that form takes another 9/16.
 
     Args:
-        values: (2, O, I / 4), of `functional.sparse24.compress`.
-        indices: (O, I / 8), uint8.
+        weight: (O, I), of `functional.sparse24.compress`.
         bias: (O,), or None.
     """
 
-    def __init__(self, values: Tensor, indices: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Compressed, bias: Tensor | None) -> None:
         super().__init__()
-        self.out_features, self.in_features = len(indices), INPUTS_OF_A_BYTE * indices.shape[1]
-        self.register_buffer("values", values)
-        self.register_buffer("indices", indices)
+        self.out_features, self.in_features = weight.rows, weight.columns
+        self.register_buffer("values", weight.values)
+        self.register_buffer("indices", weight.indices)
         self.register_buffer("bias", bias)
         self.register_buffer("packed", None, persistent=False)
         self.algorithm = [0, 1, -1]
@@ -36,9 +34,14 @@ class Linear24(nn.Module):
         """Compress the weight of a linear where it is.
 
         Raises:
-            ValueError: If it is not 2:4, or its inputs are no multiple of 8.
+            ValueError: If it is not 2:4, or its inputs are no multiple of 4.
         """
-        return cls(*compress(linear.weight.detach()), None if linear.bias is None else linear.bias.detach())
+        return cls(compress(linear.weight.detach()), None if linear.bias is None else linear.bias.detach())
+
+    @property
+    def compressed(self) -> Compressed:
+        """The weight as it is stored."""
+        return Compressed(self.values, self.indices, self.out_features, self.in_features)
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +50,7 @@ class Linear24(nn.Module):
 
     def dense(self) -> Tensor:
         """The weight, (O, I)."""
-        return expand(self.values, self.indices) if self.values.is_cuda else decompress(self.values, self.indices)
+        return (expand if self.values.is_cuda and self.values.dtype in DTYPES else decompress)(*self.compressed)
 
     def prepare_prefill(self, tokens: int) -> "Linear24":
         """Keep the form of the sparse tensor cores as well, with the algorithm that is fastest for a number of tokens.
@@ -66,7 +69,7 @@ class Linear24(nn.Module):
         flat = x.reshape(-1, self.in_features)
         as_stored = x.dtype == self.values.dtype and x.dtype in DTYPES
         if x.is_cuda and as_stored and flat.shape[0] <= MOST_TOKENS:
-            y = decode(flat, self.values, self.indices, self.bias)
+            y = decode(flat, self.compressed, self.bias)
         elif as_stored and self.packed is not None and in_graph():
             y = prefill.multiply(flat, self.packed, self.out_features, self.algorithm)
             y = y if self.bias is None else y + self.bias
@@ -88,15 +91,15 @@ def try_kernels(device: torch.device) -> None:
     """See that the kernels run on a GPU, before a model relies on them.
 
     Raises:
-        ValueError: If they do not: Triton or a C compiler is missing, or the GPU is too old.
+        ValueError: If they do not: Triton or a C compiler is missing, or the GPU has no sparse tensor cores.
     """
-    weight = torch.zeros(1, INPUTS_OF_A_BYTE, device=device)
+    weight = torch.zeros(1, GROUP, device=device, dtype=torch.bfloat16)
     try:
-        decode(weight, *compress(weight))
+        decode(weight, compress(weight))
     except Exception as error:  # of Triton's many classes
         raise ValueError(
-            f"Argument `sparse24` = True needs Triton and a C compiler for a GPU, but its kernels do not run here ({error}). "
-            "Install them, or leave `sparse24` out."
+            f"Argument `sparse24` = True needs Triton, a C compiler and, for a GPU, compute capability 8.0 or more, but its "
+            f"kernels do not run here ({error}). Install them, or leave `sparse24` out."
         ) from error
 
 
@@ -118,7 +121,7 @@ def compress_linears(blocks: list[nn.Module], device: torch.device | None = None
             total, size = total + 1, sum(parameter.nbytes for parameter in linear.parameters())
             before, after = before + size, after + size
             linear.to(device or linear.weight.device)
-            if linear.in_features % INPUTS_OF_A_BYTE or groups_over_two(linear.weight.detach()):
+            if linear.in_features % GROUP or groups_over_two(linear.weight.detach()):
                 continue
             compressed = Linear24.from_linear(linear)
             parent, _, name = path.rpartition(".")

@@ -1,15 +1,17 @@
 """Linears that are 2:4 (at most two of every four consecutive weights of a row are not zero), stored and multiplied as such.
 
 `compress` keeps the two values of each group and where they stand, 9/16 of the bytes at 16 bit. `decode` multiplies it with a
-few tokens, where a GPU waits for the weights; `prefill` with many, on the GPU's sparse tensor cores.
+few tokens, where a GPU waits for the weights; `prefill` with many, by cuSPARSELt.
 """
 
 from functional.sparse24 import prefill
-from functional.sparse24.compress import compress, decompress, groups_over_two
+from functional.sparse24.compress import GROUP, Compressed, compress, decompress, groups_over_two
 from functional.sparse24.decode import MOST_TOKENS, Config, decode, default_config, expand
 
 __all__ = [
+    "GROUP",
     "MOST_TOKENS",
+    "Compressed",
     "Config",
     "compress",
     "decode",

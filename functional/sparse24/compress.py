@@ -1,67 +1,101 @@
 """The compressed form of a 2:4 matrix, to and fro, exactly; plain torch on any device.
 
-Letters: O rows (outputs), I columns (inputs), g one of the I / 4 groups of a row. Group g keeps two values, V0[g] at position
-i0 and V1[g] at position i1 of its four, 0 <= i0 < i1 <= 3; where fewer are not zero, zeros stand in. Both positions make a
-nibble i0 | i1 << 2. Byte j of a row has the nibble of group j in its low half and that of group j + I / 8 in its high half, so
-that whoever reads consecutive bytes needs consecutive values.
+Group n of a row, four consecutive inputs, keeps two values, at positions i0 < i1 of its four; where fewer are not zero, zeros
+stand in. Both positions make a nibble i0 | i1 << 2.
+
+Values and nibbles lie as the sparse tensor cores of a GPU take them (PTX, mma.sp.m16n8k32): in tiles of 16 rows and strips of
+64 inputs, filled up with zeros. Letters: T tiles, P strips of a tile. A strip is two steps s of 32 inputs; rows are 8 h + g,
+the eight groups of a step 4 u + 2 k + v. Lane 4 g + 2 v + u of a warp keeps in register 2 k + h of step s the two values of that
+row and group. Lane 4 g + 2 s + k keeps nibbles of rows g and g + 8: that of h, v and u at bit 16 h + 4 (2 v + u).
+
+A lane's registers of a step are consecutive, 16 bytes. The order of groups in a step is free, since a sum is over all of them;
+this one lets lanes read 16 consecutive bytes of the inputs as well, and exchange half of them with one neighbour (kernels.py).
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 GROUP = 4
-INPUTS_OF_A_BYTE = 8
+TILE = 16
+STRIP = 64
+
+
+class Compressed(NamedTuple):
+    """A 2:4 matrix (O, I) of T = ceil(O / 16) tiles of P = ceil(I / 64) strips.
+
+    Attributes:
+        values: (T, P, 2, 32, 4, 2) steps, lanes, registers, values of a group; of the matrix's dtype.
+        indices: (T, P, 32), int32.
+        rows: O.
+        columns: I.
+    """
+
+    values: Tensor
+    indices: Tensor
+    rows: int
+    columns: int
 
 
 def groups_over_two(weight: Tensor) -> int:
     """How many groups of four consecutive weights of a row, (O, I), have more than two that are not zero.
 
     Raises:
-        ValueError: If `weight` is no floating-point matrix, or I is no multiple of 8.
+        ValueError: If `weight` is no floating-point matrix, or I is no multiple of 4.
     """
     _check(weight)
     return int((_groups(weight).sum(-1) > 2).sum())
 
 
-def compress(weight: Tensor) -> tuple[Tensor, Tensor]:
+def compress(weight: Tensor) -> Compressed:
     """Values and positions of a 2:4 matrix.
 
     Args:
-        weight: (O, I), floating point, I a multiple of 8.
+        weight: (O, I), floating point, I a multiple of 4.
 
     Returns:
-        Values V0 and V1, (2, O, I / 4), of the weight's dtype, and positions, (O, I / 8), uint8: 9/16 of the weight's bytes at
-        16 bit, 17/32 at 32 bit.
+        9/16 of the weight's bytes at 16 bit, 17/32 at 32 bit, if 16 divides O and 64 divides I.
 
     Raises:
-        ValueError: If `weight` is no floating-point matrix, I is no multiple of 8, or a group has more than two weights that
+        ValueError: If `weight` is no floating-point matrix, I is no multiple of 4, or a group has more than two weights that
             are not zero.
     """
-    _check(weight)
-    there = _groups(weight)
-    over = int((there.sum(-1) > 2).sum())
+    over = groups_over_two(weight)
     if over:
         raise ValueError(
             f"Argument `weight` expected at most two weights that are not zero in every four consecutive ones of a row, but "
-            f'{over} of {there[..., 0].numel()} groups have more. Prune with pattern "2:4" first.'
+            f'{over} of {weight.numel() // GROUP} groups have more. Prune with pattern "2:4" first.'
         )
-    a, b, c, d = there.unbind(-1)
+    rows, columns = weight.shape
+    filled = pad(weight, (0, -columns % STRIP, 0, -rows % TILE))
+    a, b, c, d = _groups(filled).unbind(-1)
     first = torch.where(a, 0, torch.where(b, 1, 2))
     last = torch.where(d, 3, torch.where(c, 2, 1))
     first = torch.minimum(first, last - 1)  # of none, or one in the middle: a zero on its left stands in
-    groups = weight.unflatten(1, (-1, GROUP))
-    values = torch.stack([groups.gather(2, index[..., None])[..., 0] for index in (first, last)])
-    nibbles = (first | last << 2).to(torch.uint8)
-    half = nibbles.shape[1] // 2
-    return values, nibbles[:, :half] | nibbles[:, half:] << 4
+    kept = filled.unflatten(1, (-1, GROUP)).gather(2, torch.stack([first, last], -1))
+    values = _tiles(kept).permute(0, 3, 4, 2, 7, 5, 6, 1, 8).reshape(len(filled) // TILE, -1, 2, 32, 4, 2)
+    nibbles = _tiles((first | last << 2).to(torch.uint8)).permute(0, 3, 2, 4, 6, 1, 7, 5).reshape(*values.shape[:2], 32, 4, 2)
+    indices = (nibbles[..., 0] | nibbles[..., 1] << 4).view(torch.int32)[..., 0]
+    return Compressed(values, indices, rows, columns)
 
 
-def decompress(values: Tensor, indices: Tensor) -> Tensor:
+def decompress(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
     """The matrix, (O, I), of what `compress` returned; equal to it bit for bit, but for the sign of zeros."""
-    nibbles = torch.cat([indices & 15, indices >> 4], 1)
+    tiles, strips = indices.shape[:2]
+    kept = values.view(tiles, strips, 2, 8, 2, 2, 2, 2, 2).permute(0, 7, 3, 1, 2, 5, 6, 4, 8).reshape(TILE * tiles, -1, 2)
+    octets = indices[..., None].view(torch.uint8)
+    nibbles = torch.stack([octets & 15, octets >> 4], -1).view(tiles, strips, 8, 2, 2, 2, 2, 2)
+    nibbles = nibbles.permute(0, 5, 2, 1, 3, 7, 4, 6).reshape(TILE * tiles, -1)
     groups = values.new_zeros(*nibbles.shape, GROUP)
-    positions = torch.stack([nibbles & 3, nibbles >> 2], -1).long()
-    return groups.scatter_(2, positions, values.movedim(0, -1)).flatten(1)
+    groups.scatter_(2, torch.stack([nibbles & 3, nibbles >> 2], -1).long(), kept)
+    return groups.flatten(1)[:rows, :columns].contiguous()
+
+
+def _tiles(groups: Tensor) -> Tensor:
+    """(16 T, 16 P, ...) by row and group -> (T, h, g, P, s, u, k, v, ...)."""
+    return groups.unflatten(1, (-1, 2, 2, 2, 2)).unflatten(0, (-1, 2, 8))
 
 
 def _groups(weight: Tensor) -> Tensor:
@@ -75,8 +109,7 @@ def _check(weight: Tensor) -> None:
             f"Argument `weight` expected to be a floating-point matrix (outputs, inputs) but got {weight.dtype} of shape "
             f"{tuple(weight.shape)}."
         )
-    if weight.shape[1] % INPUTS_OF_A_BYTE:
+    if weight.shape[1] % GROUP:
         raise ValueError(
-            f"Argument `weight` expected a multiple of {INPUTS_OF_A_BYTE} inputs, two groups a byte, but got "
-            f"{weight.shape[1]}. Leave this linear dense."
+            f"Argument `weight` expected a multiple of {GROUP} inputs but got {weight.shape[1]}. Leave this linear dense."
         )

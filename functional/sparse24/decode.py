@@ -1,7 +1,7 @@
 """Compressed 2:4 weights times a few tokens, and back to dense, by the kernels: operators of torch.
 
-As operators they can be captured by CUDA graphs and pass through torch.compile. On a CPU they need ``TRITON_INTERPRET=1``,
-which is for tests; `decompress` is the way there.
+As operators they can be captured by CUDA graphs and pass through torch.compile. They need a GPU with sparse tensor cores, of
+compute capability 8.0 on; on a CPU they need ``TRITON_INTERPRET=1``, which is for tests, and `decompress` is the way there.
 """
 
 from collections.abc import Sequence
@@ -9,56 +9,58 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from functional.sparse24.compress import STRIP, TILE, Compressed
 
 MOST_TOKENS = 16
-"""Rows of the smallest tile of the tensor cores; with more tokens the weights are no longer what a GPU waits for."""
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SMALLEST_PRODUCT = 16
-"""Least inputs of one step of the tensor cores in Triton."""
-EXPANDED = (16, 64)
-"""Rows and bytes of a program of `expand`."""
-SUMMED = 256
+"""With more the weights are no longer what a GPU waits for."""
+DTYPES = (torch.bfloat16, torch.float16)
+OF_A_PRODUCT = 8
+"""Tokens that the sparse tensor cores take at a time."""
+BYTES_OF_A_LOAD = 16
+WARPS_TO_EXPAND = 8
 
 
 class Config(NamedTuple):
     """How `decode` shares out its work.
 
     Attributes:
-        tensor_cores: Dense tiles on the tensor cores, for any number of tokens; 0 without, for one token.
-        rows: Outputs of a program.
-        bytes: Index bytes of a row that a program takes at a time, eight inputs each.
-        splits: Programs that share the inputs of a row; if there are several, one more launch adds their sums.
-        warps: Of a program.
-        stages: Tiles on their way from memory at a time.
+        tiles: Of a program, 16 outputs each; 1 or 2.
+        warps: Of a program; they share the inputs.
+        stages: Strips on their way from memory to shared memory at a time; 1 for straight into registers.
+        unroll: Strips on their way into the registers of a warp at a time, if stages is 1.
     """
 
-    tensor_cores: int
-    rows: int
-    bytes: int
-    splits: int
+    tiles: int
     warps: int
     stages: int
+    unroll: int
 
 
-def default_config(tokens: int, rows: int, width: int, itemsize: int = 2) -> Config:
-    """For a number of tokens, of outputs, and of bytes of a row, I / 8: the fastest for LLaMA-2-7B's linears on an H100.
-
-    Tiles of float32, twice the bytes, are half as wide: the shared memory of smaller GPUs has to hold them.
-    """
-    if tokens == 1:
-        return Config(0, rows=4, bytes=128, splits=1, warps=4, stages=4)
-    # Two programs for each multiprocessor of a large GPU: fewer leave some of its memory's bandwidth unused.
-    splits = min(-(-256 * 32 // rows), max(1, width // 64))
-    return Config(1, rows=32, bytes=128 // max(itemsize, 2), splits=splits, warps=2, stages=3)
+FASTEST = {
+    (1, "few rows"): Config(1, 8, 1, 4), (1, "long rows"): Config(1, 8, 1, 4), (1, "many rows"): Config(1, 4, 1, 4),
+    (8, "few rows"): Config(1, 8, 1, 4), (8, "long rows"): Config(1, 8, 1, 4), (8, "many rows"): Config(1, 4, 1, 4),
+    (16, "few rows"): Config(2, 4, 6, 1), (16, "long rows"): Config(2, 4, 6, 1), (16, "many rows"): Config(2, 2, 4, 1),
+}  # fmt: skip
+"""By most tokens and shape, for LLaMA-2-7B's linears (q, down, gate) on an H100: `python -m benchmarks.sparse24 --part tune`."""
+MANY = 8192
 
 
-def decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
+def default_config(tokens: int, rows: int, columns: int) -> Config:
+    """For a number of tokens and (O, I): the entry of `FASTEST` for the shape that is nearest."""
+    most = next(most for most in (1, OF_A_PRODUCT, MOST_TOKENS) if tokens <= most)
+    chosen = FASTEST[most, "many rows" if rows > MANY else "long rows" if columns > MANY else "few rows"]
+    strips = -(-columns // STRIP)
+    return chosen._replace(warps=min(chosen.warps, 1 << strips.bit_length() - 1))
+
+
+def decode(x: Tensor, weight: Compressed, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
     """x Wᵀ + bias, summed in float32, the same at every call.
 
     Args:
-        x: (tokens, I), at most 16 tokens, bfloat16, float16 or float32.
-        values: (2, O, I / 4), of x's dtype, as `compress` makes them.
-        indices: (O, I / 8), uint8.
+        x: (tokens, I), at most 16 tokens, bfloat16 or float16.
+        weight: (O, I), of x's dtype, from `compress`.
         bias: (O,), of x's dtype.
         config: Chosen by the shape when None.
 
@@ -68,8 +70,9 @@ def decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = Non
     Raises:
         ValueError: If shapes or dtypes do not go together, or there are too many tokens.
     """
-    if x.ndim != 2 or x.shape[1] != 8 * indices.shape[1]:
-        raise ValueError(f"Argument `x` expected to be (tokens, {8 * indices.shape[1]}) but got {tuple(x.shape)}.")
+    values, indices, rows, columns = weight
+    if x.ndim != 2 or x.shape[1] != columns:
+        raise ValueError(f"Argument `x` expected to be (tokens, {columns}) but got {tuple(x.shape)}.")
     if x.shape[0] > MOST_TOKENS:
         raise ValueError(
             f"Argument `x` expected at most {MOST_TOKENS} tokens but got {x.shape[0]}. Multiply more by the dense weight, "
@@ -77,81 +80,94 @@ def decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None = Non
         )
     if x.dtype not in DTYPES or values.dtype != x.dtype:
         raise ValueError(
-            f"Arguments `x` and `values` expected one dtype of bfloat16, float16, float32 but got {x.dtype} and {values.dtype}."
+            f"Arguments `x` and `weight` expected one dtype of bfloat16, float16 but got {x.dtype} and {values.dtype}. "
+            "Multiply others by the dense weight, which `decompress` makes."
         )
-    rows, width = indices.shape
-    if indices.dtype != torch.uint8 or values.shape != (2, rows, 2 * width) or (bias is not None and bias.shape != (rows,)):
+    _check(weight)
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"Argument `bias` expected ({rows},) but got {tuple(bias.shape)}.")
+    config = config or default_config(x.shape[0], rows, columns)
+    return _decode(x, values.contiguous(), indices.contiguous(), bias, rows, list(config))
+
+
+def expand(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
+    """What `decompress` returns, in one launch, for bfloat16 and float16.
+
+    Raises:
+        ValueError: If shapes or dtypes do not go together.
+    """
+    if values.dtype not in DTYPES:
+        raise ValueError(f"Argument `values` expected bfloat16 or float16 but got {values.dtype}. Use `decompress`.")
+    _check(Compressed(values, indices, rows, columns))
+    return _expand(values.contiguous(), indices.contiguous(), rows, columns)
+
+
+def _check(weight: Compressed) -> None:
+    tiles, strips = -(-weight.rows // TILE), -(-weight.columns // STRIP)
+    if (
+        weight.indices.dtype != torch.int32
+        or weight.indices.shape != (tiles, strips, 32)
+        or weight.values.shape != (tiles, strips, 2, 32, 4, 2)
+    ):
         raise ValueError(
-            f"Arguments `values`, `indices` and `bias` expected (2, {rows}, {2 * width}), uint8 ({rows}, {width}) and "
-            f"({rows},) but got {tuple(values.shape)}, {indices.dtype} {tuple(indices.shape)} and "
-            f"{None if bias is None else tuple(bias.shape)}. Take the first two from `compress`."
+            f"A compressed weight of ({weight.rows}, {weight.columns}) expected values ({tiles}, {strips}, 2, 32, 4, 2) and int32 "
+            f"indices ({tiles}, {strips}, 32) but got {tuple(weight.values.shape)} and {weight.indices.dtype} "
+            f"{tuple(weight.indices.shape)}. Take them from `compress`."
         )
-    config = config or default_config(x.shape[0], rows, width, x.itemsize)
-    if x.shape[0] != 1 and not config.tensor_cores:
-        raise ValueError(f"Argument `config`: tensor_cores = 0 is for one token, but there are {x.shape[0]}.")
-    return _decode(x, values.contiguous(), indices.contiguous(), bias, list(config))
-
-
-def expand(values: Tensor, indices: Tensor) -> Tensor:
-    """What `decompress` returns, in one launch."""
-    return _expand(values.contiguous(), indices.contiguous())
 
 
 @torch.library.custom_op("sparse24::decode", mutates_args=())
-def _decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, config: Sequence[int]) -> Tensor:
+def _decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, rows: int, config: Sequence[int]) -> Tensor:
     import triton
 
     from functional.sparse24 import kernels
 
     chosen = Config(*config)
-    tokens, (rows, width) = len(x), indices.shape
+    tokens, columns = x.shape
     out = x.new_empty(tokens, rows)
     if tokens == 0:
         return out
-    blocks = triton.cdiv(triton.cdiv(width, chosen.bytes), chosen.splits)
-    splits = triton.cdiv(triton.cdiv(width, chosen.bytes), blocks)  # none of them empty
-    partial = splits > 1
-    target = x.new_empty(splits, tokens, rows, dtype=torch.float32) if partial else out
-    has_bias = bias is not None
-    by_two = chosen.tensor_cores and x.itemsize == 2 and width % 2 == 0 and chosen.bytes >= 2 * SMALLEST_PRODUCT
-    if by_two:
-        values, indices = values.view(torch.int32), indices.view(torch.int16)
-    given = (x.contiguous(), *values, indices, bias if has_bias else out, target)
-    options = {"ROWS": chosen.rows, "BYTES": chosen.bytes, "STAGES": chosen.stages, "num_warps": chosen.warps}
-    options |= {"HAS_BIAS": has_bias and not partial, "PARTIAL": partial, "EVEN": width % chosen.bytes == 0}
-    grid = (triton.cdiv(rows, chosen.rows), splits)
+    tiles, strips = indices.shape[:2]
+    words = pad(x, (0, -columns % STRIP)).contiguous()
+    words = words if words.data_ptr() % BYTES_OF_A_LOAD == 0 else words.clone()
+    options = {"HAS_BIAS": bias is not None, "BFLOAT16": x.dtype == torch.bfloat16, "INTERPRETED": not x.is_cuda}
+    options |= {"TOKENS": OF_A_PRODUCT if tokens <= OF_A_PRODUCT else MOST_TOKENS, "TILES": chosen.tiles}
+    options |= {
+        "EVEN": strips % (chosen.warps * chosen.unroll) == 0,
+        "STAGES": chosen.stages,
+        "UNROLL": chosen.unroll,
+        "WARPS": chosen.warps,
+        "num_warps": chosen.warps,
+    }
     with torch.cuda.device_of(x):  # Triton launches on the current one
-        if chosen.tensor_cores:
-            options |= {"TOKENS": MOST_TOKENS, "WIDEN": not x.is_cuda, "BY_TWO": bool(by_two)}
-            kernels.tokens_kernel[grid](*given, tokens, rows, width, blocks, **options)
-        else:
-            kernels.token_kernel[grid](*given, rows, width, blocks, **options)
-        if partial:
-            kernels.sum_kernel[(triton.cdiv(out.numel(), SUMMED),)](
-                target, bias if has_bias else out, out, out.numel(), rows, splits, HAS_BIAS=has_bias, SIZE=SUMMED, num_warps=2
-            )
+        kernels.decode_kernel[(triton.cdiv(tiles, chosen.tiles),)](
+            words.view(torch.int32), values.view(torch.int32), indices, out if bias is None else bias, out,
+            tokens, rows, tiles, strips, **options,
+        )  # fmt: skip
     return out
 
 
 @_decode.register_fake
-def _(x, values, indices, bias, config):
-    return x.new_empty(x.shape[0], indices.shape[0])
+def _(x, values, indices, bias, rows, config):
+    return x.new_empty(x.shape[0], rows)
 
 
 @torch.library.custom_op("sparse24::expand", mutates_args=())
-def _expand(values: Tensor, indices: Tensor) -> Tensor:
+def _expand(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
     import triton
 
     from functional.sparse24 import kernels
 
-    rows, width = indices.shape
-    out = values.new_empty(rows, 8 * width)
-    grid = (triton.cdiv(rows, EXPANDED[0]), triton.cdiv(width, EXPANDED[1]))
+    out = values.new_empty(rows, columns)
+    tiles, strips = indices.shape[:2]
     with torch.cuda.device_of(values):
-        kernels.expand_kernel[grid](*values, indices, out, rows, width, ROWS=EXPANDED[0], BYTES=EXPANDED[1], num_warps=4)
+        kernels.expand_kernel[(tiles, triton.cdiv(strips, WARPS_TO_EXPAND))](
+            values.view(torch.int32), indices, out.view(torch.int16), rows, columns, strips,
+            WARPS=WARPS_TO_EXPAND, num_warps=WARPS_TO_EXPAND,
+        )  # fmt: skip
     return out
 
 
 @_expand.register_fake
-def _(values, indices):
-    return values.new_empty(indices.shape[0], 8 * indices.shape[1])
+def _(values, indices, rows, columns):
+    return values.new_empty(rows, columns)

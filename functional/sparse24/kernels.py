@@ -1,23 +1,15 @@
-"""Triton kernels on compressed 2:4 weights: times one token, times up to sixteen, and back to the dense matrix.
+"""Triton kernels on compressed 2:4 weights: times up to sixteen tokens on the sparse tensor cores, and back to the dense matrix.
 
-All are bound by memory: a program takes a tile of index bytes and the four tiles of values that these belong to, all of them
-consecutive in memory, and puts them together in registers. Run on CPU tensors too under ``TRITON_INTERPRET=1``.
+Both are bound by memory. Weights lie in memory as registers want them (see compress.py), so that nothing is unpacked. All tensors
+of `decode_kernel` have one element for each thread of a program, so that an element is a register: this is how instructions of a
+whole warp, which Triton does not know, can be called at all. What a program reads is on its way STAGES strips ahead, through
+shared memory.
 
-Letters: `rows` O, `width` I / 8 bytes of a row, ROWS and BYTES the tile, EVEN whether BYTES divides `width`. Rows past the last
-are read as the last one, and not written: this needs no mask. Tokens past the last are not read: when they were, as the last,
-four tokens took longer than sixteen.
+Run on CPU tensors too under ``TRITON_INTERPRET=1``; INTERPRETED then puts in plain operations for those few instructions.
 """
 
 import triton
 import triton.language as tl
-
-COUNTS = ["tokens", "blocks_of_split", "splits"]
-"""Not compiled anew where they happen to be 1 or a multiple of 16."""
-
-
-@triton.jit
-def _load(ptr, mask, EVEN: tl.constexpr):
-    return tl.load(ptr) if EVEN else tl.load(ptr, mask=mask, other=0)
 
 
 @triton.jit
@@ -33,188 +25,219 @@ def _places(nibble, first_value, second_value):
 
 
 @triton.jit
-def _places_of_two(nibbles, first_values, second_values):
-    """The same for two groups in the halves of 32 bits, with half of the instructions: each bit of an index becomes a mask."""
-    b0, b1 = (nibbles & 0x10001) * 0xFFFF, (nibbles >> 1 & 0x10001) * 0xFFFF
-    c0, c1 = (nibbles >> 2 & 0x10001) * 0xFFFF, (nibbles >> 3 & 0x10001) * 0xFFFF
-    w0 = first_values & ~(b0 | b1)
-    w1 = (first_values & b0) | (second_values & c0 & ~c1)
-    w2 = (first_values & b1) | (second_values & c1 & ~c0)
-    w3 = second_values & c0 & c1
+def _four_in_order(w0, w1, w2, w3):
+    """Tensors of one shape -> (..., 2, 2), of which the last two make one axis in order."""
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3))
+
+
+@triton.jit
+def _product(sums, a, b, index, STEP: tl.constexpr, BFLOAT16: tl.constexpr):
+    """sums + a (16 rows, 32 inputs, 2:4) times b (32 inputs, 8 tokens), spread over the lanes of each warp."""
+    TYPE: tl.constexpr = "bf16" if BFLOAT16 else "f16"
+    ASM: tl.constexpr = (
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." + TYPE + "." + TYPE + ".f32 "
+        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9,$10,$11}, {$12,$13,$14,$15}, $16, " + ("0x0;" if STEP == 0 else "0x1;")
+    )
+    return tl.inline_asm_elementwise(
+        ASM, "=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r",
+        [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], sums[0], sums[1], sums[2], sums[3], index],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _two_numbers(words, BFLOAT16: tl.constexpr):
+    """The lower and the upper half of 32 bits, as float32."""
+    if BFLOAT16:
+        return (words << 16).to(tl.float32, bitcast=True), (words >> 16 << 16).to(tl.float32, bitcast=True)
+    low, high = words.to(tl.int16).to(tl.float16, bitcast=True), (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def _dense_rows(a, index, HALF: tl.constexpr, STEP: tl.constexpr, BFLOAT16: tl.constexpr, WARPS: tl.constexpr):
+    """Rows g (HALF 0) or g + 8 (HALF 1) of `a` with their zeros: (WARPS, 8, 32)."""
+    member = tl.arange(0, 4)[None, None, :]
+    index = tl.reshape(index, (WARPS, 8, 4))
+    nibbles0 = tl.sum(tl.where(member == 2 * STEP, index, 0), 2)[:, :, None] >> (16 * HALF + 4 * member) & 15
+    nibbles1 = tl.sum(tl.where(member == 2 * STEP + 1, index, 0), 2)[:, :, None] >> (16 * HALF + 4 * member) & 15
+    first0, second0 = _two_numbers(tl.reshape(a[HALF], (WARPS, 8, 4)), BFLOAT16)
+    first1, second1 = _two_numbers(tl.reshape(a[2 + HALF], (WARPS, 8, 4)), BFLOAT16)
+    w0, w1, w2, w3 = _places(nibbles0, first0, second0)
+    left = tl.reshape(_four_in_order(w0, w1, w2, w3), (WARPS, 8, 16))
+    w0, w1, w2, w3 = _places(nibbles1, first1, second1)
+    right = tl.reshape(_four_in_order(w0, w1, w2, w3), (WARPS, 8, 16))
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 1, 3, 2)), (WARPS, 8, 32))
+
+
+@triton.jit
+def _product_by_plain_operations(
+    sums, a, b, index, STEP: tl.constexpr, BFLOAT16: tl.constexpr, WARPS: tl.constexpr
+):  # fmt: skip
+    """What `_product` returns."""
+    low0, high0 = _two_numbers(b[0], BFLOAT16)
+    low1, high1 = _two_numbers(b[1], BFLOAT16)
+    low2, high2 = _two_numbers(b[2], BFLOAT16)
+    low3, high3 = _two_numbers(b[3], BFLOAT16)
+    words = tl.join(_four_in_order(low0, low1, low2, low3), _four_in_order(high0, high1, high2, high3))
+    x = tl.reshape(tl.permute(tl.reshape(words, (WARPS, 8, 4, 4, 2)), (0, 1, 3, 2, 4)), (WARPS, 1, 8, 32))
+    upper = tl.sum(_dense_rows(a, index, 0, STEP, BFLOAT16, WARPS)[:, :, None, :] * x, 3)
+    lower = tl.sum(_dense_rows(a, index, 1, STEP, BFLOAT16, WARPS)[:, :, None, :] * x, 3)
+    y0, y1 = tl.split(tl.reshape(upper, (32 * WARPS, 2)))
+    y2, y3 = tl.split(tl.reshape(lower, (32 * WARPS, 2)))
+    return sums[0] + y0, sums[1] + y1, sums[2] + y2, sums[3] + y3
+
+
+@triton.jit
+def _of_neighbour(words, WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """What the lane whose number differs in the last bit has."""
+    if INTERPRETED:
+        even, odd = tl.split(tl.reshape(words, (16 * WARPS, 2)))
+        return tl.reshape(tl.join(odd, even), (32 * WARPS,))
+    return tl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;", "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _load(ptr, mask, EVEN: tl.constexpr):
+    return tl.load(ptr) if EVEN else tl.load(ptr, mask=mask, other=0)
+
+
+@triton.jit
+def _registers(words, WARPS: tl.constexpr):
+    """(threads, 4), 16 bytes of each thread, one by one."""
+    even, odd = tl.split(tl.reshape(words, (32 * WARPS, 2, 2)))
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
     return w0, w1, w2, w3
 
 
 @triton.jit
-def _add_product(y, x, index, first_values, second_values, TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDEN: tl.constexpr):
-    """y + x times groups that come one by one: x (TOKENS, 4 SIZE), the others (SIZE, rows)."""
-    if WIDEN:
-        first_values, second_values, x = first_values.to(tl.float32), second_values.to(tl.float32), x.to(tl.float32)
-    even, odd = tl.split(tl.reshape(x, (TOKENS, SIZE, 2, 2)))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    w0, w1, w2, w3 = _places(index, first_values, second_values)
-    y = tl.dot(x0, w0, y, input_precision="ieee")
-    y = tl.dot(x1, w1, y, input_precision="ieee")
-    y = tl.dot(x2, w2, y, input_precision="ieee")
-    return tl.dot(x3, w3, y, input_precision="ieee")
+def _inputs(words, odd, WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Lane t of four has groups 2 t and 2 t + 1 of a step's 32 inputs of a token -> the order of groups of compress.py: register
+    i of lanes 2 u and 2 u + 1 has the two halves of group 4 u + i.
+    """
+    w0, w1, w2, w3 = _registers(words, WARPS)
+    other0 = _of_neighbour(tl.where(odd, w0, w1), WARPS, INTERPRETED)
+    other1 = _of_neighbour(tl.where(odd, w2, w3), WARPS, INTERPRETED)
+    return tl.where(odd, other0, w0), tl.where(odd, other1, w2), tl.where(odd, w1, other0), tl.where(odd, w3, other1)
 
 
 @triton.jit
-def _add_product_of_two(
-    y, x, index, first_values, second_values, TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDEN: tl.constexpr
-):
-    """y + x times groups that come by twos: x (TOKENS, 8 SIZE), the others (SIZE, rows)."""
-    even, odd = tl.split(tl.reshape(x, (TOKENS, SIZE, 2, 2, 2)))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    w0, w1, w2, w3 = _places_of_two(index, first_values, second_values)
-    y = _dot_of_two(x0, w0, y, WIDEN)
-    y = _dot_of_two(x1, w1, y, WIDEN)
-    y = _dot_of_two(x2, w2, y, WIDEN)
-    return _dot_of_two(x3, w3, y, WIDEN)
+def _place(turn, warp, strips, EVEN: tl.constexpr, WARPS: tl.constexpr):
+    """The strip that is a warp's turn, and whether there is one; if not, the last."""
+    strip = turn * WARPS + warp
+    return strip if EVEN else tl.minimum(strip, strips - 1), (strip < strips)[:, None]
 
 
 @triton.jit
-def _dot_of_two(x, both, y, WIDEN: tl.constexpr):
-    """The lower 16 bits of `both` belong to the groups of even, the upper ones to those of odd number."""
-    x_low, x_high = tl.split(x)
-    low, high = both.to(tl.int16).to(x.dtype, bitcast=True), (both >> 16).to(tl.int16).to(x.dtype, bitcast=True)
-    if WIDEN:
-        x_low, x_high, low, high = x_low.to(tl.float32), x_high.to(tl.float32), low.to(tl.float32), high.to(tl.float32)
-    y = tl.dot(x_low, low, y)
-    return tl.dot(x_high, high, y)
+def _tile(values_at, indices_at, at, mask, EVEN: tl.constexpr, WARPS: tl.constexpr):
+    """Registers of both steps of a strip of a tile, and nibbles; zeros where there is no strip."""
+    a0 = _registers(_load(values_at + at[:, None] * 256, mask, EVEN), WARPS)
+    a1 = _registers(_load(values_at + at[:, None] * 256 + 128, mask, EVEN), WARPS)
+    return a0, a1, tl.load(indices_at + at * 32)
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def token_kernel(
-    x_ptr, first_ptr, second_ptr, indices_ptr, bias_ptr, out_ptr, rows, width, blocks_of_split,
-    HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, BYTES: tl.constexpr, STAGES: tl.constexpr,
+@triton.jit
+def _two_products(
+    sums, weights, b0, b1, BFLOAT16: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """One token: the two inputs that a group's values want are chosen, no tensor core is needed."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    split = tl.program_id(1)
-    read = tl.minimum(row, rows - 1).to(tl.int64)[:, None]
-    column, four = tl.arange(0, BYTES), tl.arange(0, 4 * BYTES)
-    index_at = indices_ptr + read * width
-    first_at, second_at = first_ptr + read * (2 * width), second_ptr + read * (2 * width)
-    total = tl.zeros((ROWS, BYTES), tl.float32)
-    begin = split * blocks_of_split
-    end = tl.minimum(begin + blocks_of_split, tl.cdiv(width, BYTES))
-    for block in tl.range(begin, end, num_stages=STAGES):
-        at = block * BYTES + column
-        inside = (at < width)[None, :]
-        at = at[None, :]
-        byte = _load(index_at + at, inside, EVEN).to(tl.int32)
-        fours = 4 * block * BYTES + four
-        for half in tl.static_range(2):
-            first_value = _load(first_at + half * width + at, inside, EVEN).to(tl.float32)
-            second_value = _load(second_at + half * width + at, inside, EVEN).to(tl.float32)
-            x = _load(x_ptr + 4 * half * width + fours, fours < 4 * width, EVEN).to(tl.float32)
-            even, odd = tl.split(tl.reshape(x, (BYTES, 2, 2)))
-            x0, x2 = tl.split(even)
-            x1, x3 = tl.split(odd)
-            # Single bits tell: the first index is 0, 1 or 2, the second 1, 2 or 3.
-            b0, b1 = byte & (1 << 4 * half) != 0, byte & (2 << 4 * half) != 0
-            c0, c1 = byte & (4 << 4 * half) != 0, byte & (8 << 4 * half) != 0
-            total += first_value * tl.where(b1, x2[None, :], tl.where(b0, x1[None, :], x0[None, :]))
-            total += second_value * tl.where(c0, tl.where(c1, x3[None, :], x1[None, :]), x2[None, :])
-    y = tl.sum(total, 1)
+    """Both steps of a strip."""
+    a0, a1, index = weights
+    if INTERPRETED:
+        sums = _product_by_plain_operations(sums, a0, b0, index, 0, BFLOAT16, WARPS)
+        return _product_by_plain_operations(sums, a1, b1, index, 1, BFLOAT16, WARPS)
+    sums = _product(sums, a0, b0, index, 0, BFLOAT16)
+    return _product(sums, a1, b1, index, 1, BFLOAT16)
+
+
+@triton.jit
+def _store(
+    sums, bias_ptr, out_ptr, tile, first_token, tokens, rows, HAS_BIAS: tl.constexpr, WARPS: tl.constexpr
+):  # fmt: skip
+    """Add what the warps have found, always in the same order, and round."""
+    y = tl.sum(tl.reshape(_four_in_order(sums[0], sums[1], sums[2], sums[3]), (WARPS, 32, 4)), 0)
+    lane, register = tl.arange(0, 32)[:, None], tl.arange(0, 4)[None, :]
+    row = 16 * tile + lane // 4 + 8 * (register // 2)
+    token = first_token + 2 * (lane % 4) + register % 2
     if HAS_BIAS:
         y += tl.load(bias_ptr + row, mask=row < rows, other=0).to(tl.float32)
-    out_at = out_ptr + row
-    if PARTIAL:
-        out_at += split * rows
-    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=row < rows)
+    tl.store(out_ptr + token * rows + row, y.to(out_ptr.dtype.element_ty), mask=(token < tokens) & (row < rows))
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def tokens_kernel(
-    x_ptr, first_ptr, second_ptr, indices_ptr, bias_ptr, out_ptr, tokens, rows, width, blocks_of_split,
-    HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, EVEN: tl.constexpr, BY_TWO: tl.constexpr,
-    ROWS: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens"])
+def decode_kernel(
+    x_ptr, values_ptr, indices_ptr, bias_ptr, out_ptr, tokens, rows, tiles, strips,
+    HAS_BIAS: tl.constexpr, BFLOAT16: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
+    WARPS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Up to TOKENS tokens: the weights of each position of the groups make a dense tile for the tensor cores.
+    """TILES tiles, 1 or 2, times up to TOKENS tokens, 8 or 16; warps take turns with the strips, and their sums are added.
 
-    With BY_TWO, for 16 bits and an even `width`, values come as int32, those of two groups each, and index bytes as int16.
-    WIDEN is for Triton's interpreter, whose product takes the bits of bfloat16 for integers.
+    `x`, (tokens, 64 strips), and values come as int32, two numbers each. EVEN: WARPS x UNROLL divides the strips.
     """
-    STEP: tl.constexpr = 2 if BY_TWO else 1
-    SIZE: tl.constexpr = BYTES // STEP
-    length = width // STEP
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    split = tl.program_id(1)
-    token = tl.arange(0, TOKENS)
-    read = tl.minimum(row, rows - 1).to(tl.int64)[None, :]
-    column, four = tl.arange(0, SIZE), tl.arange(0, 4 * BYTES)
-    x_at = x_ptr + token[:, None] * (8 * width)
-    there = (token < tokens)[:, None]
-    # Tiles lie as (SIZE, ROWS), as the product wants them; bytes of a row are still consecutive in memory.
-    index_at = indices_ptr + read * length
-    first_at, second_at = first_ptr + read * (2 * length), second_ptr + read * (2 * length)
-    y = tl.zeros((TOKENS, ROWS), tl.float32)
-    begin = split * blocks_of_split
-    end = tl.minimum(begin + blocks_of_split, tl.cdiv(width, BYTES))
-    for block in tl.range(begin, end, num_stages=STAGES):
-        at = block * SIZE + column
-        inside = (at < length)[:, None]
-        at = at[:, None]
-        index = _load(index_at + at, inside, EVEN).to(tl.int32)
-        if BY_TWO:
-            index = index & 0xFFFF
-            index = index | index << 8  # the first byte in the lower half, the second in the upper
-        fours = 4 * block * BYTES + four
-        for half in tl.static_range(2):
-            first_values = _load(first_at + half * length + at, inside, EVEN)
-            second_values = _load(second_at + half * length + at, inside, EVEN)
-            known = there if EVEN else there & (fours < 4 * width)[None, :]
-            x = tl.load(x_at + (4 * half * width + fours)[None, :], mask=known, other=0)
-            if BY_TWO:
-                y = _add_product_of_two(y, x, index >> 4 * half, first_values, second_values, TOKENS, SIZE, WIDEN)
-            else:
-                y = _add_product(y, x, (index >> 4 * half) & 15, first_values, second_values, TOKENS, SIZE, WIDEN)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + row, mask=row < rows, other=0).to(tl.float32)[None, :]
-    out_at = out_ptr + token[:, None] * rows + row[None, :]
-    if PARTIAL:
-        out_at += split * tokens * rows
-    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=there & (row < rows)[None, :])
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def sum_kernel(
-    partial_ptr, bias_ptr, out_ptr, numel, rows, splits,
-    HAS_BIAS: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    """Sum over the splits, always in the same order; bias; rounding."""
-    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    y = tl.zeros((SIZE,), tl.float32)
-    for split in range(splits):
-        y += tl.load(partial_ptr + split * numel + at, mask=at < numel, other=0.0)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + at % rows, mask=at < numel, other=0).to(tl.float32)
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=at < numel)
+    place, four = tl.arange(0, 32 * WARPS), tl.arange(0, 4)[None, :]
+    warp, lane = place // 32, place % 32
+    token, odd = lane // 4, lane % 2 == 1
+    tile = tl.program_id(0) * TILES
+    next_tile = tl.minimum(tile + 1, tiles - 1)  # past the last it is not written
+    values_at = values_ptr + (4 * lane)[:, None] + four
+    # Of tokens past the last, the last is read again, which costs nothing: it is the same line.
+    x_at = x_ptr + (tl.minimum(token, tokens - 1) * (32 * strips) + 4 * (lane % 4))[:, None] + four
+    next_x_at = x_ptr + (tl.minimum(token + 8, tokens - 1) * (32 * strips) + 4 * (lane % 4))[:, None] + four
+    zero = tl.zeros((32 * WARPS,), tl.float32)
+    sums00, sums01 = (zero, zero, zero, zero), (zero, zero, zero, zero)
+    sums10, sums11 = (zero, zero, zero, zero), (zero, zero, zero, zero)
+    for block in tl.range(0, tl.cdiv(strips, WARPS * UNROLL), num_stages=STAGES):
+        first, second = (), ()
+        for ahead in tl.static_range(UNROLL):
+            strip, mask = _place(block * UNROLL + ahead, warp, strips, EVEN, WARPS)
+            first += (_tile(values_at, indices_ptr + lane, tile * strips + strip, mask, EVEN, WARPS),)
+            if TILES == 2:
+                second += (_tile(values_at, indices_ptr + lane, next_tile * strips + strip, mask, EVEN, WARPS),)
+        if UNROLL > 1:
+            tl.debug_barrier()  # or the compiler puts off what is not needed at once, and memory waits for it
+        for ahead in tl.static_range(UNROLL):
+            strip, mask = _place(block * UNROLL + ahead, warp, strips, EVEN, WARPS)
+            word = 32 * strip[:, None]
+            b0 = _inputs(tl.load(x_at + word), odd, WARPS, INTERPRETED)
+            b1 = _inputs(tl.load(x_at + word + 16), odd, WARPS, INTERPRETED)
+            sums00 = _two_products(sums00, first[ahead], b0, b1, BFLOAT16, WARPS, INTERPRETED)
+            if TILES == 2:
+                sums10 = _two_products(sums10, second[ahead], b0, b1, BFLOAT16, WARPS, INTERPRETED)
+            if TOKENS == 16:
+                b0 = _inputs(tl.load(next_x_at + word), odd, WARPS, INTERPRETED)
+                b1 = _inputs(tl.load(next_x_at + word + 16), odd, WARPS, INTERPRETED)
+                sums01 = _two_products(sums01, first[ahead], b0, b1, BFLOAT16, WARPS, INTERPRETED)
+                if TILES == 2:
+                    sums11 = _two_products(sums11, second[ahead], b0, b1, BFLOAT16, WARPS, INTERPRETED)
+    _store(sums00, bias_ptr, out_ptr, tile, 0, tokens, rows, HAS_BIAS, WARPS)
+    if TOKENS == 16:
+        _store(sums01, bias_ptr, out_ptr, tile, 8, tokens, rows, HAS_BIAS, WARPS)
+    if TILES == 2:
+        _store(sums10, bias_ptr, out_ptr, tile + 1, 0, tokens, rows, HAS_BIAS, WARPS)
+        if TOKENS == 16:
+            _store(sums11, bias_ptr, out_ptr, tile + 1, 8, tokens, rows, HAS_BIAS, WARPS)
 
 
 @triton.jit
-def expand_kernel(
-    first_ptr, second_ptr, indices_ptr, out_ptr, rows, width,
-    ROWS: tl.constexpr, BYTES: tl.constexpr,
-):  # fmt: skip
-    """The dense matrix, (O, I)."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    block = tl.program_id(1)
-    column, four = tl.arange(0, BYTES), tl.arange(0, 4 * BYTES)
-    read = tl.minimum(row, rows - 1).to(tl.int64)
-    at = (block * BYTES + column)[None, :]
-    inside = at < width
-    byte = tl.load(indices_ptr + read * width + at, mask=inside, other=0).to(tl.int32)
-    first_at, second_at = first_ptr + read * (2 * width) + at, second_ptr + read * (2 * width) + at
-    fours = (4 * block * BYTES + four)[None, :]
-    out_at = out_ptr + read * (8 * width) + fours
-    for half in tl.static_range(2):
-        first_value = tl.load(first_at + half * width, mask=inside, other=0)
-        second_value = tl.load(second_at + half * width, mask=inside, other=0)
-        w0, w1, w2, w3 = _places((byte >> 4 * half) & 15, first_value, second_value)
-        dense = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, 4 * BYTES))
-        tl.store(out_at + 4 * half * width, dense, mask=(fours < 4 * width) & (row < rows))
+def expand_kernel(values_ptr, indices_ptr, out_ptr, rows, columns, strips, WARPS: tl.constexpr):  # fmt: skip
+    """The dense matrix, (O, I), of 16-bit numbers as int16; a strip of a tile for each warp."""
+    place = tl.arange(0, 32 * WARPS)
+    lane, tile = place % 32, tl.program_id(0)
+    strip = tl.program_id(1) * WARPS + place // 32
+    inside = strip < strips
+    base = tile * strips + strip
+    for step in tl.static_range(2):
+        for half in tl.static_range(2):
+            index = tl.load(indices_ptr + 32 * base + (lane // 4 * 4 + 2 * step + half), mask=inside, other=0)
+            for lower in tl.static_range(2):
+                both = tl.load(values_ptr + 256 * base + 128 * step + 4 * lane + (2 * half + lower), mask=inside, other=0)
+                nibble = index >> (16 * lower + 4 * (lane % 4)) & 15
+                w0, w1, w2, w3 = _places(nibble, both.to(tl.int16), (both >> 16).to(tl.int16))
+                four = tl.reshape(_four_in_order(w0, w1, w2, w3), (32 * WARPS, 4))
+                row = (16 * tile + 8 * lower + lane // 4)[:, None]
+                group = 16 * strip + 8 * step + 4 * (lane % 2) + 2 * half + lane % 4 // 2
+                column = 4 * group[:, None] + tl.arange(0, 4)[None, :]
+                here = (row < rows) & (column < columns)
+                tl.store(out_ptr + row.to(tl.int64) * columns + column, four, mask=here)

@@ -32,9 +32,18 @@ def pack(weight: Tensor) -> Tensor:
     return torch._cslt_compress(weight.contiguous())
 
 
+_found: dict[tuple, list[int]] = {}
+
+
 def fastest(packed: Tensor, x: Tensor) -> list[int]:
-    """The algorithm, split of the inputs and kind of split that cuSPARSELt measures to be fastest for `x`, (tokens, I)."""
-    return list(torch._C._cusparselt.mm_search(packed, _padded(x).t(), None, None, None, True)[:3])
+    """The algorithm, split of the inputs and kind of split that cuSPARSELt measures to be fastest for `x`, (tokens, I).
+
+    Measured once for all weights of one shape.
+    """
+    shape = (packed.numel(), *x.shape, x.dtype, x.device)
+    if shape not in _found:
+        _found[shape] = list(torch._C._cusparselt.mm_search(packed, _padded(x).t(), None, None, None, True)[:3])
+    return _found[shape]
 
 
 @torch.library.custom_op("sparse24::prefill", mutates_args=())

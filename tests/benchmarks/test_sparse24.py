@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from benchmarks import sparse24, sparse24_tuning, speed_tables
-from functional.sparse24 import default_config
 
-TINY = ["--device", "cpu", "--dtype", "float32", "--hidden", "64", "--intermediate", "96", "--layers", "2", "--prompt", "8"]
+TINY = ["--device", "cpu", "--dtype", "float32", "--hidden", "64", "--intermediate", "128", "--layers", "2", "--prompt", "8"]
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def rows(tmp_path, monkeypatch):
 def test_linears(rows):
     found = rows("--part", "linears", "--tokens", "2", "20", "--shapes", "q", "down")
     assert [(row["what"], row["outputs"], row["inputs"], row["tokens"]) for row in found] == [
-        (name, "64", inputs, tokens) for tokens in ("2", "20") for name, inputs in (("q", "64"), ("down", "96"))
+        (name, "64", inputs, tokens) for tokens in ("2", "20") for name, inputs in (("q", "64"), ("down", "128"))
     ]
     for row in found:
         assert float(row["speedup"]) == pytest.approx(float(row["dense"]) / float(row["compressed"]), rel=1e-3)
@@ -52,7 +51,7 @@ def test_model(rows):
 
 
 def test_weights_are_24_and_decoding_follows_generate():
-    options = sparse24.argparse.Namespace(hidden=64, intermediate=96, layers=2, dtype="float32", device="cpu")
+    options = sparse24.argparse.Namespace(hidden=64, intermediate=128, layers=2, dtype="float32", device="cpu")
     with torch.inference_mode():
         torch.manual_seed(0)
         model = sparse24.random_model(options)
@@ -72,26 +71,23 @@ def test_weights_are_24_and_decoding_follows_generate():
 
 
 def test_tuning_finds_the_default_among_others(rows, capsys, monkeypatch):
-    some = [(16, 16, 1), (8, 8, 1)]
-    monkeypatch.setattr(sparse24_tuning, "TILES", some[:1])
-    monkeypatch.setattr(sparse24_tuning, "TILES_OF_ONE", some)
-    monkeypatch.setattr(sparse24_tuning, "BYTES_OF_A_THREAD", (1, 32))
+    monkeypatch.setattr(sparse24_tuning, "WARPS", (1, 2))
+    monkeypatch.setattr(sparse24_tuning, "STAGES_AND_UNROLL", ((1, 1),))
+    monkeypatch.setattr(sparse24_tuning, "WORDS_IN_FLIGHT", (8, 1024))
     monkeypatch.setattr(sparse24_tuning, "REPLAYS", 1)
     monkeypatch.setattr(sparse24_tuning, "COMPILERS", 2)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # kernels run on CPU tensors in Triton's interpreter only
-    assert rows("--part", "tune", "--shapes", "q", "--tokens", "1", "--seconds", "4", "--device", device) == []
+    sizes = ("--device", device, "--dtype", "bfloat16")
+    assert rows("--part", "tune", "--shapes", "q", "--tokens", "1", "--seconds", "4", *sizes) == []
     lines = [line for line in capsys.readouterr().out.splitlines() if "compiled in" not in line]
     assert len(lines) > 2 and lines[0].startswith("q, 1 tokens: dense") and any(line.endswith("(default)") for line in lines)
     assert not any("WRONG" in line for line in lines)
 
 
-@pytest.mark.parametrize("tokens", [1, 16])
-def test_the_grid_has_what_triton_takes(tokens):
-    configs = sparse24_tuning.grid(tokens, 512)
-    assert len(configs) == len(set(configs)) > 50
-    assert all(config.rows >= 16 and config.bytes >= 16 for config in configs if config.tensor_cores)
-    assert {config.tensor_cores for config in configs} == ({0, 1} if tokens == 1 else {1})
-    assert default_config(tokens, 4096, 512)._fields == configs[0]._fields
+def test_the_grid_has_what_triton_takes():
+    configs = sparse24_tuning.grid()
+    assert len(configs) == len(set(configs)) > 20
+    assert all(config.tiles in (1, 2) and config.warps <= 16 and 1 in (config.stages, config.unroll) for config in configs)
 
 
 def test_the_table_shows_both_parts(rows, monkeypatch):

@@ -1,22 +1,26 @@
 """The decoding kernels against a naive float64 product; through Triton's interpreter without a GPU."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from functional.pruning.masks import Pattern, keep_largest_of_groups
-from functional.sparse24 import Config, compress, decode, default_config, expand, prefill
+from functional.sparse24 import Compressed, Config, compress, decode, default_config, expand, prefill
 
+ROOT = Path(__file__).parents[3]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One rounding of the result; the interpreter cuts off what a GPU rounds, hence a whole unit.
-UNIT = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+UNIT = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
 CONFIGS = {
-    "whole": Config(1, rows=32, bytes=32, splits=1, warps=4, stages=2),
-    "split": Config(1, rows=16, bytes=16, splits=3, warps=2, stages=3),
-    "more splits than blocks": Config(1, rows=64, bytes=32, splits=9, warps=4, stages=2),
-}
-OF_ONE = {
-    "whole": Config(0, rows=8, bytes=32, splits=1, warps=4, stages=2),
-    "split": Config(0, rows=4, bytes=16, splits=3, warps=2, stages=3),
+    "one tile": Config(tiles=1, warps=4, stages=1, unroll=1),
+    "two tiles": Config(tiles=2, warps=2, stages=1, unroll=2),
+    "through shared memory": Config(tiles=2, warps=1, stages=3, unroll=1),
+    "more warps than strips": Config(tiles=1, warps=16, stages=1, unroll=4),
 }
 
 
@@ -40,102 +44,106 @@ def assert_rounded(y, weight, x, bias=None):
 
 
 def check(weight, x, bias, config):
-    y = decode(x, *compress(weight), bias, config)
+    y = decode(x, compress(weight), bias, config)
     assert_rounded(y, weight, x, bias)
-    again = decode(x, *compress(weight), bias, config)
-    assert torch.equal(y, again)
+    assert torch.equal(y, decode(x, compress(weight), bias, config))
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
-@pytest.mark.parametrize("tokens", [1, 3, 16])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
 @pytest.mark.parametrize("config", [*CONFIGS, None])
-@pytest.mark.parametrize("width", [41, 42])
-def test_equals_the_product_in_float64(dtype, tokens, config, width):
-    """37 rows of `width` bytes, which no tile divides; an even width goes by two groups at a time."""
-    check(*problem(37, 8 * width, tokens, dtype), CONFIGS.get(config))
+def test_equals_the_product_in_float64(dtype, tokens, config):
+    """Three tiles of 37 rows, six strips of 356 inputs: neither is filled, nor divided by warps."""
+    check(*problem(37, 356, tokens, dtype), CONFIGS.get(config))
 
 
-@pytest.mark.parametrize("dtype", UNIT, ids=str)
-@pytest.mark.parametrize("config", OF_ONE)
-def test_one_token_without_tensor_cores(dtype, config):
-    check(*problem(37, 8 * 41, 1, dtype), OF_ONE[config])
+@pytest.mark.parametrize("tokens", [1, 5, 13])
+@pytest.mark.parametrize(("rows", "inputs"), [(64, 512), (1, 4), (16, 64), (32, 64)])
+def test_full_strips_and_the_smallest(rows, inputs, tokens):
+    for config in (CONFIGS["one tile"], CONFIGS["two tiles"], None):
+        check(*problem(rows, inputs, tokens, torch.bfloat16, with_bias=False), config)
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize(("rows", "inputs"), [(64, 512), (1, 8), (16, 128)])
-def test_shapes_that_tiles_divide_and_the_smallest(rows, inputs, tokens):
-    for dtype in (torch.float32, torch.bfloat16):
-        for config in (CONFIGS["whole"], None):
-            check(*problem(rows, inputs, tokens, dtype, with_bias=False), config)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # of the interpreter
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # of the interpreter
 def test_what_is_not_finite_stays_with_its_token():
-    weight, x, _ = problem(20, 8 * 9, 3, torch.float32)
-    expected = decode(x, *compress(weight), None, CONFIGS["whole"])
+    weight, x, _ = problem(20, 72, 3, torch.float16)
+    expected = decode(x, compress(weight), None, CONFIGS["one tile"])
     x[1] = float("inf")
-    y = decode(x, *compress(weight), None, CONFIGS["whole"])
+    y = decode(x, compress(weight), None, CONFIGS["one tile"])
     assert torch.equal(y[[0, 2]], expected[[0, 2]]) and not y[1].isfinite().any()
 
 
 def test_no_token():
-    weight, x, bias = problem(20, 64, 0, torch.float32)
-    assert decode(x, *compress(weight), bias).shape == (0, 20)
+    weight, x, bias = problem(20, 64, 0, torch.bfloat16)
+    assert decode(x, compress(weight), bias).shape == (0, 20)
 
 
 @pytest.mark.parametrize("operator", ["decode", "expand"])
 def test_operators_pass_torchs_own_checks(operator):
     """Schema, shapes of fake tensors, and that they can be traced."""
-    weight, x, bias = problem(16, 64, 3, torch.float32)
-    values, indices = compress(weight)
-    arguments = (x, values, indices, bias, list(CONFIGS["split"])) if operator == "decode" else (values, indices)
+    weight, x, bias = problem(16, 64, 3, torch.bfloat16)
+    values, indices, *sizes = compress(weight)
+    config = list(CONFIGS["two tiles"])
+    arguments = (x, values, indices, bias, 16, config) if operator == "decode" else (values, indices, *sizes)
     torch.library.opcheck(getattr(torch.ops.sparse24, operator).default, arguments)
 
 
 def test_wrong_arguments():
-    weight, x, _ = problem(16, 64, 3, torch.float32)
-    values, indices = compress(weight)
+    weight, x, _ = problem(16, 64, 3, torch.float16)
+    compressed = compress(weight)
     with pytest.raises(ValueError, match=r"`x` expected to be \(tokens, 64\) but got \(3, 32\)"):
-        decode(x[:, :32], values, indices)
+        decode(x[:, :32], compressed)
     with pytest.raises(ValueError, match=r"at most 16 tokens but got 18. Multiply more by the dense weight"):
-        decode(x.repeat(6, 1), values, indices)
-    with pytest.raises(ValueError, match=r"one dtype of bfloat16, float16, float32 but got torch.float16 and torch.float32"):
-        decode(x.half(), values, indices)
-    with pytest.raises(ValueError, match="tensor_cores = 0 is for one token, but there are 3"):
-        decode(x, values, indices, config=OF_ONE["whole"])
-    for wrong in (
-        (values[:, :, 1:], indices, None),
-        (values[:, 1:], indices, None),
-        (values, indices.int(), None),
-        (values, indices, x[0, :15]),
-    ):
-        with pytest.raises(ValueError, match=r"Arguments `values`, `indices` and `bias` expected .* Take the first two from"):
-            decode(x, *wrong)
+        decode(x.repeat(6, 1), compressed)
+    with pytest.raises(ValueError, match=r"one dtype of bfloat16, float16 but got torch.bfloat16 and torch.float16"):
+        decode(x.bfloat16(), compressed)
+    with pytest.raises(ValueError, match=r"one dtype of bfloat16, float16 but got torch.float32 and torch.float32"):
+        decode(x.float(), compress(weight.float()))
+    with pytest.raises(ValueError, match=r"`bias` expected \(16,\) but got \(15,\)"):
+        decode(x, compressed, x[0, :15])
+    with pytest.raises(ValueError, match="bfloat16 or float16 but got torch.float32. Use `decompress`"):
+        expand(*compress(weight.float()))
+    values, indices, rows, columns = compressed
+    for wrong in ((values[:, :, 1:], indices, rows), (values, indices.long(), rows), (values, indices, 17)):
+        with pytest.raises(ValueError, match=r"expected values \(.*\) and int32 indices .* Take them from `compress`"):
+            decode(x, Compressed(*wrong, columns))
 
 
-def test_strides_do_not_matter():
-    weight, x, bias = problem(16, 64, 3, torch.float32)
-    values, indices = compress(weight)
-    strided = torch.stack([values, values], -1)[..., 0], torch.stack([indices, indices], -1)[..., 0]
-    assert torch.equal(decode(x, *strided, bias), decode(x, values, indices, bias))
-    assert torch.equal(expand(*strided), weight)
-
-
-def test_float32_has_narrower_tiles():
-    """64 bytes of float32, three stages of them, need more shared memory than most GPUs have."""
-    narrow, wide = (default_config(4, 4096, 512, itemsize) for itemsize in (4, 2))
-    assert 2 * narrow.bytes == wide.bytes and narrow.bytes >= 2 * 16
+def test_strides_and_alignment_do_not_matter():
+    weight, x, bias = problem(16, 64, 3, torch.bfloat16)
+    compressed = compress(weight)
+    values, indices = (torch.stack([part, part], -1)[..., 0] for part in compressed[:2])
+    strided = Compressed(values, indices, 16, 64)
+    expected = decode(x, compressed, bias)
+    assert torch.equal(decode(x, strided, bias), expected) and torch.equal(expand(*strided), weight)
+    odd = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(3, 64)
+    assert odd.data_ptr() % 4 == 2 and torch.equal(decode(odd, compressed, bias), expected)
+    assert torch.equal(decode(torch.stack([x, x], -1)[..., 0], compressed, bias), expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 16])
-@pytest.mark.parametrize(("rows", "width"), [(4096, 512), (11008, 512), (4096, 1376), (1, 1)])
-def test_the_default_has_tiles_that_triton_takes(tokens, rows, width):
-    config = default_config(tokens, rows, width)
-    assert config.tensor_cores or tokens == 1
-    for size in (config.rows, config.bytes, config.warps):
-        assert size & (size - 1) == 0
-    assert not config.tensor_cores or (config.rows >= 16 and config.bytes >= 16)
-    assert 1 <= config.splits <= max(1, width // config.bytes)
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096), (1, 4), (16, 192)])
+def test_the_default_is_one_that_triton_takes(tokens, rows, columns):
+    config = default_config(tokens, rows, columns)
+    assert config.tiles in (1, 2) and config.warps in (1, 2, 4, 8, 16) and config.warps <= -(-columns // 64)
+    assert 1 in (config.stages, config.unroll) and min(config) >= 1
+
+
+def test_the_compiler_keeps_an_element_for_each_thread():
+    """The instruction of a whole warp counts on it; the interpreter cannot see it, so the compiler's own text is read."""
+    code = (
+        "from tests.functional.sparse24.compiling import decode_kernel_for; "
+        "print(decode_kernel_for(tiles=2, warps=4, tokens=16))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    text = done.stdout
+    products = [line for line in text.splitlines() if "mma.sp" in line]
+    assert len(products) == 8  # two tiles, two of eight tokens, two steps
+    layouts = {re.search(r"tensor<128xf32, (#\w+)>", line)[1] for line in products}
+    (name,) = layouts
+    layout = re.search(rf"^{name} = (.*)$", text, re.MULTILINE)[1]
+    assert layout == "#ttg.blocked<{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [4], order = [0]}>"
 
 
 def test_prefill_needs_a_gpu():
