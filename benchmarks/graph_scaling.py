@@ -7,7 +7,6 @@ gradient of the reweighted loss over `anchors` rows of S in blocks of 2048; `epo
 """
 
 import argparse
-import csv
 import multiprocessing
 import resource
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch_geometric.data import Data
 
-from benchmarks.quality import ENVIRONMENT, environment
+from benchmarks.quality import ENVIRONMENT, append, environment
 from functional.graph import low_rank_factors, reweighted_info_nce
 from lightning_modules import CSG2L
 
@@ -33,7 +32,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/csg2l_scaling.csv"))
     options = parser.parse_args()
     facts = environment() | {"rank": RANK, "seed": 0, "threads": torch.get_num_threads()}
-    context, rows = multiprocessing.get_context("spawn"), []
+    context = multiprocessing.get_context("spawn")
+    options.out.unlink(missing_ok=True)
     for nodes in options.nodes:
         anchors = nodes if nodes <= options.all_anchors_up_to else 2048
         for what, function in {"factors": factors, "contrast": contrast, "epoch": epoch}.items():
@@ -41,12 +41,9 @@ def main() -> None:
                 seconds, gib = pool.apply(measured, (function, nodes, anchors))
             used = {"factors": "", "contrast": anchors, "epoch": 256}[what]
             row = {"what": what, "nodes": nodes, "edges": nodes * EDGES_A_NODE, "anchors": used}
-            rows.append(row | {"seconds": f"{seconds:.3g}", "more_peak_gib": f"{gib:.3g}"} | facts)
-            print({name: rows[-1][name] for name in COLUMNS[:6]}, flush=True)
-    with options.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+            row |= {"seconds": f"{seconds:.3g}", "more_peak_gib": f"{gib:.3g}"} | facts
+            append(options.out, row, COLUMNS)
+            print({name: row[name] for name in COLUMNS[:6]}, flush=True)
 
 
 def measured(function: Callable[[int, int], Callable[[], object]], nodes: int, anchors: int) -> tuple[float, float]:

@@ -7,7 +7,8 @@
 
 Ours is Trainer.fit with BlockwisePruning; a row has the median over its blocks. The plain variant (plain_pruning.py) is the
 algorithm one sequence at a time, on the first blocks of the same model in the same process. `two_passes` is what any method
-needs: each block run twice over all batches. `same_mask`: share of weights kept or dropped as with precision high.
+needs: each block run twice over all batches. `same_mask`: share of weights kept or dropped as without `high`, by
+the variant before it.
 """
 
 import argparse
@@ -47,13 +48,13 @@ VARIANTS = {
     "d2prune, v held": {"method": "d2prune", "non_updated": "v"},
     "d2prune, attention rule": {"method": "d2prune"},
     "d2prune, v held, 2:4": {"method": "d2prune", "non_updated": "v", "sparsity": None, "pattern": "2:4"},
-    "d2prune, v held, highest": {"method": "d2prune", "non_updated": "v", "precision": "highest"},
-    "d2prune, v held, 2:4, highest": {
+    "d2prune, v held, high": {"method": "d2prune", "non_updated": "v", "precision": "high"},
+    "d2prune, v held, 2:4, high": {
         "method": "d2prune",
         "non_updated": "v",
         "sparsity": None,
         "pattern": "2:4",
-        "precision": "highest",
+        "precision": "high",
     },
     "d2prune, v held, admm": {"method": "d2prune", "non_updated": "v", "solver": "admm"},
     "d2prune, v held, offload": {"method": "d2prune", "non_updated": "v", "offload": True},
@@ -235,7 +236,7 @@ def measure(name: str, options: argparse.Namespace, facts: dict) -> None:
             row = prune(module, batches, VARIANTS[variant]) | {"batch_size": size}
             if test:
                 kept = mask_of(module)
-                same = (kept == masks.setdefault(variant.removesuffix(", highest"), kept)).double().mean().item()
+                same = (kept == masks.setdefault(variant.removesuffix(", high"), kept)).double().mean().item()
                 row |= {"test_perplexity": perplexity(module, test), "same_mask": same}
         row = {key: round(value, 4) if isinstance(value, float) else value for key, value in (fixed | row).items()}
         append(options.out, row | {"variant": variant}, COLUMNS)

@@ -37,23 +37,35 @@ MEASURED = ("sparsity", "heldout_perplexity", "test_perplexity", "seconds")
 COLUMNS = (*KEYS, *MEASURED, *ENVIRONMENT)
 
 
+TEXTS = {"pydoc": "Python docs", "wikitext2": "WikiText-2"}
+
+
 def table() -> str:
-    """Held-out perplexity by target and recovery, for README.md."""
+    """Perplexity by target and recovery, a table for each text, for README.md."""
     rows = read("recovery.csv")
+    return "\n\n".join(_of_text([row for row in rows if row["source"] == text], name) for text, name in TEXTS.items())
+
+
+def _of_text(rows: list[dict[str, str]], name: str) -> str:
     value = {(row["target"], row["recovery"]): row for row in rows}
     targets = [row["target"] for row in rows if row["recovery"] == "none" and row["target"] != "dense"]
+    columns = {"held-out": "heldout_perplexity", "test": "test_perplexity"}
+    columns = {title: column for title, column in columns.items() if rows[0][column]}
+    cells = [(title, column, target) for title, column in columns.items() for target in targets]
     lines = [
-        [name, *(f"{float(value[target, recovery]['heldout_perplexity']):.2f}" for target in targets)]
-        for recovery, name in SHOWN.items()
+        [shown, *(f"{float(row[column]):.2f}" if (row := value.get((target, recovery))) else "" for _, column, target in cells)]
+        for recovery, shown in SHOWN.items()
     ]
     first, dense = value[targets[0], "full"], value["dense", "none"]
+    reached = ", ".join(f"{title} {float(dense[column]):.2f}" for title, column in columns.items())
+    where = "two CPU cores" if first["hardware"] == "x86_64" else "one GPU"
     note = (
-        f"SmolLM2-135M-Instruct ({first['dtype']}, dense {float(dense['heldout_perplexity']):.2f}), Python docs: pruned with "
-        f"{first['samples']} x {first['seq_len']} tokens, trained on them in {first['steps']} steps, two CPU cores "
+        f"SmolLM2-135M-Instruct ({first['dtype']}; dense: {reached}), {name}: pruned with {first['samples']} x "
+        f"{first['seq_len']} tokens, trained on them in {first['steps']} steps of {first['batch_size']}, {where} "
         f"({first['hardware']}), torch {first['torch']}, transformers {first['transformers']}, lightning {first['lightning']}, "
         f"seed {first['seed']}."
     )
-    return f"{markdown_table(['held-out perplexity', *targets], lines)}\n\n{note}"
+    return f"{markdown_table(['perplexity', *(f'{title}, {target}' for title, _, target in cells)], lines)}\n\n{note}"
 
 
 def trainer_of(scratch: Path, *callbacks, **options) -> Trainer:

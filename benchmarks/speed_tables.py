@@ -28,9 +28,12 @@ def on_device(rows: list[dict[str, str]]) -> str:
         cells = [f"{1000 * times[name]:.0f}" if name in times else "" for name in PHASES]
         cells += [f"{base / times['block']:.1f}" if base else "", f"{float(row['whole_run']):.1f}" if row["whole_run"] else ""]
         cells.append(f"{float(row['peak_memory_gib']):.1f}" if row["peak_memory_gib"] else "")
-        lines.append([f"{row['model']}, {row['variant']}, {row['blocks']} blocks", *cells])
+        cells.append(f"{float(row['test_perplexity']):.2f}" if row["test_perplexity"] else "")
+        cells.append(f"{float(row['same_mask']):.3f}" if row["variant"].endswith(", high") else "")
+        lines.append([f"{row['model']}, {row['variant']}, {row['blocks']} blocks, {row['dtype']}", *cells])
     first = rows[0]
-    sizes = f"{first['dtype']}, {first['samples']} x {first['seq_len']} tokens, {first['threads']} threads"
+    sizes = dict.fromkeys(f"{row['dtype']}, {row['samples']} x {row['seq_len']} tokens" for row in rows)
+    sizes = f"{'; '.join(sizes)}; {first['threads']} threads"
     versions = f"torch {first['torch']}, transformers {first['transformers']}, lightning {first['lightning']}"
     header = [
         "ms, median",
@@ -42,6 +45,8 @@ def on_device(rows: list[dict[str, str]]) -> str:
         "plain / ours",
         "run, s",
         "peak GiB",
+        "test perplexity",
+        "same mask",
     ]
     return f"{table(header, lines)}\n\n{first['hardware']}, {sizes}, {versions}, seed {first['seed']}."
 
@@ -61,10 +66,18 @@ def multi_gpu() -> str:
         cells = [found.get((part, model, quantity, number)) for number in devices]
         unit = next(cell["unit"] for cell in cells if cell)
         name = f"{part}: {model}, {quantity.replace('_', ' ')}" + (f" ({unit})" if unit else "")
-        lines.append([name, *(f"{float(cell['value']):.5g}" if cell else "" for cell in cells)])
+        lines.append([name, *(_shown(cell["value"]) if cell else "" for cell in cells)])
     first = rows[0]
     note = f"{first['hardware']}, torch {first['torch']}, transformers {first['transformers']}, lightning {first['lightning']}."
     return f"{table(['', *(f'{number} GPU' for number in devices)], lines)}\n\n{note}"
+
+
+def _shown(value: str) -> str:
+    """Five digits, or a word."""
+    try:
+        return f"{float(value):.5g}"
+    except ValueError:
+        return value
 
 
 def graph_scaling() -> str:

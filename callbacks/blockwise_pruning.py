@@ -64,8 +64,9 @@ class BlockwisePruning(Callback):
         activation_norm: rms (Algorithm 1) or official (as the released code computes it).
         block_size: Columns of a weight that the update handles, and compares, at a time.
         damping: Share of the mean of the Hessian's diagonal that is added to it.
-        precision: Of Gram matrices on a GPU. high: half precision inputs are multiplied as they are, float32 as TF32, and
-            summed in float32. highest: all as float32, several times slower.
+        precision: Of Gram matrices on a GPU, summed in float32 and over batches in float64. auto: as exact as the inputs, half
+            precision multiplied as it is, float32 as float32. high: float32 as TF32, a tenth faster. highest: all as float32,
+            several times slower in half precision.
         update_rule: Which of q, k, v keep their remaining weights as they are (d2prune). attention: per block, what keeps the
             attention nearest to the dense model's; outlier: per block, the one with the largest outlier ratio (Eq. 18-19);
             perplexity: prune with each held and keep the run with the lowest held-out loss (Algorithm 1); fixed: `non_updated`
@@ -109,7 +110,7 @@ class BlockwisePruning(Callback):
         activation_norm: ActivationNorm = "rms",
         block_size: int = 128,
         damping: float = 0.01,
-        precision: Precision = "high",
+        precision: Precision = "auto",
         update_rule: UpdateRule | None = None,
         non_updated: NonUpdated | None = None,
         candidates: Candidates = "partial",

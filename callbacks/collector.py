@@ -33,7 +33,7 @@ class StatisticsCollector:
     def __init__(
         self,
         linears: Mapping[str, PrunableLinear],
-        precision: Precision = "high",
+        precision: Precision = "auto",
         updates: bool = True,
     ) -> None:
         self.linears = dict(linears)

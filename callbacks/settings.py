@@ -41,7 +41,7 @@ class PruningSettings:
     activation_norm: ActivationNorm = "rms"
     block_size: int = 128
     damping: float = 0.01
-    precision: Precision = "high"
+    precision: Precision = "auto"
     update_rule: UpdateRule | None = None
     non_updated: NonUpdated | None = None
     candidates: Candidates = "partial"

@@ -45,7 +45,7 @@ class CausalLM(PrunableModule):
         learning_rate: Of AdamW, for ordinary training.
         max_new_tokens: Length of the continuations that `predict` writes.
         sparse24: Compress the linears of the blocks that are 2:4 once they are loaded (`Linear24`): 9/16 of their memory at 16
-            bit, and then on a GPU `predict` reads no more than that for up to 16 windows in a batch. For validate, test, predict.
+            bit, and on a GPU `predict` then reads no more than that for up to 16 windows in a batch. Not for `fit`.
         static_cache: `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a step, once
             for a batch size, and the time of a token is no longer that of launching its kernels.
     """

@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from functional.pruning.admm import Preconditioned, precondition
 from functional.pruning.kernels import by_kernels
-from functional.pruning.precision import Precision, check_precision, float32_matmul
+from functional.pruning.precision import HALF, Precision, check_precision, float32_matmul, resolved
 from functional.pruning.solver import inverse_factor, safe_unit
 
 ActivationNorm = Literal["rms", "official"]
@@ -182,17 +182,24 @@ class InputStatistics(_Statistics):
     _SUMS = (*_Statistics._SUMS, "root_weighted_norm", "gram")
     _COUNTS = (*_Statistics._COUNTS, "gram_tokens")
 
-    def __init__(self, in_features: int, precision: Precision = "high", gram_samples: int | None = None) -> None:
+    def __init__(self, in_features: int, precision: Precision = "auto", gram_samples: int | None = None) -> None:
         super().__init__(in_features)
         check_precision(precision)
         if gram_samples is not None and gram_samples < 1:
             raise ValueError(f"Argument `gram_samples` expected to be a positive number or None but got {gram_samples}.")
-        self.precision, self.gram_samples = precision, gram_samples
+        self._precision, self.gram_samples = precision, gram_samples
+        self.dtype = torch.float32
+        """Of the last samples."""
         self.gram_tokens = 0
         """Tokens that have entered the Gram matrix."""
         self._unit: float | None = None
         self._factors: dict[float, tuple[Tensor, Tensor, float]] = {}
         self._preconditioned: dict[float, Preconditioned] = {}
+
+    @property
+    def precision(self) -> Literal["highest", "high"]:
+        """Of products with the Gram matrix."""
+        return resolved(self._precision, self.dtype)
 
     @property
     def gram(self) -> Tensor:
@@ -248,11 +255,18 @@ class InputStatistics(_Statistics):
                 "out `gram_samples`."
             )
 
+    def merge(self, other: Self) -> Self:
+        """Add the sums of `other` (same features) to these."""
+        super().merge(other)
+        self.dtype = other.dtype if other.num_samples else self.dtype
+        return self
+
     def _hessian_in(self, unit: float) -> Tensor:
         self.check_whole()
         return self.gram * (2 / self.num_samples * unit)
 
     def _update_more(self, x: Tensor, norm: Tensor, positions: Tensor) -> None:
+        self.dtype = x.dtype
         weights = (2 * positions).sqrt().to(x.device, non_blocking=True)[:, None]
         self._add("root_weighted_norm", (weights * norm).sum(0))
         if self.gram_samples is not None:
@@ -265,7 +279,7 @@ class InputStatistics(_Statistics):
     def _add_products(self, tokens: Tensor) -> None:
         """Gram matrix, the part from the diagonal to the right: panels of rows, which take little more than half the time."""
         gram = self._sum("gram")
-        exact_products = tokens.is_cuda and tokens.dtype in (torch.float16, torch.bfloat16) and self.precision == "high"
+        exact_products = tokens.is_cuda and tokens.dtype in HALF and self.precision == "high"
         if not exact_products:
             tokens = tokens.to(torch.float32)
         width = _panel(tokens)

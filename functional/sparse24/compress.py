@@ -5,8 +5,8 @@ stand in. Both positions make a nibble i0 | i1 << 2.
 
 Values and nibbles lie as the sparse tensor cores of a GPU take them (PTX, mma.sp.m16n8k32): in tiles of 16 rows and strips of
 64 inputs, filled up with zeros. Letters: T tiles, P strips of a tile. A strip is two steps s of 32 inputs; rows are 8 h + g,
-the eight groups of a step 4 u + 2 k + v. Lane 4 g + 2 v + u of a warp keeps in register 2 k + h of step s the two values of that
-row and group. Lane 4 g + 2 s + k keeps nibbles of rows g and g + 8: that of h, v and u at bit 16 h + 4 (2 v + u).
+the eight groups of a step 4 u + 2 k + v. Lane 4 g + 2 v + u of a warp keeps in register 2 k + h of step s the two values of
+that row and group. Lane 4 g + 2 s + k keeps nibbles of rows g and g + 8: that of h, v and u at bit 16 h + 4 (2 v + u).
 
 A lane's registers of a step are consecutive, 16 bytes. The order of groups in a step is free, since a sum is over all of them;
 this one lets lanes read 16 consecutive bytes of the inputs as well, and exchange half of them with one neighbour (kernels.py).

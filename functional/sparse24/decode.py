@@ -39,11 +39,11 @@ class Config(NamedTuple):
 
 
 FASTEST = {
-    (1, "few rows"): Config(1, 8, 1, 4), (1, "long rows"): Config(1, 8, 1, 4), (1, "many rows"): Config(1, 4, 1, 4),
-    (8, "few rows"): Config(1, 8, 1, 4), (8, "long rows"): Config(1, 8, 1, 4), (8, "many rows"): Config(1, 4, 1, 4),
-    (16, "few rows"): Config(2, 4, 6, 1), (16, "long rows"): Config(2, 4, 6, 1), (16, "many rows"): Config(2, 2, 4, 1),
+    (1, "few rows"): Config(1, 4, 1, 8), (1, "long rows"): Config(1, 4, 1, 8), (1, "many rows"): Config(2, 2, 1, 8),
+    (8, "few rows"): Config(2, 4, 1, 8), (8, "long rows"): Config(1, 4, 1, 8), (8, "many rows"): Config(2, 2, 1, 8),
+    (16, "few rows"): Config(1, 2, 6, 1), (16, "long rows"): Config(2, 4, 6, 1), (16, "many rows"): Config(2, 2, 4, 1),
 }  # fmt: skip
-"""By most tokens and shape, for LLaMA-2-7B's linears (q, down, gate) on an H100: `python -m benchmarks.sparse24 --part tune`."""
+"""By most tokens and shape, for LLaMA-2-7B's linears (q, down, gate) on an H100: benchmarks/sparse24_tuning.py."""
 MANY = 8192
 
 
@@ -110,8 +110,8 @@ def _check(weight: Compressed) -> None:
         or weight.values.shape != (tiles, strips, 2, 32, 4, 2)
     ):
         raise ValueError(
-            f"A compressed weight of ({weight.rows}, {weight.columns}) expected values ({tiles}, {strips}, 2, 32, 4, 2) and int32 "
-            f"indices ({tiles}, {strips}, 32) but got {tuple(weight.values.shape)} and {weight.indices.dtype} "
+            f"A compressed weight of ({weight.rows}, {weight.columns}) expected values ({tiles}, {strips}, 2, 32, 4, 2) and "
+            f"int32 indices ({tiles}, {strips}, 32) but got {tuple(weight.values.shape)} and {weight.indices.dtype} "
             f"{tuple(weight.indices.shape)}. Take them from `compress`."
         )
 

@@ -1,9 +1,9 @@
-"""Triton kernels on compressed 2:4 weights: times up to sixteen tokens on the sparse tensor cores, and back to the dense matrix.
+"""Triton kernels on compressed 2:4 weights: times up to 16 tokens on sparse tensor cores, and back to the dense matrix.
 
-Both are bound by memory. Weights lie in memory as registers want them (see compress.py), so that nothing is unpacked. All tensors
-of `decode_kernel` have one element for each thread of a program, so that an element is a register: this is how instructions of a
-whole warp, which Triton does not know, can be called at all. What a program reads is on its way STAGES strips ahead, through
-shared memory.
+Both are bound by memory. Weights lie in memory as registers want them (see compress.py), so nothing is unpacked. Tensors of
+`decode_kernel` have one element for each thread of a program, so that an element is a register: this is how instructions of a
+whole warp, which Triton does not know, can be called at all. What a warp reads is on its way STAGES strips ahead, through
+shared memory, or UNROLL strips at a time, into registers.
 
 Run on CPU tensors too under ``TRITON_INTERPRET=1``; INTERPRETED then puts in plain operations for those few instructions.
 """
@@ -115,8 +115,8 @@ def _registers(words, WARPS: tl.constexpr):
 
 @triton.jit
 def _inputs(words, odd, WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Lane t of four has groups 2 t and 2 t + 1 of a step's 32 inputs of a token -> the order of groups of compress.py: register
-    i of lanes 2 u and 2 u + 1 has the two halves of group 4 u + i.
+    """Lane t of four has groups 2 t and 2 t + 1 of a step's 32 inputs of a token -> the order of groups of compress.py:
+    register i of lanes 2 u and 2 u + 1 has the two halves of group 4 u + i.
     """
     w0, w1, w2, w3 = _registers(words, WARPS)
     other0 = _of_neighbour(tl.where(odd, w0, w1), WARPS, INTERPRETED)

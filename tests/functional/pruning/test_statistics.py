@@ -85,6 +85,23 @@ def test_half_precision_inputs_are_summed_in_float32(dtype):
     assert statistics.square_norm.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype", "expected"),
+    [
+        ("auto", torch.float32, "highest"),
+        ("auto", torch.bfloat16, "high"),
+        ("auto", torch.float16, "high"),
+        ("high", torch.float32, "high"),
+        ("highest", torch.float16, "highest"),
+    ],
+)
+def test_auto_is_as_exact_as_the_inputs(precision, dtype, expected):
+    statistics = InputStatistics(FEATURES, precision).update(X.to(dtype), 0)
+    assert statistics.precision == expected
+    assert InputStatistics(FEATURES, precision).merge(statistics).precision == expected  # of a process without samples
+    assert statistics.merge(InputStatistics(FEATURES, precision)).precision == expected
+
+
 def test_merging_nothing_changes_nothing():
     statistics = InputStatistics(FEATURES).update(X, 0)
     before = statistics.gram.clone()
@@ -142,5 +159,5 @@ def test_a_gram_matrix_of_the_first_samples_measures_errors(order):
         prune_linear(weight, part, method="sparsegpt", sparsity=0.5)
     with pytest.raises(ValueError, match="`gram_samples` expected to be a positive number or None but got 0"):
         InputStatistics(FEATURES, gram_samples=0)
-    with pytest.raises(ValueError, match="`precision` expected to be highest or high but got 'low'"):
+    with pytest.raises(ValueError, match="`precision` expected to be auto, highest or high but got 'low'"):
         InputStatistics(FEATURES, precision="low")
