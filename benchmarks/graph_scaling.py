@@ -33,7 +33,8 @@ def main() -> None:
     options = parser.parse_args()
     facts = environment() | {"rank": RANK, "seed": 0, "threads": torch.get_num_threads()}
     context = multiprocessing.get_context("spawn")
-    options.out.unlink(missing_ok=True)
+    unfinished = options.out.with_suffix(".unfinished.csv")
+    unfinished.unlink(missing_ok=True)
     for nodes in options.nodes:
         anchors = nodes if nodes <= options.all_anchors_up_to else 2048
         for what, function in {"factors": factors, "contrast": contrast, "epoch": epoch}.items():
@@ -42,8 +43,9 @@ def main() -> None:
             used = {"factors": "", "contrast": anchors, "epoch": 256}[what]
             row = {"what": what, "nodes": nodes, "edges": nodes * EDGES_A_NODE, "anchors": used}
             row |= {"seconds": f"{seconds:.3g}", "more_peak_gib": f"{gib:.3g}"} | facts
-            append(options.out, row, COLUMNS)
+            append(unfinished, row, COLUMNS)
             print({name: row[name] for name in COLUMNS[:6]}, flush=True)
+    unfinished.replace(options.out)
 
 
 def measured(function: Callable[[int, int], Callable[[], object]], nodes: int, anchors: int) -> tuple[float, float]:

@@ -7,8 +7,8 @@
 
 Ours is Trainer.fit with BlockwisePruning; a row has the median over its blocks. The plain variant (plain_pruning.py) is the
 algorithm one sequence at a time, on the first blocks of the same model in the same process. `two_passes` is what any method
-needs: each block run twice over all batches. `same_mask`: share of weights kept or dropped as without `high`, by
-the variant before it.
+needs: each block run twice over all batches. `same_mask`: share of weights kept or dropped as without `high`, if
+that variant came before.
 """
 
 import argparse
@@ -235,9 +235,12 @@ def measure(name: str, options: argparse.Namespace, facts: dict) -> None:
         else:
             row = prune(module, batches, VARIANTS[variant]) | {"batch_size": size}
             if test:
-                kept = mask_of(module)
-                same = (kept == masks.setdefault(variant.removesuffix(", high"), kept)).double().mean().item()
-                row |= {"test_perplexity": perplexity(module, test), "same_mask": same}
+                row["test_perplexity"], kept = perplexity(module, test), mask_of(module)
+                exact = masks.get(variant.removesuffix(", high"))
+                if not variant.endswith(", high"):
+                    masks[variant] = kept
+                elif exact is not None:
+                    row["same_mask"] = (kept == exact).double().mean().item()
         row = {key: round(value, 4) if isinstance(value, float) else value for key, value in (fixed | row).items()}
         append(options.out, row | {"variant": variant}, COLUMNS)
         print(variant, {key: row[key] for key in COLUMNS if key in row and key not in ENVIRONMENT}, flush=True)

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--recoveries", nargs="+", default=list(RECOVERIES), choices=list(RECOVERIES))
     parser.add_argument("--learning-rate", type=float, help="another than that of the recovery")
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--samples", type=int, default=40, help="windows to prune and to train on")
+    parser.add_argument("--samples", type=int, default=48, help="windows to prune and to train on")
     parser.add_argument("--heldout", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

@@ -22,7 +22,7 @@ from functional.hub import resolve_model_path
 from functional.safe_load import brief
 from lightning_modules.adapters import has_adapters
 from lightning_modules.architectures import find_architecture
-from lightning_modules.linear24 import compress_linears, try_kernels
+from lightning_modules.linear24 import DTYPES, compress_linears, try_kernels
 from lightning_modules.prunable import PrunableModule
 
 PROMPT_SHOWN = 16
@@ -119,6 +119,11 @@ class CausalLM(PrunableModule):
         rank_zero_info(
             f"{replaced} of {total} linears are 2:4 and were compressed: {before / 2**20:.1f} -> {after / 2**20:.1f} MiB."
         )
+        if self.model.dtype not in DTYPES:
+            rank_zero_warn(
+                f"Weights of {self.model.dtype} are compressed, but no kernel multiplies them: every product makes them dense "
+                "anew, which is many times slower than without `sparse24`. Give `dtype` = bfloat16 or float16."
+            )
 
     def _check_length(self, config: Any) -> None:
         """Refuse windows longer than the positions that a model has learned; of rotary ones, only say so."""

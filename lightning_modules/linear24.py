@@ -11,9 +11,10 @@ class Linear24(nn.Module):
     """``nn.Linear`` with a compressed 2:4 weight: 9/16 of its bytes at 16 bit, 17/32 at 32 bit.
 
     Up to 16 tokens on a GPU are multiplied from the compressed form, by a weight of 16 bit (times: results/README.md). More
-    tokens, all on a CPU or of a weight of 32 bit, and those of another dtype than the weight's, as autocast makes them, are
-    multiplied by the dense weight, made for the call and given back: no faster than dense. After `prepare_prefill`, more tokens
-    inside a CUDA graph or torch.compile go through the sparse tensor cores; that form takes another 9/16.
+    tokens, and those of another dtype than the weight's, as autocast makes them, are multiplied by the dense weight, made for
+    the call and given back: slower than dense, and many times slower on a CPU or of a weight of 32 bit, for which there is no
+    kernel. After `prepare_prefill`, more tokens inside a CUDA graph or torch.compile go through cuSPARSELt; that form takes
+    another 9/16.
 
     Args:
         weight: (O, I), of `functional.sparse24.compress`.
@@ -68,7 +69,7 @@ class Linear24(nn.Module):
         """(..., I) -> (..., O)."""
         flat = x.reshape(-1, self.in_features)
         as_stored = x.dtype == self.values.dtype and x.dtype in DTYPES
-        if x.is_cuda and as_stored and flat.shape[0] <= MOST_TOKENS:
+        if on_gpu(x) and as_stored and flat.shape[0] <= MOST_TOKENS:
             y = decode(flat, self.compressed, self.bias)
         elif as_stored and self.packed is not None and in_graph():
             y = prefill.multiply(flat, self.packed, self.out_features, self.algorithm)
@@ -80,6 +81,11 @@ class Linear24(nn.Module):
     def extra_repr(self) -> str:
         """As of ``nn.Linear``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the kernels can read it."""
+    return x.is_cuda
 
 
 def in_graph() -> bool:

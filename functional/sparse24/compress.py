@@ -104,10 +104,10 @@ def _groups(weight: Tensor) -> Tensor:
 
 
 def _check(weight: Tensor) -> None:
-    if weight.ndim != 2 or not weight.is_floating_point():
+    if weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(
-            f"Argument `weight` expected to be a floating-point matrix (outputs, inputs) but got {weight.dtype} of shape "
-            f"{tuple(weight.shape)}."
+            f"Argument `weight` expected to be a floating-point matrix (outputs, inputs), not empty, but got "
+            f"{weight.dtype} of shape {tuple(weight.shape)}."
         )
     if weight.shape[1] % GROUP:
         raise ValueError(

@@ -20,6 +20,7 @@ OF_A_PRODUCT = 8
 """Tokens that the sparse tensor cores take at a time."""
 BYTES_OF_A_LOAD = 16
 WARPS_TO_EXPAND = 8
+WARPS = (1, 2, 4, 8, 16, 32)
 
 
 class Config(NamedTuple):
@@ -48,7 +49,12 @@ MANY = 8192
 
 
 def default_config(tokens: int, rows: int, columns: int) -> Config:
-    """For a number of tokens and (O, I): the entry of `FASTEST` for the shape that is nearest."""
+    """For a number of tokens and (O, I): the entry of `FASTEST` for the shape that is nearest.
+
+    Raises:
+        ValueError: If there are too many tokens.
+    """
+    _check_tokens(tokens)
     most = next(most for most in (1, OF_A_PRODUCT, MOST_TOKENS) if tokens <= most)
     chosen = FASTEST[most, "many rows" if rows > MANY else "long rows" if columns > MANY else "few rows"]
     strips = -(-columns // STRIP)
@@ -72,22 +78,30 @@ def decode(x: Tensor, weight: Compressed, bias: Tensor | None = None, config: Co
     """
     values, indices, rows, columns = weight
     if x.ndim != 2 or x.shape[1] != columns:
-        raise ValueError(f"Argument `x` expected to be (tokens, {columns}) but got {tuple(x.shape)}.")
-    if x.shape[0] > MOST_TOKENS:
         raise ValueError(
-            f"Argument `x` expected at most {MOST_TOKENS} tokens but got {x.shape[0]}. Multiply more by the dense weight, "
-            "which `expand` and `decompress` make."
+            f"Argument `x` expected to be (tokens, {columns}) but got {tuple(x.shape)}. Give the inputs of this weight, "
+            "flattened to two dimensions."
         )
+    _check_tokens(x.shape[0])
     if x.dtype not in DTYPES or values.dtype != x.dtype:
         raise ValueError(
             f"Arguments `x` and `weight` expected one dtype of bfloat16, float16 but got {x.dtype} and {values.dtype}. "
             "Multiply others by the dense weight, which `decompress` makes."
         )
     _check(weight)
-    if bias is not None and bias.shape != (rows,):
-        raise ValueError(f"Argument `bias` expected ({rows},) but got {tuple(bias.shape)}.")
+    if bias is not None and (bias.shape != (rows,) or bias.dtype != x.dtype):
+        raise ValueError(
+            f"Argument `bias` expected ({rows},) of {x.dtype} but got {tuple(bias.shape)} of {bias.dtype}. Cast it, or give "
+            "None."
+        )
     config = config or default_config(x.shape[0], rows, columns)
-    return _decode(x, values.contiguous(), indices.contiguous(), bias, rows, list(config))
+    if config.tiles not in (1, 2) or config.warps not in WARPS or min(config.stages, config.unroll) != 1:
+        raise ValueError(
+            f"Argument `config` expected 1 or 2 tiles, a power of two of at most {max(WARPS)} warps, and stages or unroll of "
+            f"1, but got {config}. Leave it out for the default."
+        )
+    bias = None if bias is None else bias.contiguous()
+    return _decode(x, values, indices.contiguous(), bias, rows, list(config))
 
 
 def expand(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
@@ -99,7 +113,21 @@ def expand(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
     if values.dtype not in DTYPES:
         raise ValueError(f"Argument `values` expected bfloat16 or float16 but got {values.dtype}. Use `decompress`.")
     _check(Compressed(values, indices, rows, columns))
-    return _expand(values.contiguous(), indices.contiguous(), rows, columns)
+    return _expand(values, indices.contiguous(), rows, columns)
+
+
+def _aligned(values: Tensor) -> Tensor:
+    """Consecutive in memory, and beginning where 16 bytes can be read at once."""
+    values = values.contiguous()
+    return values if values.data_ptr() % BYTES_OF_A_LOAD == 0 else values.clone()
+
+
+def _check_tokens(tokens: int) -> None:
+    if tokens > MOST_TOKENS:
+        raise ValueError(
+            f"Argument `x` expected at most {MOST_TOKENS} tokens but got {tokens}. Multiply more by the dense weight, which "
+            "`expand` and `decompress` make."
+        )
 
 
 def _check(weight: Compressed) -> None:
@@ -110,8 +138,8 @@ def _check(weight: Compressed) -> None:
         or weight.values.shape != (tiles, strips, 2, 32, 4, 2)
     ):
         raise ValueError(
-            f"A compressed weight of ({weight.rows}, {weight.columns}) expected values ({tiles}, {strips}, 2, 32, 4, 2) and "
-            f"int32 indices ({tiles}, {strips}, 32) but got {tuple(weight.values.shape)} and {weight.indices.dtype} "
+            f"Arguments `values` and `indices` of a weight ({weight.rows}, {weight.columns}) expected ({tiles}, {strips}, 2, "
+            f"32, 4, 2) and int32 ({tiles}, {strips}, 32) but got {tuple(weight.values.shape)} and {weight.indices.dtype} "
             f"{tuple(weight.indices.shape)}. Take them from `compress`."
         )
 
@@ -128,8 +156,7 @@ def _decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, row
     if tokens == 0:
         return out
     tiles, strips = indices.shape[:2]
-    words = pad(x, (0, -columns % STRIP)).contiguous()
-    words = words if words.data_ptr() % BYTES_OF_A_LOAD == 0 else words.clone()
+    words = _aligned(pad(x, (0, -columns % STRIP)) if columns % STRIP else x)  # padding copies, even by nothing
     options = {"HAS_BIAS": bias is not None, "BFLOAT16": x.dtype == torch.bfloat16, "INTERPRETED": not x.is_cuda}
     options |= {"TOKENS": OF_A_PRODUCT if tokens <= OF_A_PRODUCT else MOST_TOKENS, "TILES": chosen.tiles}
     options |= {
@@ -141,7 +168,7 @@ def _decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, row
     }
     with torch.cuda.device_of(x):  # Triton launches on the current one
         kernels.decode_kernel[(triton.cdiv(tiles, chosen.tiles),)](
-            words.view(torch.int32), values.view(torch.int32), indices, out if bias is None else bias, out,
+            words.view(torch.int32), _aligned(values).view(torch.int32), indices, out if bias is None else bias, out,
             tokens, rows, tiles, strips, **options,
         )  # fmt: skip
     return out
@@ -162,7 +189,7 @@ def _expand(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
     tiles, strips = indices.shape[:2]
     with torch.cuda.device_of(values):
         kernels.expand_kernel[(tiles, triton.cdiv(strips, WARPS_TO_EXPAND))](
-            values.view(torch.int32), indices, out.view(torch.int16), rows, columns, strips,
+            _aligned(values).view(torch.int32), indices, out.view(torch.int16), rows, columns, strips,
             WARPS=WARPS_TO_EXPAND, num_warps=WARPS_TO_EXPAND,
         )  # fmt: skip
     return out

@@ -67,4 +67,5 @@ def _(x, packed, rows, algorithm):
 
 
 def _padded(x: Tensor) -> Tensor:
-    return torch.nn.functional.pad(x, (0, 0, 0, -len(x) % TOKENS)).contiguous()
+    missing = -len(x) % TOKENS
+    return (torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x).contiguous()  # padding copies, even by nothing

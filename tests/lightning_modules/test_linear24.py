@@ -15,7 +15,7 @@ from torch import nn
 
 from datamodules import TextDataModule
 from functional.pruning.masks import Pattern, keep_largest_of_groups
-from functional.sparse24 import prefill
+from functional.sparse24 import decode, prefill
 from lightning_modules import CausalLM, linear24
 from lightning_modules.linear24 import Linear24, compress_linears, try_kernels
 from tests.tiny import FAMILIES, make_tokenizer
@@ -123,14 +123,43 @@ def test_captured_by_a_graph(tokens):
     torch.testing.assert_close(y, linear(x), rtol=2e-2, atol=2e-2)
 
 
+@pytest.fixture
+def through_the_kernel(monkeypatch):
+    """Numbers of tokens of the calls of `decode`, which without a GPU goes through Triton's interpreter."""
+    calls = []
+
+    def counted(x, *arguments):
+        calls.append(len(x))
+        return decode(x, *arguments)
+
+    monkeypatch.setattr(linear24, "on_gpu", lambda x: True)
+    monkeypatch.setattr(linear24, "decode", counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "expected"),
+    [(1, torch.bfloat16, [1]), (16, torch.float16, [16]), (17, torch.bfloat16, []), (3, torch.float32, [])],
+)
+@torch.inference_mode()
+def test_few_tokens_of_16_bits_go_through_the_kernel(tokens, dtype, expected, through_the_kernel):
+    linear = linear_24(dtype=dtype)
+    x = torch.randn(tokens, 64, device=DEVICE, dtype=dtype)
+    torch.testing.assert_close(Linear24.from_linear(linear)(x), linear(x), rtol=2e-2, atol=2e-2)
+    assert through_the_kernel == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [2, 40])
 @torch.inference_mode()
-def test_compiled_in_one_piece(tokens):
-    linear = linear_24(128, 64)
+def test_compiled_in_one_piece(tokens, dtype, monkeypatch):
+    monkeypatch.setattr(linear24, "on_gpu", lambda x: True)
+    linear = linear_24(128, 64, dtype)
     compressed = Linear24.from_linear(linear)
-    x = torch.randn(tokens, 128, device=DEVICE)
+    x = torch.randn(tokens, 128, device=DEVICE, dtype=dtype)
     compiled = torch.compile(compressed, fullgraph=True, backend="eager" if DEVICE == "cpu" else "inductor")
-    torch.testing.assert_close(compiled(x), linear(x))
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(compiled(x), linear(x), **tolerance)
 
 
 def test_only_what_is_24_is_compressed():
@@ -159,6 +188,22 @@ def test_logits_equal_those_of_the_dense_model(family, pruned, tmp_path):
     assert kinds == {"Linear24"} and isinstance(compressed.model.lm_head, nn.Linear)
     with torch.inference_mode():
         torch.testing.assert_close(compressed(ids), dense(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_bfloat16_model_goes_through_the_kernel(pruned, through_the_kernel):
+    ids = torch.randint(2, 12, (2, 7), generator=torch.Generator().manual_seed(0))
+    dense, compressed = (CausalLM(pruned("llama"), dtype="bfloat16", sparse24=sparse) for sparse in (False, True))
+    for module in (dense, compressed):
+        module.configure_model()
+        module.eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(compressed(ids), dense(ids), rtol=5e-2, atol=5e-2)
+    assert through_the_kernel == 21 * [14]
+
+
+def test_float32_weights_are_warned_of(pruned):
+    with pytest.warns(UserWarning, match=r"Weights of torch.float32 .* no kernel .* Give `dtype` = bfloat16 or float16"):
+        CausalLM(pruned("llama"), sparse24=True).configure_model()
 
 
 def test_perplexity_and_continuations_equal_those_of_the_dense_model(pruned, text_file, tmp_path):

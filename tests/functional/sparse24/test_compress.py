@@ -72,8 +72,9 @@ def test_numbers_that_are_no_numbers_are_weights_too():
         (torch.ones(3, 16), r"at most two .* but 12 of 12 groups have more. Prune with pattern \"2:4\" first"),
         (torch.eye(8)[:, [0, 0, 0, 1, 2, 3, 4, 5]], "but 1 of 16 groups have more"),
         (torch.zeros(3, 10), "a multiple of 4 inputs but got 10. Leave this linear dense"),
-        (torch.zeros(16), r"floating-point matrix \(outputs, inputs\) but got torch.float32 of shape \(16,\)"),
+        (torch.zeros(16), r"floating-point matrix \(outputs, inputs\), not empty, but got torch.float32 of shape \(16,\)"),
         (torch.zeros(2, 16, dtype=torch.int64), "floating-point matrix .* but got torch.int64"),
+        (torch.zeros(0, 16), r"not empty, but got torch.float32 of shape \(0, 16\)"),
     ],
 )
 def test_what_cannot_be_compressed(weight, message):

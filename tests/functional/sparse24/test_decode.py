@@ -99,13 +99,21 @@ def test_wrong_arguments():
         decode(x.bfloat16(), compressed)
     with pytest.raises(ValueError, match=r"one dtype of bfloat16, float16 but got torch.float32 and torch.float32"):
         decode(x.float(), compress(weight.float()))
-    with pytest.raises(ValueError, match=r"`bias` expected \(16,\) but got \(15,\)"):
-        decode(x, compressed, x[0, :15])
+    for bias, got in ((x[0, :15], r"\(15,\) of torch.float16"), (x[0, :16].float(), r"\(16,\) of torch.float32")):
+        with pytest.raises(ValueError, match=rf"`bias` expected \(16,\) of torch.float16 but got {got}. Cast it"):
+            decode(x, compressed, bias)
+    for config in (Config(3, 4, 1, 1), Config(1, 3, 1, 1), Config(1, 64, 1, 1), Config(2, 4, 0, 1), Config(1, 4, 2, 2)):
+        with pytest.raises(ValueError, match=r"`config` expected 1 or 2 tiles, .* but got Config.* Leave it out"):
+            decode(x, compressed, None, config)
+    with pytest.raises(ValueError, match="at most 16 tokens but got 17"):
+        default_config(17, 16, 64)
     with pytest.raises(ValueError, match=r"bfloat16 or float16 but got torch.float32\. Use"):
         expand(*compress(weight.float()))
     values, indices, rows, columns = compressed
     for wrong in ((values[:, :, 1:], indices, rows), (values, indices.long(), rows), (values, indices, 17)):
-        with pytest.raises(ValueError, match=r"expected values \(.*\) and int32 indices .* Take them from `compress`"):
+        with pytest.raises(
+            ValueError, match=r"`values` and `indices` of a weight \(1[67], 64\) expected .* Take them from `compress`"
+        ):
             decode(x, Compressed(*wrong, columns))
 
 
@@ -116,6 +124,9 @@ def test_strides_and_alignment_do_not_matter():
     strided = Compressed(values, indices, 16, 64)
     expected = decode(x, compressed, bias)
     assert torch.equal(decode(x, strided, bias), expected) and torch.equal(expand(*strided), weight)
+    assert torch.equal(decode(x, compressed, torch.stack([bias, bias + 100], -1)[:, 0]), expected)
+    shifted = torch.cat([values.flatten()[:1], values.flatten()])[1:].view_as(values)
+    assert shifted.data_ptr() % 4 == 2 and torch.equal(decode(x, Compressed(shifted, indices, 16, 64), bias), expected)
     odd = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(3, 64)
     assert odd.data_ptr() % 4 == 2 and torch.equal(decode(odd, compressed, bias), expected)
     assert torch.equal(decode(torch.stack([x, x], -1)[..., 0], compressed, bias), expected)
