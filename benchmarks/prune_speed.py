@@ -44,20 +44,16 @@ SHAPES = {
                                 num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
     "opt-125m": OPTConfig(),
 }  # fmt: skip
+V_HELD = {"method": "d2prune", "non_updated": "v"}
+V_HELD_24 = V_HELD | {"sparsity": None, "pattern": "2:4"}
 VARIANTS = {
-    "d2prune, v held": {"method": "d2prune", "non_updated": "v"},
+    "d2prune, v held": V_HELD,
     "d2prune, attention rule": {"method": "d2prune"},
-    "d2prune, v held, 2:4": {"method": "d2prune", "non_updated": "v", "sparsity": None, "pattern": "2:4"},
-    "d2prune, v held, high": {"method": "d2prune", "non_updated": "v", "precision": "high"},
-    "d2prune, v held, 2:4, high": {
-        "method": "d2prune",
-        "non_updated": "v",
-        "sparsity": None,
-        "pattern": "2:4",
-        "precision": "high",
-    },
-    "d2prune, v held, admm": {"method": "d2prune", "non_updated": "v", "solver": "admm"},
-    "d2prune, v held, offload": {"method": "d2prune", "non_updated": "v", "offload": True},
+    "d2prune, v held, 2:4": V_HELD_24,
+    "d2prune, v held, high": V_HELD | {"precision": "high"},
+    "d2prune, v held, 2:4, high": V_HELD_24 | {"precision": "high"},
+    "d2prune, v held, admm": V_HELD | {"solver": "admm"},
+    "d2prune, v held, offload": V_HELD | {"offload": True},
     "wanda": {"method": "wanda"},
 }
 PLAIN = {"plain d2prune, v held": True, "plain wanda": False}

@@ -20,9 +20,10 @@ from torchmetrics import MeanMetric
 
 from functional.hub import resolve_model_path
 from functional.safe_load import brief
+from functional.sparse24 import DTYPES
 from lightning_modules.adapters import has_adapters
 from lightning_modules.architectures import find_architecture
-from lightning_modules.linear24 import DTYPES, compress_linears, try_kernels
+from lightning_modules.linear24 import compress_linears, try_kernels
 from lightning_modules.prunable import PrunableModule
 
 PROMPT_SHOWN = 16

@@ -3,8 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-from functional.sparse24 import GROUP, MOST_TOKENS, Compressed, compress, decode, decompress, expand, groups_over_two, prefill
-from functional.sparse24.decode import DTYPES
+from functional.sparse24 import (
+    DTYPES,
+    GROUP,
+    MOST_TOKENS,
+    Compressed,
+    compress,
+    decode,
+    decompress,
+    expand,
+    groups_over_two,
+    prefill,
+)
 
 
 class Linear24(nn.Module):
@@ -104,7 +114,7 @@ def try_kernels(device: torch.device) -> None:
         decode(weight, compress(weight))
     except Exception as error:  # of Triton's many classes
         raise ValueError(
-            f"Argument `sparse24` = True needs Triton, a C compiler and, for a GPU, compute capability 8.0 or more, but its "
+            "Argument `sparse24` = True needs Triton, a C compiler and, for a GPU, compute capability 8.0 or more, but its "
             f"kernels do not run here ({error}). Install them, or leave `sparse24` out."
         ) from error
 

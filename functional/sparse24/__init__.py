@@ -6,9 +6,10 @@ few tokens, where a GPU waits for the weights; `prefill` with many, by cuSPARSEL
 
 from functional.sparse24 import prefill
 from functional.sparse24.compress import GROUP, Compressed, compress, decompress, groups_over_two
-from functional.sparse24.decode import MOST_TOKENS, Config, decode, default_config, expand
+from functional.sparse24.decode import DTYPES, MOST_TOKENS, Config, decode, default_config, expand
 
 __all__ = [
+    "DTYPES",
     "GROUP",
     "MOST_TOKENS",
     "Compressed",

@@ -100,8 +100,7 @@ def decode(x: Tensor, weight: Compressed, bias: Tensor | None = None, config: Co
             f"Argument `config` expected 1 or 2 tiles, a power of two of at most {max(WARPS)} warps, and stages or unroll of "
             f"1, but got {config}. Leave it out for the default."
         )
-    bias = None if bias is None else bias.contiguous()
-    return _decode(x, values, indices.contiguous(), bias, rows, list(config))
+    return _decode(x, values, indices, bias, rows, list(config))
 
 
 def expand(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
@@ -113,7 +112,7 @@ def expand(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
     if values.dtype not in DTYPES:
         raise ValueError(f"Argument `values` expected bfloat16 or float16 but got {values.dtype}. Use `decompress`.")
     _check(Compressed(values, indices, rows, columns))
-    return _expand(values, indices.contiguous(), rows, columns)
+    return _expand(values, indices, rows, columns)
 
 
 def _aligned(values: Tensor) -> Tensor:
@@ -168,8 +167,8 @@ def _decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, row
     }
     with torch.cuda.device_of(x):  # Triton launches on the current one
         kernels.decode_kernel[(triton.cdiv(tiles, chosen.tiles),)](
-            words.view(torch.int32), _aligned(values).view(torch.int32), indices, out if bias is None else bias, out,
-            tokens, rows, tiles, strips, **options,
+            words.view(torch.int32), _aligned(values).view(torch.int32), indices.contiguous(),
+            out if bias is None else bias.contiguous(), out, tokens, rows, tiles, strips, **options,
         )  # fmt: skip
     return out
 
@@ -189,7 +188,7 @@ def _expand(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
     tiles, strips = indices.shape[:2]
     with torch.cuda.device_of(values):
         kernels.expand_kernel[(tiles, triton.cdiv(strips, WARPS_TO_EXPAND))](
-            _aligned(values).view(torch.int32), indices, out.view(torch.int16), rows, columns, strips,
+            _aligned(values).view(torch.int32), indices.contiguous(), out.view(torch.int16), rows, columns, strips,
             WARPS=WARPS_TO_EXPAND, num_warps=WARPS_TO_EXPAND,
         )  # fmt: skip
     return out

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DTYPES = (torch.bfloat16, torch.float16)
+from functional.sparse24.decode import DTYPES
+
 ROWS = 16
 """Inputs and outputs come in multiples of this, tokens of eight; these are filled up."""
 TOKENS = 8
