@@ -46,7 +46,7 @@ if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):
 from lightning.pytorch.cli import LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: E402
 
-from functional.safe_load import brief, weights_only  # noqa: E402
+from utilities.safe_load import brief, weights_only  # noqa: E402
 
 
 class CLI(LightningCLI):

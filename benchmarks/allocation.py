@@ -26,7 +26,7 @@ from benchmarks.quality import ENVIRONMENT, SMOLLM2, append, environment, finish
 from callbacks import BlockwisePruning
 from datamodules import TextDataModule
 from lightning_modules import CausalLM, ImageClassifier
-from lightning_modules.prunable import PrunableModule
+from lightning_modules.base.prunable import PrunableModule
 
 VARIANTS = {
     "uniform, obs": {},

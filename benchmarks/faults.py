@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fault_runs import PLACES, Fault, PruningRun, finish, go, start, tiny
 from benchmarks.quality import environment
+from tests.helpers.launchers import PLACES, Fault, PruningRun, finish, go, start, tiny
 
 
 @dataclass(frozen=True)

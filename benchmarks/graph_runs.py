@@ -137,7 +137,7 @@ class Run:
         return self.epoch < MAX_EPOCHS
 
     def _advance_probed(self) -> bool:
-        from lightning_modules.node_probes import probe_predictions
+        from lightning_modules.parts.node_probes import probe_predictions
 
         self.steps.train(self.epoch)
         self.epoch += 1

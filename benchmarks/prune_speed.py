@@ -29,12 +29,12 @@ from benchmarks.cuda_graphs import wait
 from benchmarks.plain_pruning import plain_block
 from benchmarks.quality import ENVIRONMENT, append, environment, plain_wikitext
 from callbacks import BlockwisePruning
-from callbacks.batch_size import windows_at_a_time
+from callbacks.blockwise.batch_size import windows_at_a_time
 from datamodules import TextDataModule
 from datamodules.text import Windows
 from lightning_modules import CausalLM
-from lightning_modules.architectures import find_architecture
-from lightning_modules.block_stream import BlockStream
+from lightning_modules.parts.architectures import find_architecture
+from lightning_modules.parts.block_stream import BlockStream
 
 LLAMA = {"num_attention_heads": 32, "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 32000}
 SHAPES = {

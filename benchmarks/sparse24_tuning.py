@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.cuda_graphs import captured, cold_copies, seconds
 from functional.sparse24 import Config, compress, decode, default_config
-from lightning_modules.linear24 import Linear24
+from lightning_modules.parts.linear24 import Linear24
 
 TILES, WARPS = (1, 2), (2, 4, 8, 16)
 STAGES_AND_UNROLL = ((1, 2), (1, 4), (1, 8), (4, 1), (6, 1))

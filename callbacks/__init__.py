@@ -4,7 +4,7 @@ from importlib import import_module
 
 _HOME = {
     "AttentionImages": "attention_images",
-    "BlockProgressBar": "progress",
+    "BlockProgressBar": "blockwise.progress",
     "BlockwisePruning": "blockwise_pruning",
     "EvaluateTasks": "evaluate_tasks",
     "ExportOnnx": "export_onnx",

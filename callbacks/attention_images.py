@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from typing_extensions import override
 
-from lightning_modules.attention_form import run_attention_eagerly
-from lightning_modules.prunable import PrunableModule
+from lightning_modules.base.prunable import PrunableModule
+from lightning_modules.parts.attention_form import run_attention_eagerly
 
 
 class AttentionImages(Callback):

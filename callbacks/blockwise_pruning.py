@@ -23,30 +23,30 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
-from callbacks.allocation import allocate
-from callbacks.attention_probe import Reference
-from callbacks.attention_step import AttentionStep
-from callbacks.batch_size import choose_batch_size
-from callbacks.block_pruner import BlockPruner
-from callbacks.collector import StatisticsCollector
-from callbacks.finished_blocks import FinishedBlocks
-from callbacks.held_runs import HeldRuns
-from callbacks.offload import Offload, fits, give_back_placement
-from callbacks.processes import Processes, give_back, processes_of
-from callbacks.progress import BlockProgressBar, use_block_progress_bar
-from callbacks.report import BlockRecord, log_scalars, peak_memory_gib, write_json
-from callbacks.result import REPORT, check_output, print_summary, report_of, save_result
-from callbacks.rule_windows import RuleWindows
-from callbacks.settings import Method, NonUpdated, Plan, PruningSettings
-from callbacks.update_rules import Candidates, Objective, UpdateRule
-from callbacks.validation import validate_within_fit
-from functional.digest import checksum
+from callbacks.base.validation import validate_within_fit
+from callbacks.blockwise.batch_size import choose_batch_size
+from callbacks.blockwise.block_pruner import BlockPruner
+from callbacks.blockwise.collector import StatisticsCollector
+from callbacks.blockwise.placement import Offload, fits, give_back_placement
+from callbacks.blockwise.processes import Processes, give_back, processes_of
+from callbacks.blockwise.progress import BlockProgressBar, use_block_progress_bar
+from callbacks.blockwise.records import BlockRecord, log_scalars, peak_memory_gib, write_json
+from callbacks.blockwise.result import REPORT, check_output, print_summary, report_of, save_result
+from callbacks.blockwise.resume.finished_blocks import FinishedBlocks
+from callbacks.blockwise.settings import Method, NonUpdated, Plan, PruningSettings
+from callbacks.blockwise.targets import allocate
+from callbacks.blockwise.update_rules.attention_step import AttentionStep
+from callbacks.blockwise.update_rules.perplexity import HeldRuns
+from callbacks.blockwise.update_rules.probe import Reference
+from callbacks.blockwise.update_rules.rules import Candidates, Objective, UpdateRule
+from callbacks.blockwise.update_rules.windows import RuleWindows
 from functional.pruning import ActivationNorm
 from functional.pruning.admm import Solver
 from functional.pruning.allocation import Allocation
 from functional.pruning.precision import Precision
-from lightning_modules.block_stream import BlockStream
-from lightning_modules.prunable import PrunableModule
+from lightning_modules.base.prunable import PrunableModule
+from lightning_modules.parts.block_stream import BlockStream
+from utilities.digest import checksum
 
 log = logging.getLogger(__name__)
 

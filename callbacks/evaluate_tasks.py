@@ -21,12 +21,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed
 from typing_extensions import override
 
-from callbacks.after_run import AfterRun
-from callbacks.report import environment, log_scalars, print_table, write_json
-from callbacks.whole_weights import need_whole_weights
-from functional.extras import require
-from functional.safe_load import brief
+from callbacks.base.after_run import AfterRun
+from callbacks.base.whole_weights import need_whole_weights
+from callbacks.blockwise.records import environment, log_scalars, print_table, write_json
 from lightning_modules.causal_lm import CausalLM
+from utilities.extras import require
+from utilities.safe_load import brief
 
 REPORT = "tasks.json"
 LONGEST = datetime.timedelta(days=7)

@@ -16,16 +16,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
-from callbacks.after_run import AfterRun
-from callbacks.result import check_writable
+from callbacks.base.after_run import AfterRun
+from callbacks.base.whole_weights import need_whole_weights
+from callbacks.blockwise.result import check_writable
 from callbacks.save_model import move_files
-from callbacks.whole_weights import need_whole_weights
-from functional.digest import digest
-from functional.extras import require
-from functional.safe_load import brief
+from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.image_classifier import ImageClassifier
-from lightning_modules.prunable import PrunableModule
+from utilities.digest import digest
+from utilities.extras import require
+from utilities.safe_load import brief
 
 FILE = "model.onnx"
 TOLERANCE = 1e-4

@@ -19,13 +19,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+from callbacks.base.validation import validate_within_fit
+from callbacks.base.whole_weights import need_whole_weights
+from callbacks.blockwise.records import log_scalars, print_table
 from callbacks.keep_sparsity import KeepSparsity, apply_zeros, linear_weights, share_of, zeros_of
-from callbacks.report import log_scalars, print_table
 from callbacks.save_model import SaveModel, move_files
-from callbacks.validation import validate_within_fit
-from callbacks.whole_weights import need_whole_weights
-from functional.extras import require
-from lightning_modules.prunable import PrunableModule
+from lightning_modules.base.prunable import PrunableModule
+from utilities.extras import require
 
 
 class LoRA(SaveModel):

@@ -9,9 +9,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from callbacks.result import check_writable
-from lightning_modules import adapters
-from lightning_modules.prunable import PrunableModule
+from callbacks.blockwise.result import check_writable
+from lightning_modules.base.prunable import PrunableModule
+from lightning_modules.parts import adapters
 
 
 class SaveModel(Callback):

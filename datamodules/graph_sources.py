@@ -24,7 +24,7 @@ from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
 from torch_geometric.utils import remove_self_loops, to_undirected
 
-from functional.safe_load import brief, check_arrays, weights_only
+from utilities.safe_load import brief, check_arrays, weights_only
 
 SPLIT_STREAM = 0
 EMBEDDED = ("digits", "wine", "breast_cancer", "karate")

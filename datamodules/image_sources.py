@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from functional.safe_load import brief
+from utilities.safe_load import brief
 
 INDEX = re.compile(r"[0-9]{1,9}")
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:/]+)?")

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.shards import in_order
 from datamodules.text_sources import read_documents
-from functional.hub import resolve_model_path
+from utilities.hub import resolve_model_path
 
 SEPARATOR = "\n\n"
 MIN_DOCUMENTS_TO_SPLIT = 10

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
 
-from functional.safe_load import brief
+from utilities.safe_load import brief
 
 # Suffix -> kind; a kind is also the name of the builder that `datasets` has for it.
 KINDS = {

@@ -9,7 +9,7 @@ _HOME = {
     "GRACE": "graph_baselines",
     "ImageClassifier": "image_classifier",
     "NodeClassifier": "graph_baselines",
-    "PrunableModule": "prunable",
+    "PrunableModule": "base.prunable",
 }
 __all__ = ["CSG2L", "DGI", "GRACE", "CausalLM", "ImageClassifier", "NodeClassifier", "PrunableModule"]
 

@@ -18,13 +18,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from functional.hub import resolve_model_path
-from functional.safe_load import brief
 from functional.sparse24 import DTYPES
-from lightning_modules.adapters import has_adapters
-from lightning_modules.architectures import find_architecture
-from lightning_modules.linear24 import compress_linears, try_kernels
-from lightning_modules.prunable import PrunableModule
+from lightning_modules.base.prunable import PrunableModule
+from lightning_modules.parts.adapters import has_adapters
+from lightning_modules.parts.architectures import find_architecture
+from lightning_modules.parts.linear24 import compress_linears, try_kernels
+from utilities.hub import resolve_model_path
+from utilities.safe_load import brief
 
 PROMPT_SHOWN = 16
 """Tokens of the prompt that `predict` prints before its continuation."""

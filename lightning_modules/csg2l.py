@@ -24,8 +24,8 @@ from functional.graph import (
 )
 from functional.graph.contrast import FORMS, Form
 from functional.graph.low_rank import BASES, Base
-from lightning_modules.graph_encoders import GlobalOperator, GraphEncoder, drop_columns
-from lightning_modules.node_module import NodeModule
+from lightning_modules.base.node import NodeModule
+from lightning_modules.parts.graph_encoders import GlobalOperator, GraphEncoder, drop_columns
 
 Fusion = Literal["mean", "local", "concat", "attention"]
 

@@ -9,8 +9,8 @@ from torch_geometric.nn import DeepGraphInfomax
 from torch_geometric.utils import dropout_edge
 
 from functional.graph import alignment_share, confident_share, pseudo_labels, reweighted_info_nce
-from lightning_modules.graph_encoders import GraphEncoder, drop_columns
-from lightning_modules.node_module import NodeModule
+from lightning_modules.base.node import NodeModule
+from lightning_modules.parts.graph_encoders import GraphEncoder, drop_columns
 
 
 class _Encoded(NodeModule):

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_modules import vision_models
-from lightning_modules.adapters import add_adapters, has_adapters
-from lightning_modules.architectures import find_architecture
-from lightning_modules.prunable import PrunableModule
+from lightning_modules.base.prunable import PrunableModule
+from lightning_modules.parts import vision_models
+from lightning_modules.parts.adapters import add_adapters, has_adapters
+from lightning_modules.parts.architectures import find_architecture
 
 SPLITS = ("val", "heldout")
 """Names of the validation dataloaders, in their order."""

@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; read when they are defined
 
-from tests.tiny import FAMILIES, VOCABULARY, make_tokenizer, tiny_config, write_citeseer
+from tests.helpers.tiny import FAMILIES, VOCABULARY, make_tokenizer, tiny_config, write_citeseer
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import VOCABULARY, make_tokenizer, tiny_config
+from tests.helpers.tiny import VOCABULARY, make_tokenizer, tiny_config
 
 ROOT = Path(__file__).parents[1]
 MASKS, NUMBERS = ROOT / "tests/golden/masks.safetensors", ROOT / "tests/golden/numbers.json"

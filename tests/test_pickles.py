@@ -19,9 +19,9 @@ from datamodules import GraphDataModule, TextDataModule
 from datamodules.graph_sources import read_npz
 from datamodules.image_sources import FolderImages, read_classes
 from datamodules.text_sources import read_file
-from functional.safe_load import FORCED, check_arrays
 from lightning_modules import CausalLM, ImageClassifier
 from train import main
+from utilities.safe_load import FORCED, check_arrays
 
 
 class Harmful:

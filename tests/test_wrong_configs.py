@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import lightning_modules
-from tests.tiny import make_tokenizer, tiny_config
+from tests.helpers.tiny import make_tokenizer, tiny_config
 from train import main
 
 ROOT = Path(__file__).parents[1]
@@ -173,7 +173,10 @@ TEXT_AND_LANGUAGE = [
             ),
             ("./theirs", r"`model_name_or_path`: no model could be loaded from './theirs'[\s\S]*Give a hub id"),
             ("./unknown", r"`model_name_or_path`: .* from './unknown'[\s\S]*`nosuch`[\s\S]*Give a hub id"),
-            ("./gpt2", "'gpt2' is not in ARCHITECTURES, which has .*llama.*Add an entry to lightning_modules/architectures.py"),
+            (
+                "./gpt2",
+                "'gpt2' is not in ARCHITECTURES, which has .*llama.*Add an entry to lightning_modules/parts/",
+            ),
             (
                 "./no_weights",
                 r"`model_name_or_path`: .* from './no_weights'[\s\S]*no file named model.safetensors[\s\S]*weights",

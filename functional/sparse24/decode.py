@@ -147,7 +147,7 @@ def _check(weight: Compressed) -> None:
 def _decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, rows: int, config: Sequence[int]) -> Tensor:
     import triton
 
-    from functional.sparse24 import kernels
+    from functional.sparse24 import decode_triton as kernels
 
     chosen = Config(*config)
     tokens, columns = x.shape
@@ -182,7 +182,7 @@ def _(x, values, indices, bias, rows, config):
 def _expand(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
     import triton
 
-    from functional.sparse24 import kernels
+    from functional.sparse24 import decode_triton as kernels
 
     out = values.new_empty(rows, columns)
     tiles, strips = indices.shape[:2]

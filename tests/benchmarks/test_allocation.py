@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import allocation
-from benchmarks.fault_runs import tiny
+from tests.helpers.launchers import tiny
 
 
 @pytest.fixture

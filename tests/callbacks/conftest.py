@@ -3,11 +3,11 @@ from which processes are forked."""
 
 import pytest
 
-from benchmarks import fault_runs
-from tests.callbacks.recovery_runs import loaded, prune_two_of_four
-from tests.callbacks.rule_cases import Case
+from tests.helpers import launchers
+from tests.helpers.recovery_runs import loaded, prune_two_of_four
+from tests.helpers.rule_cases import Case
 
-fault_runs.PRELOADED += (
+launchers.PRELOADED += (
     "train",
     "datamodules.images",
     "lightning_modules.causal_lm",

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from callbacks import BlockwisePruning
-from callbacks.collector import StatisticsCollector
-from callbacks.settings import PruningSettings
-from callbacks.solve import solve
+from callbacks.blockwise.collector import StatisticsCollector
+from callbacks.blockwise.settings import PruningSettings
+from callbacks.blockwise.solve import solve
 from lightning_modules import CausalLM
-from lightning_modules.architectures import PrunableLinear
+from lightning_modules.parts.architectures import PrunableLinear
 from tests.callbacks.test_blockwise_pruning import fit
 
 BLOCK = "model.layers.1"

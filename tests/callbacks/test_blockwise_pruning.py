@@ -14,7 +14,7 @@ from callbacks import BlockwisePruning
 from datamodules import TextDataModule
 from functional.pruning import METHODS, InputStatistics, OutputStatistics, prune_linear, prune_linears
 from lightning_modules import CausalLM
-from tests.tiny import FAMILIES
+from tests.helpers.tiny import FAMILIES
 
 SEQ_LEN, WINDOWS = 24, 8
 
@@ -358,7 +358,7 @@ def test_a_linear_that_misses_its_target_is_an_error(tiny_model, text_file, tmp_
         results[0].weight[0] = 1.0
         return results
 
-    monkeypatch.setattr("callbacks.solve.prune_linears", forgetful)
+    monkeypatch.setattr("callbacks.blockwise.solve.prune_linears", forgetful)
     with pytest.raises(RuntimeError, match=r"layers.0.self_attn.q_proj: \d+ of 1024 weights are zero where 512"):
         fit(tiny_model("llama"), text_file, tmp_path, BlockwisePruning(sparsity=0.5, non_updated="v"))
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -12,11 +12,11 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.fault_runs import go, quiet_trainer
 from callbacks import BlockwisePruning, EvaluateTasks
 from lightning_modules import CausalLM
-from tests.callbacks.recovery_runs import TextRun, loaded, short_windows
-from tests.tiny import quiet, tiny_vit
+from tests.helpers.launchers import go, quiet_trainer
+from tests.helpers.recovery_runs import TextRun, loaded, short_windows
+from tests.helpers.tiny import quiet, tiny_vit
 
 QUESTIONS = 30
 
@@ -191,6 +191,6 @@ def test_what_a_user_is_told(tasks, text, tiny_model, tmp_path, monkeypatch):
         quiet(tmp_path, EvaluateTasks(["tiny_choice"], str(tmp_path))).validate(module, text)
     with pytest.raises(TypeError, match="EvaluateTasks needs a language model, CausalLM, but got TinyViT"):
         quiet(tmp_path, EvaluateTasks(["tiny_choice"], str(tasks))).validate(tiny_vit(), [])
-    monkeypatch.setattr("functional.extras.find_spec", lambda name: None if name == "lm_eval" else find_spec(name))
+    monkeypatch.setattr("utilities.extras.find_spec", lambda name: None if name == "lm_eval" else find_spec(name))
     with pytest.raises(ModuleNotFoundError, match=r"lm_eval is not installed\. Run `pip install '\.\[eval\]'`"):
         quiet(tmp_path, EvaluateTasks(["tiny_choice"], str(tasks))).validate(module, text)

@@ -15,8 +15,8 @@ from callbacks.export_onnx import check_logits, check_weights, export_onnx
 from callbacks.keep_sparsity import linear_weights
 from datamodules import ImageDataModule
 from lightning_modules import CausalLM, ImageClassifier
-from tests.callbacks.recovery_runs import short_windows
-from tests.tiny import VOCABULARY, quiet, tiny_vit
+from tests.helpers.recovery_runs import short_windows
+from tests.helpers.tiny import VOCABULARY, quiet, tiny_vit
 
 DEIT = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 10}
 
@@ -124,6 +124,6 @@ def test_what_a_user_is_told(pruned, text, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", refuses)
     with pytest.raises(ValueError, match=r"cannot be exported as ONNX \(RuntimeError: no such operator\)"):
         quiet(tmp_path, ExportOnnx()).validate(CausalLM(pruned), text, verbose=False)
-    monkeypatch.setattr("functional.extras.find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
+    monkeypatch.setattr("utilities.extras.find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
     with pytest.raises(ModuleNotFoundError, match=r"onnxscript is not installed\. Run `pip install '\.\[export\]'`"):
         quiet(tmp_path, ExportOnnx()).validate(CausalLM(pruned), text)

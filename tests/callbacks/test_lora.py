@@ -10,13 +10,13 @@ import transformers
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from benchmarks.fault_runs import go
 from callbacks import KeepSparsity, LoRA, SaveModel
 from callbacks.keep_sparsity import linear_weights, share_of, zeros_of
 from datamodules import ImageDataModule
 from lightning_modules import CausalLM, ImageClassifier
-from tests.callbacks.recovery_runs import LEARNING_RATE, Crash, RecoveryRun, loaded, prune_two_of_four, short_windows
-from tests.tiny import quiet
+from tests.helpers.launchers import go
+from tests.helpers.recovery_runs import LEARNING_RATE, Crash, RecoveryRun, loaded, prune_two_of_four, short_windows
+from tests.helpers.tiny import quiet
 
 RANK, ALPHA = 4, 12
 
@@ -188,7 +188,7 @@ def test_what_a_user_is_told(pruned, text, tmp_path, monkeypatch):
             quiet(tmp_path, other, LoRA()).fit(CausalLM(pruned), text)
     with pytest.raises(ValueError, match=r"`linears` expected to be some of self_attn.q_proj, .* but got q_proj"):
         quiet(tmp_path, LoRA(linears=["q_proj"])).fit(CausalLM(pruned), text)
-    monkeypatch.setattr("functional.extras.find_spec", lambda name: None if name == "peft" else importlib.util.find_spec(name))
+    monkeypatch.setattr("utilities.extras.find_spec", lambda name: None if name == "peft" else importlib.util.find_spec(name))
     with pytest.raises(ModuleNotFoundError, match=r"peft is not installed. Run `pip install '\.\[lora\]'`"):
         quiet(tmp_path, LoRA()).fit(CausalLM(pruned), text)
     (tmp_path / "adapter_config.json").write_text("{}")

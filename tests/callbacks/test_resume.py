@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fault_runs import PLACES, Fault, PruningRun, VisionRun, finish, go, start, tiny
+from tests.helpers.launchers import PLACES, Fault, PruningRun, VisionRun, finish, go, start, tiny
 
 
 @pytest.fixture(scope="module")

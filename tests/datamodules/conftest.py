@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.datamodules.coloured_images import write_folder
+from tests.helpers.coloured_images import write_folder
 
 
 @pytest.fixture

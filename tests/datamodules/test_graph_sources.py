@@ -17,7 +17,7 @@ from torch_geometric import datasets
 from torch_geometric.data import Data
 
 from datamodules import GraphDataModule
-from tests.datamodules.small_graphs import check_form, masks, pairs, ready, sizes
+from tests.helpers.small_graphs import check_form, masks, pairs, ready, sizes
 
 
 def npz_arrays(num_nodes=120, num_features=6, num_classes=3, seed=0):

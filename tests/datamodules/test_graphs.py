@@ -12,8 +12,8 @@ from lightning.pytorch.cli import LightningCLI
 
 from datamodules import GraphDataModule
 from datamodules.graphs import add_edges
-from tests.datamodules.small_graphs import SMALL, check_form, masks, pairs, ready
-from tests.tiny import quiet
+from tests.helpers.small_graphs import SMALL, check_form, masks, pairs, ready
+from tests.helpers.tiny import quiet
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
 

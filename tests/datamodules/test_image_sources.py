@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from datamodules import ImageDataModule
 from datamodules.image_sources import Pool, UnreadableImage, decode, read_classes
-from tests.datamodules.coloured_images import PLAIN, SIZE, colour, encoded, identities, joined, ready, write_folder
+from tests.helpers.coloured_images import PLAIN, SIZE, colour, encoded, identities, joined, ready, write_folder
 
 # Files and rows
 

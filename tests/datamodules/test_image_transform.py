@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.datamodules.coloured_images import SIZE, attach, make, ready
+from tests.helpers.coloured_images import SIZE, attach, make, ready
 
 
 def test_evaluation_equals_a_naive_computation(tmp_path):

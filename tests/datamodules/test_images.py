@@ -14,8 +14,8 @@ from torch.utils.data import RandomSampler, SequentialSampler
 
 from datamodules import ImageDataModule
 from datamodules.image_sources import UnreadableImage
-from tests.datamodules.coloured_images import SIZE, attach, identities, joined, make, ready, truncate, write_folder
-from tests.tiny import quiet
+from tests.helpers.coloured_images import SIZE, attach, identities, joined, make, ready, truncate, write_folder
+from tests.helpers.tiny import quiet
 
 # Calibration and held-out images
 

@@ -23,7 +23,7 @@ from datamodules.text import (
     load_tokenizer,
 )
 from datamodules.text_sources import read_pydoc
-from tests.tiny import quiet
+from tests.helpers.tiny import quiet
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ import transformers
 from lightning.pytorch import Trainer, seed_everything
 
 from datamodules import TextDataModule
-from functional.hub import resolve_model_path
 from lightning_modules import CausalLM
-from lightning_modules.architectures import ARCHITECTURES, find_architecture
-from tests.tiny import FAMILIES, VOCABULARY
+from lightning_modules.parts.architectures import ARCHITECTURES, find_architecture
+from tests.helpers.tiny import FAMILIES, VOCABULARY
+from utilities.hub import resolve_model_path
 
 
 def quiet_trainer(tmp_path, **arguments):

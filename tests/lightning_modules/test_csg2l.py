@@ -13,7 +13,7 @@ from callbacks import GraphMonitor
 from datamodules import GraphDataModule
 from functional.graph import reweighted_info_nce
 from lightning_modules import CSG2L, DGI, GRACE, NodeClassifier
-from lightning_modules.node_probes import STRENGTHS, clustering_scores, linear_probe
+from lightning_modules.parts.node_probes import STRENGTHS, clustering_scores, linear_probe
 
 SMALL = {"hidden_channels": 32, "warmup_epochs": 3, "head_channels": 16, "anchors": 64, "rank": 20}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.lightning_modules.graph_runs import CASES
+from tests.helpers.graph_runs import CASES
 
 ROOT = Path(__file__).parents[2]
 WHOLE = [name for name, (_, options) in CASES.items() if not options]
@@ -21,7 +21,7 @@ def folders(tmp_path_factory):
     """Folders of the run with two processes, and of one process that measures its weights; they run at the same time."""
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, "-W", "ignore", str(ROOT / "tests/lightning_modules/graph_runs.py")]
+    script = [sys.executable, "-W", "ignore", str(ROOT / "tests/helpers/graph_runs.py")]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     running = [
         subprocess.Popen([*script, *arguments], cwd=two, env=environment, **pipes)

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from callbacks import AttentionImages, BlockwisePruning, SaveModel
 from lightning_modules import ImageClassifier
-from lightning_modules.vision_models import denormalised
-from tests.tiny import tiny_images
+from lightning_modules.parts.vision_models import denormalised
+from tests.helpers.tiny import tiny_images
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 7}
 TIMM = ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch16_224")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.lightning_modules.resumed_runs import CASES, KILLED_IN_EPOCH
+from tests.helpers.resumed_runs import CASES, KILLED_IN_EPOCH
 from train import main
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter", 
 def found(tmp_path_factory):
     """Per case, what the script found."""
     folder = tmp_path_factory.mktemp("resumed")
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tests/lightning_modules/resumed_runs.py"), str(folder)]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests/helpers/resumed_runs.py"), str(folder)]
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads((folder / "found.json").read_text())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import functional.pruning.admm as admm
 from functional.pruning import METHODS, InputStatistics, partial_update, prune_linear, prune_linears
 from functional.pruning.admm import admm_update, precondition
-from tests.functional.pruning.problems import KINDS, collect, energy, problem
+from tests.helpers.problems import KINDS, collect, energy, problem
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
 TARGETS = ({"sparsity": 0.5}, {"sparsity": 0.8}, {"pattern": "2:4"}, {"pattern": "3:4"})

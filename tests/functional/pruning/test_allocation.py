@@ -20,7 +20,7 @@ from functional.pruning.allocation import (
     whole_numbers,
     written_share,
 )
-from tests.functional.pruning.problems import collect, problem
+from tests.helpers.problems import collect, problem
 
 ANY = settings(max_examples=100, deadline=None, derandomize=True)
 

@@ -7,7 +7,7 @@ import torch
 
 from functional.pruning import METHODS, InputStatistics, OutputStatistics, prune_linear
 from functional.pruning.masks import zeros_of
-from tests.functional.pruning.problems import collect, energy, problem
+from tests.helpers.problems import collect, energy, problem
 
 TARGETS = ({"sparsity": 0.0}, {"sparsity": 0.5}, {"sparsity": 0.99}, {"pattern": "2:4"})
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functional.pruning import METHODS, InputStatistics, OutputStatistics, prune_linear
-from tests.functional.pruning.problems import KINDS, collect, energy, problem
+from tests.helpers.problems import KINDS, collect, energy, problem
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
 methods = st.sampled_from(METHODS)

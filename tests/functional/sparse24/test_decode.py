@@ -143,10 +143,7 @@ def test_the_default_is_one_that_triton_takes(tokens, rows, columns):
 
 def test_the_compiler_keeps_an_element_for_each_thread():
     """The instruction of a whole warp counts on it; the interpreter cannot see it, so the compiler's own text is read."""
-    code = (
-        "from tests.functional.sparse24.compiling import decode_kernel_for; "
-        "print(decode_kernel_for(tiles=2, warps=4, tokens=16))"
-    )
+    code = "from tests.helpers.compiling import decode_kernel_for; print(decode_kernel_for(tiles=2, warps=4, tokens=16))"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     text = done.stdout

@@ -1,0 +1,1 @@
+"""The parts of BlockwisePruning: settings, one block, targets, records, results."""

@@ -1,0 +1,170 @@
+"""StatisticsCollector: hooks on the linears of one block that add up their calibration statistics.
+
+Linears that are given the very same tensor (q/k/v, gate/up) share one InputStatistics, so its Gram matrix is computed once.
+Who shares is seen in the first batch and checked in all others. NaN, Inf and numbers too large are looked for once a block, in
+what the statistics remember of each batch: no batch waits for the GPU.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from functional.pruning import InputStatistics, OutputStatistics
+from functional.pruning.precision import Precision
+from functional.pruning.statistics import LARGEST, too_large
+from lightning_modules.parts.architectures import PrunableLinear
+
+ERROR_TOKENS = 4096
+"""At least so many tokens, and two for each input channel, measure the error of a linear that is not updated."""
+
+
+class StatisticsCollector:
+    """Statistics of the inputs and outputs of some linears of one block.
+
+    Args:
+        linears: The linears by name.
+        precision: Of Gram matrices.
+        updates: Whether a weight update is to be made of them. If not, the Gram matrix only measures errors, and some
+            `ERROR_TOKENS` of the first samples are enough for it.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, PrunableLinear],
+        precision: Precision = "auto",
+        updates: bool = True,
+    ) -> None:
+        self.linears = dict(linears)
+        self._precision, self._updates = precision, updates
+        self._modules: dict[nn.Linear, list[str]] = {}
+        for name, linear in self.linears.items():
+            self._modules.setdefault(linear.module, []).append(name)
+        self.outputs = {name: OutputStatistics(linear.out_features) for name, linear in self.linears.items()}
+        self._leaders: dict[str, str] = {}
+        self._inputs: dict[str, InputStatistics] = {}
+        self._positions: list[Tensor] = []
+        """Of the samples of each batch."""
+        self._called: dict[str, list[int]] = {name: [] for name in self.linears}
+        """The batches in which each linear was called."""
+        self._checked = False
+
+    def inputs(self, name: str) -> InputStatistics:
+        """Statistics of what a linear reads.
+
+        Raises:
+            RuntimeError: If the linear was never called.
+        """
+        return self._inputs[self.leader(name)]
+
+    def leader(self, name: str) -> str:
+        """The first of the linears that read the same tensor as this one.
+
+        Raises:
+            RuntimeError: If the linear was never called.
+        """
+        if name not in self._leaders:
+            raise RuntimeError(f"The linear {name!r} was never called while calibrating, so it cannot be pruned.")
+        return self._leaders[name]
+
+    def groups(self) -> dict[str, list[str]]:
+        """Linears that read the same tensor, by the name of the first of them."""
+        found: dict[str, list[str]] = {}
+        for name, leader in self._leaders.items():
+            found.setdefault(leader, []).append(name)
+        return found
+
+    def check(self, block: str) -> None:
+        """Look at weights and at what each batch brought, once, before anything is pruned.
+
+        Args:
+            block: Name of the block.
+
+        Raises:
+            ValueError: If a weight, an input or an output holds NaN or Inf, or numbers whose squares float32 cannot hold; names
+                the linear and the first such batch of this process.
+            RuntimeError: If a linear was never called.
+        """
+        if self._checked or not self.linears:
+            return
+        bad = self._bad_batches()
+        sound = torch.stack([linear.weight.isfinite().all() for linear in self.linears.values()]).tolist()
+        for name in (name for name, finite in zip(self.linears, sound, strict=True) if not finite):
+            batches = [batch for batch, _, argument, other, _ in bad if (argument, other) == ("outputs", name)]
+            seen = f" So do its outputs, from {self._name_of(batches[0])} on." if batches else ""
+            raise ValueError(f"{block}.{name}: Argument `weight` holds NaN or Inf.{seen} Look at the file that it came from.")
+        for batch, _, argument, name, peak in bad:
+            what = f"{block}.{name}: Argument `{argument}`"
+            if peak < float("inf"):
+                raise ValueError(f"{what} {too_large(peak, f' in {self._name_of(batch)}')}")
+            raise ValueError(
+                f"{what} holds NaN or Inf, first in {self._name_of(batch)}. Look at these samples; if they are sound, the "
+                "model leaves the range of its numbers: use bfloat16 or float32."
+            )
+        self._checked = True
+
+    def _bad_batches(self) -> list[tuple[int, int, str, str, float]]:
+        """Batch, order of the call, argument, linear and largest magnitude, wherever that has no square in float32; sorted."""
+        seen = [
+            (batch, order, argument, name, peak)
+            for order, name in enumerate((*self._leaders, *(name for name in self.linears if name not in self._leaders)))
+            for argument, statistics in (("inputs", self.inputs(name)), ("outputs", self.outputs[name]))
+            for batch, peak in zip(self._called[name], statistics.peaks, strict=True)
+        ]
+        peaks = torch.stack([peak for *_, peak in seen]).tolist()  # waits for the GPU
+        return sorted((*entry[:4], peak) for entry, peak in zip(seen, peaks, strict=True) if not peak**2 <= LARGEST)
+
+    def _name_of(self, batch: int) -> str:
+        first, last = (int(position) for position in self._positions[batch].aminmax())
+        samples = f"sample {first}" if first == last else f"samples {first} to {last}"
+        return f"calibration batch {batch} ({samples}, all counted from 0)"
+
+    @contextmanager
+    def collecting(self, positions: Tensor) -> Iterator[None]:
+        """While open, every call of a linear adds to its statistics.
+
+        Args:
+            positions: Positions of the samples of this batch in the calibration set, (samples,), on the CPU.
+
+        Raises:
+            RuntimeError: If a linear is called twice in one batch, or shares its input in one batch and not in another.
+        """
+        seen: dict[str, Tensor] = {}
+        self._positions.append(positions)
+        self._checked = False
+
+        def add(name: str, x: Tensor, y: Tensor) -> None:
+            if name in seen:
+                raise RuntimeError(f"The linear {name!r} is called more than once a forward pass; it cannot be pruned.")
+            leader = next((other for other, tensor in seen.items() if tensor is x), name)
+            seen[name] = x
+            if self._leaders.setdefault(name, leader) != leader:
+                raise RuntimeError(f"The linear {name!r} shares its input with others in some batches only.")
+            if leader == name:
+                x = by_sample(x, positions)
+                if name not in self._inputs:
+                    self._inputs[name] = InputStatistics(x.shape[-1], self._precision, self._gram_samples(x))
+                self._inputs[name].update(x, positions)
+            self.outputs[name].update(by_sample(y, positions), positions)
+            self._called[name].append(len(self._positions) - 1)
+
+        def hook(module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
+            for name in self._modules[module]:
+                add(name, args[0], output[..., self.linears[name].rows])
+
+        handles = [module.register_forward_hook(hook) for module in self._modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _gram_samples(self, x: Tensor) -> int | None:
+        tokens, features = x.shape[1:]
+        return None if self._updates else -(-max(ERROR_TOKENS, 2 * features) // tokens)
+
+
+def by_sample(x: Tensor, positions: Tensor) -> Tensor:
+    """(samples, tokens, features), also from (samples · tokens, features), the form that OPT gives its MLP."""
+    return x.reshape(len(positions), -1, x.shape[-1])

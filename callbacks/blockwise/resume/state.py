@@ -1,0 +1,193 @@
+"""PruningState: what a pruning run that dies leaves behind, so that the same command goes on after its last finished block.
+
+    fingerprint.json     what the run was started with; a run with another is refused
+    00007.safetensors    block 7: its pruned weights, its record, the random state, and a SHA-256 of all of it
+    lock                 held while a process uses the directory; the system lets go of it when the process dies
+
+Files are written beside their place, brought to the disk and renamed: there is a whole one or none. The cost of a block is
+that of its weights, not of the model's.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from utilities.digest import digest
+
+log = logging.getLogger(__name__)
+
+FINGERPRINT = "fingerprint.json"
+
+
+class PruningState:
+    """The finished blocks of one run in a directory.
+
+    Args:
+        directory: Need not exist.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.expanduser().resolve()
+        self._lock: FileLock | None = None
+
+    def open(self, fingerprint: Mapping[str, str]) -> int:
+        """Take the directory for this run and count the blocks that are finished.
+
+        A file that is damaged is named in a warning; that block and those after it are forgotten.
+
+        Raises:
+            ValueError: If another process uses the directory, it cannot be written to, or what is in it belongs to a run with
+                another fingerprint.
+        """
+        self._lock = FileLock(self.directory / "lock")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"Another pruning run is using {self.directory}. Wait for it, or give this run another `output_dir` or logger."
+            ) from error
+        except OSError as error:
+            raise ValueError(
+                f"Finished blocks cannot be kept in {self.directory} ({error.strerror or error}). Choose another "
+                "`output_dir` or logger, or `resume: false`, which keeps nothing."
+            ) from error
+        for partial in self.directory.glob("*.partial"):
+            partial.unlink()
+        self._check_fingerprint(dict(fingerprint))
+        return self._verified()
+
+    def write(self, index: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+        """Keep a finished block: tensors, and what can be said in JSON.
+
+        Raises:
+            OSError: If it cannot be written, as on a full disk; what was kept before stays as it is.
+        """
+        from safetensors.torch import save
+
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        text = json.dumps(content)
+        metadata = {"content": text, "sha256": _checksum(tensors, text)}
+        try:
+            _write(self._path(index), save(tensors, metadata))
+        except OSError as error:
+            raise OSError(
+                f"Block {index} could not be kept in {self.directory} ({error.strerror or error}). Make room there and start "
+                "the same command again: it goes on with this block. `resume: false` keeps nothing."
+            ) from error
+
+    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and content of a finished block.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        from safetensors import safe_open
+
+        path = self._path(index)
+        try:
+            with safe_open(path, "pt") as file:
+                metadata, names = file.metadata(), file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
+            whole = metadata["sha256"] == _checksum(tensors, metadata["content"])
+            content = json.loads(metadata["content"])
+        except Exception as error:  # whatever the bytes of a damaged file make of the reader
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+        if not whole:
+            raise ValueError(f"{path} is damaged: its SHA-256 is another.")
+        return tensors, content
+
+    def remove(self) -> None:
+        """Forget everything: the run has ended well. Without the fingerprint what is left belongs to no run."""
+        (self.directory / FINGERPRINT).unlink(missing_ok=True)
+        self.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let others have the directory."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _path(self, index: int) -> Path:
+        return self.directory / f"{index:05d}.safetensors"
+
+    def _check_fingerprint(self, fingerprint: dict[str, str]) -> None:
+        path = self.directory / FINGERPRINT
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            whole = isinstance(known, dict)
+        except FileNotFoundError:
+            known, whole = fingerprint, not any(self.directory.glob("*.safetensors"))
+        except ValueError:
+            whole = False
+        if not whole:
+            log.warning("%s is damaged or missing: all blocks are pruned again.", path)
+            self._forget(0)
+            known = fingerprint
+        differing = [name for name in sorted(known.keys() | fingerprint.keys()) if known.get(name) != fingerprint.get(name)]
+        if differing:
+            entries = "; ".join(
+                f"{name} was {_short(known.get(name))}, is {_short(fingerprint.get(name))}" for name in differing
+            )
+            raise ValueError(
+                f"{self.directory} holds an unfinished pruning run that was started differently: {entries}. Start it as it "
+                "was, remove that directory to begin anew, or give this run another `output_dir` or `resume: false`."
+            )
+        _write(path, json.dumps(fingerprint, indent=2).encode())
+
+    def _verified(self) -> int:
+        """Number of blocks from the first on whose files are whole."""
+        count = 0
+        while self._path(count).exists():
+            try:
+                self.read(count)
+            except ValueError as error:
+                log.warning("%s Block %d and those after it are pruned again.", error, count)
+                break
+            count += 1
+        self._forget(count)
+        return count
+
+    def _forget(self, first: int) -> None:
+        for path in self.directory.glob("*.safetensors"):
+            if not path.stem.isdigit() or int(path.stem) >= first:
+                path.unlink()
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    found = hashlib.sha256(text.encode())
+    found.update(digest(sorted(tensors.items())).encode())
+    return found.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All of it under its name, on the disk, or nothing."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _short(value: str | None) -> str:
+    if value is None:
+        return "absent"
+    return f"{value[:12]}…" if len(value) == 64 else repr(value)

@@ -1,0 +1,106 @@
+"""From the statistics of a block to its pruned linears: one solve, its record, its histograms."""
+
+import logging
+from collections.abc import Sequence
+from fractions import Fraction
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch import Tensor
+
+from callbacks.blockwise.collector import StatisticsCollector
+from callbacks.blockwise.records import LinearRecord
+from callbacks.blockwise.settings import PruningSettings
+from callbacks.blockwise.targets import Targets
+from functional.pruning import PruneResult, prune_linears
+from functional.pruning.masks import zeros_of
+from lightning_modules.parts.architectures import PrunableLinear
+
+log = logging.getLogger(__name__)
+
+MOST_SCORES = 1_000_000
+"""A histogram of more looks the same; other processes send theirs."""
+
+
+def solve(
+    settings: PruningSettings,
+    collector: StatisticsCollector,
+    block: str,
+    names: Sequence[str],
+    method: str,
+    targets: Targets | None = None,
+) -> dict[str, PruneResult]:
+    """Prune linears of a block that read the same tensor; their modules keep their weights.
+
+    Raises:
+        ValueError: As `prune_linears` and `StatisticsCollector.check`, naming block and linear.
+    """
+    collector.check(block)
+    inputs, outputs = collector.inputs(names[0]), [collector.outputs[name] for name in names]
+    arguments = settings.arguments(inputs.num_tokens / inputs.num_samples)
+    weights = [collector.linears[name].weight for name in names]
+    if targets is not None:
+        arguments["sparsity"] = [
+            targets.sparsity(block, name, weight.numel()) for name, weight in zip(names, weights, strict=True)
+        ]
+    try:
+        results = prune_linears(weights, inputs, outputs, method=method, **arguments)
+    except ValueError as error:
+        if len(names) == 1:
+            raise type(error)(f"{block}.{names[0]}: {error}") from error
+        alone = [solve(settings, collector, block, [name], method, targets) for name in names]  # one of them says what it was
+        return {name: result for found in alone for name, result in found.items()}
+    damping = results[0].damping
+    if damping is not None and damping > settings.damping:
+        log.warning("%s.%s: the Hessian needed a damping of %g.", block, ", ".join(names), damping)
+    return dict(zip(names, results, strict=True))
+
+
+def record_of(
+    settings: PruningSettings,
+    linear: PrunableLinear,
+    result: PruneResult,
+    method: str,
+    full_name: str,
+    sparsity: Fraction | None = None,
+) -> LinearRecord:
+    """What pruning.json says of a linear, from its weights as they are now; `sparsity` is its own, where it has one.
+
+    Raises:
+        RuntimeError: If it has fewer zeros than wanted.
+    """
+    weight = linear.weight
+    record = LinearRecord(
+        method=method,
+        error=result.error,
+        norm=result.norm,
+        zeros=int((weight == 0).sum()),
+        weights=weight.numel(),
+        damping=result.damping,
+    )
+    arguments = settings.arguments(1.0)
+    wanted = zeros_of(weight.shape, method, arguments["sparsity"] if sparsity is None else sparsity, arguments["pattern"])
+    if record.zeros < wanted:
+        raise RuntimeError(
+            f"{full_name}: {record.zeros} of {record.weights} weights are zero where {wanted} were wanted. "
+            "This is a defect of the pruning code; please report it with the settings."
+        )
+    return record
+
+
+def kept_and_pruned(result: PruneResult) -> dict[str, Tensor]:
+    """log10 of the positive scores of kept and of pruned weights, at most `MOST_SCORES` of each, on the CPU."""
+    found = {}
+    for state, mask in (("kept", result.mask), ("pruned", ~result.mask)):
+        scores = result.scores[mask.to(result.scores.device)]
+        scores = scores[scores > 0]
+        found[state] = scores[:: len(scores) // MOST_SCORES + 1].log10().cpu()
+    return found
+
+
+def log_scores(loggers: list[Logger], name: str, scores: dict[str, Tensor], step: int) -> None:
+    """Histograms of what `kept_and_pruned` found."""
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for state, logs in scores.items():
+                if len(logs):
+                    logger.experiment.add_histogram(f"log10_scores_{state}/{name}", logs, step)

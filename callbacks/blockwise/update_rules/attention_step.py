@@ -1,0 +1,108 @@
+"""AttentionStep: what one pruning run does about attention: feeds the probe, lets the rule choose, measures, draws.
+
+Not a callback: BlockwisePruning says when. Its own part is the wiring between the probe (what attention does), the rule (which
+candidate), the record of a block and TensorBoard.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch import Tensor
+
+from callbacks.blockwise.records import BlockRecord
+from callbacks.blockwise.settings import PruningSettings
+from callbacks.blockwise.update_rules.figure import attention_figure
+from callbacks.blockwise.update_rules.probe import AttentionProbe
+from callbacks.blockwise.update_rules.rules import AttentionRule, Choice, State, update_share
+from functional.pruning import PruneResult
+from lightning_modules.base.prunable import PrunableModule
+from lightning_modules.parts.architectures import PrunableLinear
+
+
+class AttentionStep:
+    """Attention of one run, block after block: `feed` windows, then per block `enter`, `choose` if there is a choice, `leave`.
+
+    Args:
+        module: The model, still dense.
+        settings: Of the run.
+        drawn: Indices of the blocks whose attention maps are kept for a figure.
+        forward_context: What the model's forward runs in, such as autocast.
+    """
+
+    def __init__(
+        self,
+        module: PrunableModule,
+        settings: PruningSettings,
+        drawn: set[int],
+        forward_context: Callable[[], AbstractContextManager],
+    ) -> None:
+        self._module, self._settings, self._drawn, self._context = module, settings, drawn, forward_context
+        distributions = "all" if settings.objective == "divergence" else "first"
+        self._probe = AttentionProbe(module, settings.reference, distributions)
+        self._rule = AttentionRule(settings.candidates, settings.objective, settings.rho)
+        self._choice: Choice | None = None
+        self.seconds = 0.0
+        """Time spent on the block that was entered last."""
+
+    def feed(self, batch: Any, samples: int) -> None:
+        """Take windows of a batch until there are `rule_windows`: one by one, so that it does not matter how they come."""
+        for sample in range(min(samples, self._settings.rule_windows - self._probe.num_windows)):
+            with self._context():
+                self._probe.capture(self._module.select_samples(batch, slice(sample, sample + 1)), 1)
+
+    def enter(self, index: int) -> None:
+        """Before the weights of block `index` change."""
+        self.seconds, self._choice = 0.0, None
+        with self._timed():
+            self._probe.enter(index)
+
+    def choose(
+        self, linears: Mapping[str, PrunableLinear], options: Mapping[str, Mapping[str, PruneResult]]
+    ) -> tuple[State, dict[str, PruneResult]]:
+        """Role -> the state that the rule chose for it, and the result."""
+        with self._timed():
+            self._choice = self._rule.choose(self._probe, linears, options)
+        return self._choice.best.state, self._choice.results
+
+    def leave(self, index: int, record: BlockRecord, loggers: list[Logger]) -> None:
+        """After block `index` was pruned: measures into its record, attention maps to TensorBoard."""
+        with self._timed():
+            record.attention, maps = self._probe.leave(index)
+        if self._choice is not None:
+            best = self._choice.best
+            record.choice = best.name
+            record.update_shares = {role: update_share(state) for role, state in best.state.items()}
+            record.candidates = [{"name": candidate.name} | asdict(candidate) for candidate in self._choice.candidates]
+        if index in self._drawn:
+            self._draw(index, record, maps, loggers)
+        record.seconds_rule = self.seconds
+
+    def pass_by(self, index: int) -> None:
+        """As `leave`, of a block that an earlier run has measured."""
+        with self._context():
+            self._probe.pass_by(index)
+
+    def clear(self) -> None:
+        """Give the hidden states back."""
+        self._probe.clear()
+        self._choice = None
+
+    def _draw(self, index: int, record: BlockRecord, maps: list[Tensor], loggers: list[Logger]) -> None:
+        panels = {"dense": maps[0]}
+        if self._choice is not None:
+            panels["all updated"] = self._choice.map_updated
+        panels[f"pruned: {record.choice}" if record.choice else "pruned"] = maps[1]
+        for logger in loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("attention_map", attention_figure(panels, record.name), index)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        with self._context():
+            yield
+        self.seconds += time.perf_counter() - start

@@ -1,0 +1,1 @@
+"""Base classes of the modules: pruning by blocks, node tasks, exact resume."""

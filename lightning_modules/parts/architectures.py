@@ -1,0 +1,152 @@
+"""The one table of names: where the blocks of a model family are, and which of their linears are pruned.
+
+A new family is one entry here and nothing else: no forward is copied. Keys are the ``model_type`` of a Hugging Face config,
+and vision_transformer for timm.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of one model family.
+
+    Attributes:
+        blocks: Path of the list of decoder or encoder blocks in the model.
+        linears: Paths of the linears to prune, relative to a block.
+        projections: The attention projections among them by role: q, k, v, o.
+        attention: Path of the attention module, relative to a block.
+        fused: Linears whose rows are several projections of equal size one after the other, by path; each part is pruned
+            as a linear of its own, called <path>.<part>.
+    """
+
+    blocks: str
+    linears: tuple[str, ...]
+    projections: dict[str, str] = field(default_factory=dict)
+    attention: str = "self_attn"
+    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PrunableLinear:
+    """A linear that is pruned as one matrix: a whole ``nn.Linear``, or one projection's rows of a fused one."""
+
+    module: nn.Linear
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I), a view: what is written here is written into the module."""
+        return self.module.weight.detach()[self.rows]
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return self.module.in_features
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return len(range(*self.rows.indices(self.module.out_features)))
+
+
+LLAMA = Architecture(
+    blocks="model.layers",
+    linears=(
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ),
+    projections={role: f"self_attn.{role}_proj" for role in "qkvo"},
+)
+OPT = Architecture(
+    blocks="model.decoder.layers",
+    linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
+    projections={role: f"self_attn.{role}_proj" for role in "qkv"} | {"o": "self_attn.out_proj"},
+)
+VISION_TRANSFORMER = Architecture(  # of timm
+    blocks="blocks",
+    linears=("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+    projections={role: f"attn.qkv.{role}" for role in "qkv"} | {"o": "attn.proj"},
+    attention="attn",
+    fused={"attn.qkv": ("q", "k", "v")},
+)
+TRANSFORMERS_VIT = Architecture(
+    blocks="vit.layers",
+    linears=(
+        "attention.q_proj",
+        "attention.k_proj",
+        "attention.v_proj",
+        "attention.o_proj",
+        "mlp.fc1",
+        "mlp.fc2",
+    ),
+    projections={role: f"attention.{role}_proj" for role in "qkvo"},
+    attention="attention",
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "deit": replace(TRANSFORMERS_VIT, blocks="deit.layers"),
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "opt": OPT,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "vit": TRANSFORMERS_VIT,
+    "vision_transformer": VISION_TRANSFORMER,
+}
+
+
+def find_architecture(model_type: str) -> Architecture:
+    """The entry of a model family.
+
+    Raises:
+        ValueError: If there is none; lists those that exist and says what an entry needs.
+    """
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"Model type {model_type!r} is not in ARCHITECTURES, which has {', '.join(sorted(ARCHITECTURES))}. Add an entry to "
+            "lightning_modules/parts/architectures.py: the path of its list of blocks, the paths of the linears of a block, "
+            "and which of these are the q, k, v and o projections."
+        )
+    return ARCHITECTURES[model_type]
+
+
+def find_blocks(model: nn.Module, architecture: Architecture) -> dict[str, nn.Module]:
+    """The blocks of a model in order, by full name."""
+    return {f"{architecture.blocks}.{i}": block for i, block in enumerate(model.get_submodule(architecture.blocks))}
+
+
+def find_linears(block: nn.Module, architecture: Architecture) -> dict[str, PrunableLinear]:
+    """The prunable linears of one block, by their name within it; a fused one by its parts.
+
+    Raises:
+        ValueError: If one of the table's names is not there, or not a plain ``nn.Linear``.
+    """
+    linears = {}
+    for name in architecture.linears:
+        try:
+            module = block.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"The block {type(block).__name__} has no {name!r}; see ARCHITECTURES.") from error
+        if not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"{name!r} of {type(block).__name__} is a {type(module).__name__}, not a plain nn.Linear. "
+                "Load the model without quantisation, adapters or `sparse24`."
+            )
+        parts = architecture.fused.get(name)
+        if parts is None:
+            linears[name] = PrunableLinear(module)
+            continue
+        size, rest = divmod(module.out_features, len(parts))
+        if rest:
+            raise ValueError(f"{name!r} has {module.out_features} rows, which are not {', '.join(parts)} of one size.")
+        for i, part in enumerate(parts):
+            linears[f"{name}.{part}"] = PrunableLinear(module, slice(i * size, (i + 1) * size))
+    return linears

@@ -1,0 +1,157 @@
+"""BlockStream: the hidden states of this process's calibration batches on their way through a chain of blocks.
+
+D²Prune is sequential: the inputs of block b are the outputs of the pruned blocks before it. One pass over the whole model
+records, for each batch and each block, the arguments that the model gives that block beside the hidden states (masks,
+position embeddings, whatever the next release adds), kept whole. In that pass the blocks only hand their input on, so it
+costs the embedding and no block; after it blocks run on their own. Nothing here knows about weights.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.parts.host_memory import HostMemory
+
+
+class _AllBlocksSeen(Exception):
+    """Leaves the model's forward once its last block was reached; never leaves this file."""
+
+
+@dataclass
+class _Batch:
+    hidden: Tensor | None
+    """None while it is in the host's memory."""
+    calls: list[tuple[tuple, dict[str, Any]]]
+    """Per block: further positional arguments, keyword arguments."""
+
+
+class BlockStream:
+    """Hidden states of calibration batches, moved forward block by block.
+
+    Args:
+        blocks: The chain of blocks, in order. Each takes the hidden states as its first argument (or as the keyword
+            ``hidden_states``) and returns them, alone or as the first entry of a tuple.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.blocks = list(blocks)
+        self._host: HostMemory | None = None
+        self._batches: dict[int, _Batch] = {}
+        self._returns_tuple: list[bool] | None = None
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @torch.no_grad()
+    def capture(self, key: int, run_model: Callable[[], Any]) -> None:
+        """Store what enters the first block, and the arguments of every block, for one batch.
+
+        Args:
+            key: Name of the batch.
+            run_model: Runs the whole model on the batch. Its own exceptions pass through.
+
+        Raises:
+            RuntimeError: If the model does not call its blocks once each, in order.
+        """
+        calls: list[tuple[Tensor, tuple, dict[str, Any]]] = []
+        with self._passing_through(calls), suppress(_AllBlocksSeen):
+            run_model()
+        if len(calls) != len(self.blocks):
+            raise RuntimeError(f"The model called {len(calls)} of its {len(self.blocks)} blocks; it cannot be run by blocks.")
+        previous = next(reversed(self._batches.values()), None)
+        arguments = [(args, kwargs) for _, args, kwargs in calls]
+        if previous is not None:
+            arguments = _share_equal(arguments, previous.calls)
+        self._batches[key] = _Batch(None, arguments)
+        self.replace(key, calls[0][0])
+
+    def hidden(self, key: int) -> Tensor:
+        """Hidden states of a batch, (samples, tokens, features)."""
+        return self._batches[key].hidden if self._host is None else self._host.get(key)
+
+    def move_to_host(self) -> None:
+        """From now on hidden states wait in the host's memory, and come to the device one batch ahead of their turn."""
+        self._host = HostMemory(next(iter(self._batches.values())).hidden.device)
+        for key, batch in self._batches.items():
+            self._host.put(key, batch.hidden)
+            batch.hidden = None
+
+    @torch.no_grad()
+    def run(self, key: int, index: int) -> Tensor:
+        """Output of block `index` on the hidden states of a batch, which stay as they are."""
+        batch = self._batches[key]
+        args, kwargs = batch.calls[index]
+        return _hidden_of(self.blocks[index](self.hidden(key), *args, **kwargs))
+
+    def advance(self, key: int, index: int) -> None:
+        """Replace the hidden states of a batch by the output of block `index`."""
+        self.replace(key, self.run(key, index))
+
+    def adopt(self, key: int, other: "BlockStream") -> None:
+        """Take a batch over from another stream of the same blocks; from then on each moves its own."""
+        batch = other._batches[key]
+        self._batches[key] = _Batch(other.hidden(key), batch.calls)
+
+    def replace(self, key: int, hidden: Tensor) -> None:
+        """Replace the hidden states of a batch."""
+        if self._host is None:
+            self._batches[key].hidden = hidden
+        else:
+            self._host.put(key, hidden)
+
+    def clear(self) -> None:
+        """Forget all batches."""
+        self._batches.clear()
+        self._host = None
+
+    @contextmanager
+    def _passing_through(self, calls: list) -> Iterator[None]:
+        """Blocks record their arguments and return their input; the first block really runs once, to see what it returns."""
+
+        def hand_on(index: int, forward: Callable) -> Callable:
+            def record(*args: Any, **kwargs: Any) -> Any:
+                kwargs = dict(kwargs)
+                hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+                if index != len(calls):
+                    raise RuntimeError(f"The model called block {index} where block {len(calls)} was expected.")
+                calls.append((hidden, args, kwargs))
+                if index == len(self.blocks) - 1:
+                    raise _AllBlocksSeen
+                if self._returns_tuple is None:
+                    self._returns_tuple = isinstance(forward(hidden, *args, **kwargs), tuple)
+                return (hidden,) if self._returns_tuple else hidden
+
+            return record
+
+        # Assigned on the instance, which shadows the method of the class, and taken away again.
+        replaced = [(block, block.__dict__.get("forward")) for block in self.blocks]
+        try:
+            for index, block in enumerate(self.blocks):
+                block.forward = hand_on(index, block.forward)
+            yield
+        finally:
+            for block, own in replaced:
+                if own is None:
+                    block.__dict__.pop("forward", None)
+                else:
+                    block.forward = own
+
+
+def _hidden_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _share_equal(new: Any, old: Any) -> Any:
+    """`new` with every tensor that equals its counterpart in `old` replaced by that one: windows of one length share masks."""
+    if isinstance(new, Tensor):
+        same = isinstance(old, Tensor) and new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
+        return old if same and (new is old or torch.equal(new, old)) else new
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {name: _share_equal(value, old.get(name)) for name, value in new.items()}
+    if type(new) in (list, tuple) and type(old) is type(new) and len(new) == len(old):
+        return type(new)(_share_equal(a, b) for a, b in zip(new, old, strict=True))
+    return new

@@ -1,0 +1,46 @@
+"""The perplexity rule: one run with each projection held, and the best of them stays."""
+
+import copy
+import json
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from callbacks.blockwise.update_rules.rules import ROLES
+from datamodules import TextDataModule
+from tests.helpers.rule_cases import SEQ_LEN, on_models
+
+
+@on_models()
+def test_perplexity_rule_ends_with_its_best_run_bit_by_bit(case):
+    alone, losses = {}, {}
+    for role in ROLES:
+        module, callback = case.fit(non_updated=role)
+        alone[role], losses[role] = module.model.state_dict(), callback.metrics["pruned"]["val/loss"]
+    module, callback = case.fit(update_rule="perplexity")
+    best = min(losses, key=losses.get)
+    assert {role: callback.metrics[f"hold_{role}"]["val/loss"] for role in ROLES} == pytest.approx(losses)
+    assert all(torch.equal(value, alone[best][name]) for name, value in module.model.state_dict().items())
+    assert callback.metrics["pruned"]["val/loss"] == losses[best]
+    assert {record.choice for record in callback.records} == {best} and len(callback.records) == 3
+    report = json.loads((callback._output / "pruning.json").read_text())
+    assert report["settings"]["update_rule"] == "perplexity" and report["settings"]["non_updated"] == best
+
+
+@on_models("llama")
+def test_perplexity_rule_says_so_and_needs_held_out_text(case, caplog):
+    with caplog.at_level("INFO"):
+        case.fit(update_rule="perplexity", logger=TensorBoardLogger(case.tmp_path, name="run"))
+    assert "pruning 3 times, with q, k, v held" in caplog.text
+    events = EventAccumulator(str(case.tmp_path / "run" / "version_0")).Reload()
+    for role in ROLES:
+        assert [e.step for e in events.Scalars(f"hold_{role}/block/relative_error")] == [0, 1, 2]
+        assert [e.step for e in events.Scalars(f"hold_{role}/val/loss")] == [3]
+    module = case.module()
+    before = copy.deepcopy(module.model.state_dict())
+    case.data = TextDataModule(case.directory, case.data.hparams.source, seq_len=SEQ_LEN, num_calibration=4, num_heldout=0)
+    with pytest.raises(ValueError, match="chooses by val/loss on held-out data, but there is none"):
+        case.fit(module, update_rule="perplexity")
+    assert all(torch.equal(value, before[name]) for name, value in module.model.state_dict().items())

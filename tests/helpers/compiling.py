@@ -1,0 +1,24 @@
+"""Triton's compiler for a GPU that need not be there; apart, since it does not go with TRITON_INTERPRET=1."""
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from functional.sparse24.decode_triton import decode_kernel
+
+
+def decode_kernel_for(tiles: int, warps: int, tokens: int, capability: int = 80) -> str:
+    """Triton's last text before LLVM, in which every tensor has its layout."""
+    pointers = {name: "*i32" for name in ("x_ptr", "values_ptr", "indices_ptr")} | {"bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    numbers = dict.fromkeys(("tokens", "rows", "tiles", "strips"), "i32")
+    constants = {"HAS_BIAS": True, "BFLOAT16": True, "EVEN": False, "INTERPRETED": False, "STAGES": 1, "UNROLL": 1}
+    constants |= {"TOKENS": tokens, "TILES": tiles, "WARPS": warps}
+    names = decode_kernel.arg_names
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *numbers) if name != "tokens"}
+    source = ASTSource(
+        fn=decode_kernel,
+        signature=pointers | numbers | dict.fromkeys(constants, "constexpr"),
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=aligned,
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}).asm["ttgir"]

@@ -1,0 +1,138 @@
+"""Tiny random models of every language model family, and a quiet Trainer; nothing is downloaded."""
+
+FAMILIES = ("opt", "llama", "mistral", "qwen2", "qwen3")
+VOCABULARY = 96
+
+
+def tiny_config(family: str):
+    """A configuration of two heads more queries than keys (GQA) where the family has it, of three blocks."""
+    import transformers
+
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    if family == "opt":
+        return transformers.OPTConfig(**common, ffn_dim=48, word_embed_proj_dim=32, dropout=0.3)
+    grouped = common | {"intermediate_size": 48, "num_key_value_heads": 2}
+    if family == "llama":
+        return transformers.LlamaConfig(**grouped)
+    if family == "mistral":
+        return transformers.MistralConfig(**grouped, sliding_window=6)
+    if family == "qwen2":  # the last block attends in a window, the others do not
+        return transformers.Qwen2Config(**grouped, use_sliding_window=True, sliding_window=6, max_window_layers=2)
+    return transformers.Qwen3Config(**grouped, head_dim=16, tie_word_embeddings=True)
+
+
+def make_tokenizer(family: str):
+    """A tokenizer of whole words; of characters for Qwen2, for which transformers takes no other class than its own."""
+    import tokenizers
+    import transformers
+
+    if family == "qwen2":
+        return transformers.Qwen2Tokenizer({token: i for i, token in enumerate(["<|endoftext|>", "Ġ", "w", *"0123456789"])})
+    words = {"<unk>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+
+
+def tiny_vit():
+    """A PrunableModule around timm's vision transformer of three blocks (fused q, k, v), and batches of random images."""
+    import timm
+    import torch
+
+    from lightning_modules.base.prunable import PrunableModule
+    from lightning_modules.parts.architectures import VISION_TRANSFORMER
+
+    class TinyViT(PrunableModule):
+        architecture = VISION_TRANSFORMER
+
+        def __init__(self):
+            super().__init__()
+            self.model = timm.models.VisionTransformer(
+                img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=5, qkv_bias=True
+            )
+
+        def training_loss(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self.model(batch["image"]), batch["label"])
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", self.training_loss(batch, batch_idx), logger=False)
+
+        def calibration_forward(self, batch):
+            self.model(batch["image"])
+
+        def sample_positions(self, batch):
+            return batch["index"]
+
+        def configure_optimizers(self):
+            return None
+
+        def save(self, directory):
+            from safetensors.torch import save_file
+
+            save_file(self.model.state_dict(), directory / "model.safetensors")
+
+    torch.manual_seed(5)
+    module = TinyViT()
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    return module
+
+
+def tiny_images(count: int, seed: int):
+    """Batches of {"image", "label", "index"} with correlated channels."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 4, 4, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, size=16) + 0.1 * torch.randn(count, 3, 16, 16, generator=generator)
+    labels = torch.randint(5, (count,), generator=generator)
+    return [{"image": image, "label": label, "index": i} for i, (image, label) in enumerate(zip(images, labels, strict=True))]
+
+
+def write_citeseer(folder):
+    """Raw files of 700 nodes: 600 for training and validation, 100 from which 3 test indices are missing, as in CiteSeer."""
+    import pickle
+
+    import numpy as np
+    import scipy.sparse
+
+    rng = np.random.default_rng(0)
+    tests = np.setdiff1d(np.arange(600, 700), [610, 620, 630])
+    one_hot = np.eye(2)[np.arange(700) % 2]
+    words = rng.integers(0, 2, (700, 8)).astype(np.float32)
+    words[:, 0] = 1
+    parts = {
+        "x": scipy.sparse.csr_matrix(words[:40]),
+        "allx": scipy.sparse.csr_matrix(words[:600]),
+        "tx": scipy.sparse.csr_matrix(words[tests]),
+        "y": one_hot[:40],
+        "ally": one_hot[:600],
+        "ty": one_hot[tests],
+        "graph": {i: [i, (i + 1) % 600] for i in range(600)} | {i: [] for i in range(600, 700)},
+    }
+    masks = {f"{part}_mask": np.arange(700) % 3 == index for index, part in enumerate(("train", "val", "test"))}
+    for raw in (folder / "CiteSeer" / "raw", folder / "CiteSeer" / "geom-gcn" / "raw"):
+        raw.mkdir(parents=True)
+        for name, value in parts.items():
+            (raw / f"ind.citeseer.{name}").write_bytes(pickle.dumps(value))
+        (raw / "ind.citeseer.test.index").write_text("".join(f"{index}\n" for index in rng.permutation(tests)))
+        for fold in range(10):
+            turned = {name: np.roll(mask, fold) for name, mask in masks.items()}
+            np.savez(raw / f"citeseer_split_0.6_0.2_{fold}.npz", **turned)
+
+
+def quiet(folder, *callbacks, **options):
+    """A Trainer that writes nothing by itself."""
+    from lightning.pytorch import Trainer
+
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    options = {"enable_checkpointing": False, "max_epochs": 1, "accelerator": "cpu", "devices": 1} | options
+    return Trainer(default_root_dir=folder, callbacks=list(callbacks), **silent, **options)

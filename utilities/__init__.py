@@ -1,0 +1,1 @@
+"""Helpers that belong to no single package: digests, model paths, safe reading, optional packages."""
