@@ -93,9 +93,6 @@ class CLI(LightningCLI):
             if error.__cause__ is None:
                 raise
             raise error.__cause__ from None  # what our class said, without every type and setting that jsonargparse lists
-        data = self.datamodule.hparams if self.datamodule is not None else {}
-        if data.get("tokenizer", "") is None:
-            data["tokenizer"] = self.model.hparams.get("model_name_or_path")
 
 
 def main(args: list[str] | None = None, run: bool = True) -> CLI:

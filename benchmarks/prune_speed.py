@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from callbacks.blockwise.batch_size import windows_at_a_time
 from lightning.pytorch import Trainer, seed_everything
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
@@ -29,7 +30,6 @@ from benchmarks.cuda_graphs import wait
 from benchmarks.plain_pruning import plain_block
 from benchmarks.quality import ENVIRONMENT, append, environment, plain_wikitext
 from callbacks import BlockwisePruning
-from callbacks.blockwise.batch_size import windows_at_a_time
 from datamodules import TextDataModule
 from datamodules.text import Windows
 from lightning_modules import CausalLM

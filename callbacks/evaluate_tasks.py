@@ -11,7 +11,6 @@ import datetime
 import difflib
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from torch import distributed
 from typing_extensions import override
 
 from callbacks.base.after_run import AfterRun
-from callbacks.base.whole_weights import need_whole_weights
-from callbacks.blockwise.records import environment, log_scalars, print_table, write_json
 from lightning_modules.causal_lm import CausalLM
+from utilities.distributed import Processes, need_whole_weights
 from utilities.extras import require
+from utilities.files import write_json
+from utilities.reporting import environment, log_scalars, print_table
 from utilities.safe_load import brief
 
 REPORT = "tasks.json"
@@ -69,6 +69,9 @@ class EvaluateTasks(AfterRun):
         self.num_fewshot, self.limit, self.batch_size = num_fewshot, limit, batch_size
         self.results: dict[str, dict[str, Any]] = {}
         """Task -> metrics, their standard errors, number of samples and shots."""
+        self._manager: Any = None
+        self._loaded: dict[str, Any] = {}
+        self._processes = Processes()
 
     @override
     def setup(self, trainer: Trainer, pl_module: CausalLM, stage: str) -> None:
@@ -80,9 +83,9 @@ class EvaluateTasks(AfterRun):
         require("eval", "lm_eval", "datasets")
         need_whole_weights(trainer, type(self).__name__)
         self._manager = self._find_tasks()
-        self._group = None
-        if trainer.world_size > 1:  # of its own, since the others wait for hours: NCCL would give up
-            self._group = distributed.new_group(backend="gloo", timeout=LONGEST)
+        if trainer.world_size > 1:  # a group of its own, since the others wait for hours: NCCL would give up
+            group = distributed.new_group(backend="gloo", timeout=LONGEST)
+            self._processes = Processes(trainer.global_rank, trainer.world_size, group)
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         try:
             with isolate_rng():
@@ -120,7 +123,7 @@ class EvaluateTasks(AfterRun):
     @override
     def after_run(self, trainer: Trainer, pl_module: CausalLM) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # every process is asked for it
-        self.results = self._from_first(lambda: self._run(trainer, pl_module))
+        self.results = self._processes.first_of(lambda: self._run(trainer, pl_module))
         if not trainer.is_global_zero:
             return
         scalars = {
@@ -130,7 +133,7 @@ class EvaluateTasks(AfterRun):
             if name not in ("samples", "shots")
         }
         log_scalars(trainer.loggers, scalars, trainer.global_step)
-        settings = {"tasks": self.tasks, "num_fewshot": self.num_fewshot, "limit": self.limit, "model": dict(pl_module.hparams)}
+        settings = {"tasks": self.tasks, "num_fewshot": self.num_fewshot, "limit": self.limit, "model": pl_module.described()}
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / REPORT, {"results": self.results, **settings, **environment(pl_module.device)})
         print_table("Tasks", [*_rows(self.results), ("results", str(folder / REPORT))])
@@ -162,24 +165,6 @@ class EvaluateTasks(AfterRun):
             for module, mode in modes.items():
                 module.training = mode
         return {task: _measured(task, found) for task in found["results"]}
-
-    def _from_first(self, work: Callable[[], Any]) -> Any:
-        """What some work in the first process gives, in all; an error there too."""
-        if self._group is None:
-            return work()
-        result, error = None, None
-        if distributed.get_rank() == 0:
-            try:
-                result = work()
-            except Exception as raised:
-                error = raised
-        found = [(result, None if error is None else brief(error))]
-        distributed.broadcast_object_list(found, src=0, group=self._group, device=torch.device("cpu"))
-        if error is not None:
-            raise error
-        if found[0][1] is not None:
-            raise RuntimeError(f"Process 0 failed, so this one stops too: {found[0][1]}")
-        return found[0][0]
 
 
 def _measured(task: str, found: dict[str, Any]) -> dict[str, Any]:

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from callbacks.base.after_run import AfterRun
-from callbacks.base.whole_weights import need_whole_weights
-from callbacks.blockwise.result import check_writable
-from callbacks.save_model import move_files
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.image_classifier import ImageClassifier
 from utilities.digest import digest
+from utilities.distributed import need_whole_weights
 from utilities.extras import require
+from utilities.files import check_writable, move_files
 from utilities.safe_load import brief
 
 FILE = "model.onnx"

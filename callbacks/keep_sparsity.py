@@ -15,8 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.base.whole_weights import need_whole_weights
 from lightning_modules.base.prunable import PrunableModule
+from utilities.distributed import need_whole_weights
 
 LEAST_SPARSITY = 0.01
 """Share of zeros below which a model counts as dense: a few weights are zero by chance, most in 8 and 4 bits."""

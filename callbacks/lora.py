@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from callbacks.base.validation import validate_within_fit
-from callbacks.base.whole_weights import need_whole_weights
-from callbacks.blockwise.records import log_scalars, print_table
 from callbacks.keep_sparsity import KeepSparsity, apply_zeros, linear_weights, share_of, zeros_of
-from callbacks.save_model import SaveModel, move_files
+from callbacks.save_model import SaveModel
 from lightning_modules.base.prunable import PrunableModule
+from utilities.distributed import need_whole_weights
 from utilities.extras import require
+from utilities.files import move_files
+from utilities.reporting import log_scalars, print_table
 
 
 class LoRA(SaveModel):

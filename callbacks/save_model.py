@@ -1,6 +1,5 @@
 """SaveModel: writes the trained model in its own library's format, so that pruning and other tools load it by its directory."""
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from callbacks.blockwise.result import check_writable
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts import adapters
+from utilities.files import check_writable, move_files
 
 
 class SaveModel(Callback):
@@ -58,9 +57,3 @@ class SaveModel(Callback):
             pl_module.save(Path(scratch))
             (target / adapters.CONFIG).unlink(missing_ok=True)  # those of an earlier run would be added to this model
             move_files(Path(scratch), target)
-
-
-def move_files(source: Path, target: Path) -> None:
-    """Every file of a directory into another one on the same disk, in place of what has its name there."""
-    for file in sorted(source.iterdir()):
-        os.replace(file, target / file.name)

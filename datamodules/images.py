@@ -38,6 +38,7 @@ from datamodules.image_sources import (
     read_classes,
 )
 from datamodules.shards import in_order
+from utilities.contract import CalibrationData, DataFacts, model_of
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 STAGES = ("fit", "validate", "predict")
@@ -57,7 +58,7 @@ NO_TENSOR = ("use_prefetcher", "normalize", "separate", "naflex", "patch", "max_
 Transform = Callable[[Image.Image], Tensor]
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(LightningDataModule, CalibrationData):
     """Training images for `fit`, or calibration images when the module is armed for pruning; validation and held-out images.
 
     A batch is ``{"image": (samples, 3, height, width), "label": LongTensor (samples,), "index": LongTensor (samples,)}``;
@@ -72,7 +73,8 @@ class ImageDataModule(LightningDataModule):
         classes: Names of all classes in the order of the model's outputs: imagenet, or a text file with one class a line,
             `name` or `index<TAB>name`. null takes the sorted folders of `train`, or the dataset's own class names.
         num_calibration: Number of calibration images.
-        num_heldout: Number of held-out images of `train`, a second validation set by which choices may be made; 0 for none.
+        num_heldout: Number of held-out images of `train`, by which a pruning run may choose; 0 for none. They are a second
+            validation set of `fit` while it prunes.
         seed: Seed of the draws of calibration and held-out images.
         batch_size: Images a batch.
         num_workers: Worker processes of each dataloader.
@@ -138,6 +140,27 @@ class ImageDataModule(LightningDataModule):
         self._labels: dict[str, list[int]] = {}
         self._pool: Pool | None = None
         self._drawn: dict[str, list[int]] = {}
+        self._calibrating = False
+
+    def facts(self) -> DataFacts:
+        """Image size, class names and numbers."""
+        options = self.hparams
+        return DataFacts(
+            image_size=options.image_size,
+            class_names=tuple(self.classes),
+            num_calibration=options.num_calibration,
+            batch_size=options.batch_size,
+            settings=dict(options),
+            seed=options.seed,
+        )
+
+    def begin_calibration(self, batch_size: int | None) -> None:
+        """The train dataloader gives calibration images, and held-out images are a second validation set."""
+        self._calibrating = True
+
+    def end_calibration(self) -> None:
+        """The train dataloader gives all training images again."""
+        self._calibrating = False
 
     def setup(self, stage: str) -> None:
         """Find the images that the stage needs and that no earlier stage has found.
@@ -149,7 +172,7 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(
                 f"Argument `stage` expected one of {', '.join(STAGES)} but got {stage!r}; validate measures accuracy."
             )
-        needs_train = stage == "fit" or (stage == "validate" and self.hparams.num_heldout > 0)
+        needs_train = stage == "fit"
         missing = [part for part in ("train", "val") if part not in self._sources and (part == "val" or needs_train)]
         if not missing:
             return
@@ -194,19 +217,17 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"Argument `classes` is null, so the folders of `train` would be the classes: {error}") from error
 
     def train_dataloader(self) -> DataLoader:
-        """The calibration images, in a fixed order, if the module is armed for pruning; else all training images, shuffled."""
-        if getattr(self._module, "calibration_step", None) is not None:
-            return self.calibration_dataloader()
-        return self._dataloader("train", training=True)
+        """All training images, shuffled; while a run prunes, the calibration images in a fixed order."""
+        return self.calibration_dataloader() if self._calibrating else self._dataloader("train", training=True)
 
     def calibration_dataloader(self) -> DataLoader:
         """Calibration images; the same image has the same index in every epoch."""
         return self._shared_out("train", "num_calibration", self._draw("calibration"))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Validation images, and as a second dataloader held-out images if there are any."""
+        """Validation images; while a run prunes, held-out images if there are any as a second dataloader."""
         loader = self._shared_out("val", "val")
-        if not self.hparams.num_heldout:
+        if not (self._calibrating and self.hparams.num_heldout):
             return loader
         return [loader, self._shared_out("train", "num_heldout", self._draw("heldout"))]
 
@@ -214,22 +235,22 @@ class ImageDataModule(LightningDataModule):
         """Validation images."""
         return self._dataloader("val")
 
-    def rule_dataloader(self, source: str | list[str], count: int) -> DataLoader:
-        """Images at random from other folders, drawn with the same seed: what an update rule may look at. Their labels are -1.
+    def rule_dataloader(self, source: str | list[str], number: int) -> DataLoader:
+        """Images at random from other folders, drawn with the same seed, for an update rule to look at. Their labels are -1.
 
         Args:
             source: A folder, or several, with images at any depth.
-            count: Number of images.
+            number: Number of images.
 
         Raises:
-            ValueError: If a folder has no images or together they have fewer than `count` that can be read.
+            ValueError: If a folder has no images or together they have fewer than `number` that can be read.
         """
-        _check_int("count", count, 1)
+        _check_int("number", number, 1)
         try:
             images = LooseImages([source] if isinstance(source, str) else source)
         except ValueError as error:
-            raise ValueError(f"Argument `rule_source` {error}") from error
-        positions = self._take(Pool(images.labels, self.hparams.seed), images, "rule", count, "first")
+            raise ValueError(f"Argument `update_rule.source` {error}") from error
+        positions = self._take(Pool(images.labels, self.hparams.seed), images, "rule", number, "first")
         return self._make_loader(images, images.labels, positions)
 
     def _draw(self, part: Literal["calibration", "heldout"]) -> list[int]:
@@ -305,13 +326,9 @@ class ImageDataModule(LightningDataModule):
         transform = make_transform(config, options.augmentation or {} if training else None)
         return ImageDataset(source, positions, labels, transform, skip), Collate(config["input_size"], skip)
 
-    @property
-    def _module(self) -> Any:
-        return getattr(self.trainer, "lightning_module", None)
-
     def _check_num_classes(self) -> None:
-        outputs, count = getattr(self._module, "num_classes", None), len(self.classes)
-        if not isinstance(outputs, int) or outputs == count or (self.hparams.classes is not None and count < outputs):
+        outputs, count = model_of(self.trainer).num_classes, len(self.classes)
+        if outputs is None or outputs == count or (self.hparams.classes is not None and count < outputs):
             return
         if self.hparams.classes is not None:
             raise ValueError(
@@ -326,7 +343,7 @@ class ImageDataModule(LightningDataModule):
 
     def _data_config(self) -> dict[str, Any]:
         """Arguments of `create_transform`: the model's, where this module's are not given."""
-        options, own = self.hparams, getattr(self._module, "data_config", None)
+        options, own = self.hparams, model_of(self.trainer).image_config
         if own is None:
             if options.image_size is None:
                 raise ValueError("Argument `image_size` is null and there is no model to ask; give it, or run with a Trainer.")

@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.shards import in_order
 from datamodules.text_sources import read_documents
-from utilities.hub import resolve_model_path
+from utilities.contract import CalibrationData, DataFacts, model_of
+from utilities.hub import has_tokenizer, resolve_model_path
 
 SEPARATOR = "\n\n"
 MIN_DOCUMENTS_TO_SPLIT = 10
@@ -40,15 +41,15 @@ AUTO_BATCH_SIZE = 8
 Tokenise = Callable[[str], Tensor]
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(LightningDataModule, CalibrationData):
     """Windows of text: calibration for `fit`, held-out for `validate` and `predict`, consecutive test text for `test`.
 
     A batch is ``{"input_ids": LongTensor (batch, seq_len), "index": LongTensor (batch,)}``; `index` is the position of
     the window in its part, from 0, whatever rank it lands on.
 
     Args:
-        tokenizer: A hub id, a local directory, a .gguf file, or package://<python package>/<file>. Normally that of the
-            model.
+        tokenizer: A hub id, a local directory, a .gguf file, or package://<python package>/<file>; null takes the model's. From
+            Python also a tokenizer of transformers.
         source: Text of calibration and held-out windows: pydoc (the prose of CPython's documentation), a file, a
             directory, hf://datasets/<repo>/<file>, <repo>:<config>:<split>, or a list of these.
         test_source: Text of the test windows, in the same forms; null tests on the whole held-out part of `source`.
@@ -57,8 +58,8 @@ class TextDataModule(LightningDataModule):
         seq_len: Tokens a window.
         num_calibration: Number of calibration windows.
         num_heldout: Number of held-out windows; 0 holds nothing out, and there is no validation then.
-        batch_size: Windows a batch. auto: as many calibration windows as serve a pruning run best on its device
-            (`calibration_batch_size`, which it sets), and 8 elsewhere.
+        batch_size: Windows of a batch. auto: as many calibration windows as serve a pruning run best on its device, and 8
+            elsewhere.
         num_workers: Worker processes of each dataloader.
         seed: Seed of the split and of the draws; null takes that of `seed_everything`, else 0.
         text_field: Name of the JSON field or the parquet or dataset column that holds the text.
@@ -66,7 +67,7 @@ class TextDataModule(LightningDataModule):
 
     def __init__(
         self,
-        tokenizer: str | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
         source: str | list[str] = "pydoc",
         test_source: str | list[str] | None = None,
         sampling: Literal["joined", "document"] = "joined",
@@ -94,11 +95,33 @@ class TextDataModule(LightningDataModule):
             _check_int("seed", seed, 0)
         if not isinstance(text_field, str) or not text_field:
             raise ValueError(f"Argument `text_field` must be the name of a field or column, got {text_field!r}.")
-        self.save_hyperparameters()
+        given = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+        self.save_hyperparameters(ignore=["tokenizer"] if given is not None else [])
         self._windows: dict[str, Tensor] = {}
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = given
         self._seed = seed
-        self.calibration_batch_size: int | None = None
+        self._calibration_batch_size: int | None = None
+
+    def facts(self) -> DataFacts:
+        """Length of the windows, numbers, and the tokenizer once it is loaded."""
+        options = self.hparams
+        size = None if options.batch_size == "auto" else options.batch_size
+        return DataFacts(
+            tokens=options.seq_len,
+            num_calibration=options.num_calibration,
+            batch_size=size,
+            settings=dict(options),
+            seed=self._seed,
+            tokenizer=self._tokenizer,
+        )
+
+    def begin_calibration(self, batch_size: int | None) -> None:
+        """Calibration windows come in batches of this size, where the settings leave it open."""
+        self._calibration_batch_size = batch_size
+
+    def end_calibration(self) -> None:
+        """Back to the size of the settings."""
+        self._calibration_batch_size = None
 
     def setup(self, stage: str) -> None:
         """Cut the windows that the stage needs and that no earlier stage has cut.
@@ -116,10 +139,15 @@ class TextDataModule(LightningDataModule):
         if self._seed is None:  # kept from here on: another seed in a later stage would move the split
             self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.hparams.tokenizer)
+            self._tokenizer = self._find_tokenizer()
         for part, (windows, origin) in self._cut(missing).items():
             self._windows[part] = windows
             rank_zero_info(f"Text, {part}: {len(windows)} windows, {windows.numel():,} tokens, of {origin}")
+
+    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of the settings, or the model's."""
+        found = self.hparams.get("tokenizer") or model_of(self.trainer).tokenizer
+        return found if isinstance(found, PreTrainedTokenizerBase) else load_tokenizer(found)
 
     def _cut(self, parts: Sequence[str]) -> dict[str, tuple[Tensor, str]]:
         """Windows (number, seq_len) of each part asked for, and in words what they were cut from."""
@@ -200,21 +228,21 @@ class TextDataModule(LightningDataModule):
         return DataLoader(windows, batch_size=self._batch_size("heldout"), num_workers=self.hparams.num_workers)
 
     def rule_dataloader(self, source: str | list[str], number: int) -> DataLoader:
-        """Windows at random from another text, drawn with the same seed: what an update rule may look at.
+        """Windows at random from another text, drawn with the same seed, for an update rule to look at.
 
         Args:
             source: In the forms of `source`.
-            number: Of windows.
+            number: Number of windows.
 
         Raises:
             ValueError: If the text cannot be had or is shorter than one window.
         """
-        _check_source("rule_source", source)
+        _check_source("update_rule.source", source)
         try:
             tokens = self._tokenise(SEPARATOR.join(read_documents(source, self.hparams.text_field)))
             windows = draw_from_stream(tokens, self.hparams.seq_len, number, Generator().manual_seed(self._seed))
         except ValueError as error:
-            raise ValueError(f"Argument `rule_source`: {error}") from error
+            raise ValueError(f"Argument `update_rule.source`: {error}") from error
         return DataLoader(Windows(windows), batch_size=self._batch_size("rule"))
 
     def _dataloader(self, part: str) -> DataLoader:
@@ -226,7 +254,7 @@ class TextDataModule(LightningDataModule):
     def _batch_size(self, part: str) -> int:
         if self.hparams.batch_size != "auto":
             return self.hparams.batch_size
-        return (self.calibration_batch_size if part == "calibration" else None) or AUTO_BATCH_SIZE
+        return (self._calibration_batch_size if part == "calibration" else None) or AUTO_BATCH_SIZE
 
 
 class Windows(Dataset):
@@ -253,8 +281,15 @@ def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
     """
     accepted = "a hub id, a local directory, a .gguf file, or package://<python package>/<file>"
     if path is None:
-        raise ValueError(f"Argument `tokenizer` is null. Give {accepted}; normally that of the model.")
+        raise ValueError(
+            f"Argument `tokenizer` is null, and the model names none. Give {accepted}, normally that of the model."
+        )
     name, options = resolve_model_path(path)
+    if not has_tokenizer(name, options):
+        raise ValueError(
+            f"Argument `tokenizer`: the directory {path!r} holds no tokenizer (tokenizer.json or tokenizer.model). Save it "
+            "there with `tokenizer.save_pretrained`, or give another as data.tokenizer."
+        )
     try:
         return AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # transformers, the hub client and the GGUF reader share no base class below this one

@@ -7,8 +7,6 @@ work: no token is added, all windows have one length.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,40 +18,47 @@ from torchmetrics import MeanMetric
 
 from functional.sparse24 import DTYPES
 from lightning_modules.base.prunable import PrunableModule
-from lightning_modules.parts.adapters import has_adapters
 from lightning_modules.parts.architectures import find_architecture
+from lightning_modules.parts.language_models import load_model, load_tokenizer, read_config
 from lightning_modules.parts.linear24 import compress_linears, try_kernels
-from utilities.hub import resolve_model_path
-from utilities.safe_load import brief
+from lightning_modules.parts.predictions import Predictions
+from utilities.contract import ModelFacts, data_of
 
+PRINTED = 4
+"""Continuations that `predict` prints; all of them are written."""
 PROMPT_SHOWN = 16
-"""Tokens of the prompt that `predict` prints before its continuation."""
+"""Tokens of the prompt that are printed before a continuation."""
 
 LARGEST_LOSS = 88.0
 """exp of more than this leaves float32; the loss itself is logged beside the perplexity."""
 
 
 class CausalLM(PrunableModule):
-    """A causal language model (OPT, LLaMA, Mistral, Qwen2, Qwen3) for pruning, fine-tuning and evaluation.
+    """A causal language model for pruning, fine-tuning and evaluation.
 
-    Weights are loaded when a run starts, not when the object is made.
+    Weights are loaded when a run starts, not when the object is made. Any family can be evaluated and trained; those in
+    `lightning_modules.parts.architectures.ARCHITECTURES` can be pruned.
 
     Args:
         model_name_or_path: A hub id, a directory, a .gguf file (dequantised), or package://<python package>/<file>. Adapters
-            that lie in the directory beside the weights are added.
-        dtype: Of the weights: auto keeps what the checkpoint holds (float32 for GGUF).
+            that lie in the directory beside the weights are added. From Python also a model of transformers, which is
+            changed in place.
+        dtype: Dtype of the weights: auto keeps what the checkpoint holds (float32 for GGUF).
         attn_implementation: As in transformers (sdpa, eager, flash_attention_2); its own choice when None.
-        learning_rate: Of AdamW, for ordinary training.
+        learning_rate: Learning rate of AdamW, for ordinary training.
         max_new_tokens: Length of the continuations that `predict` writes.
         sparse24: Compress the linears of the blocks that are 2:4 once they are loaded (`Linear24`): 9/16 of their memory at 16
             bit, and on a GPU `predict` then reads no more than that for up to 16 windows in a batch. Not for `fit`.
         static_cache: `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a step, once
             for a batch size, and the time of a token is no longer that of launching its kernels.
+
+    Raises:
+        ValueError: If an argument is out of range, or does not apply to a model in memory.
     """
 
     def __init__(
         self,
-        model_name_or_path: str,
+        model_name_or_path: str | nn.Module,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         attn_implementation: str | None = None,
         learning_rate: float = 1e-5,
@@ -65,38 +70,48 @@ class CausalLM(PrunableModule):
         for name, value, least in (("learning_rate", learning_rate, 0), ("max_new_tokens", max_new_tokens, 1)):
             if not value >= least:
                 raise ValueError(f"Argument `{name}` expected to be at least {least} but got {value}.")
-        self.save_hyperparameters()
-        self.model_name_or_path = model_name_or_path
-        self.model: nn.Module | None = None
-        self.tokenizer = None
+        given = model_name_or_path if isinstance(model_name_or_path, nn.Module) else None
+        if given is not None:
+            _check_given(given, dtype, attn_implementation)
+        self.save_hyperparameters(ignore=["model_name_or_path"] if given is not None else [])
+        self.path = given.name_or_path if given is not None else str(model_name_or_path)
+        """What the model was loaded from; empty for one that was made in memory."""
+        self.model: nn.Module | None = given
+        self.tokenizer: Any = None
         self.metrics = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
+        self._predictions = Predictions()
+        self._ready = False
+
+    @property
+    def family(self) -> str:
+        """The `model_type` of transformers."""
+        return self.model.config.model_type
 
     def configure_model(self) -> None:
         """Load tokenizer and weights, once."""
         self._check_sparse24()
-        if self.model is not None:
+        if self._ready:
             return
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-        name, arguments = resolve_model_path(self.model_name_or_path)
-        # Asked before the weights are read, which takes minutes for a large model.
-        with _loading(self.model_name_or_path):
-            config = AutoConfig.from_pretrained(name, **arguments)
-        self.architecture = find_architecture(config.model_type)
+        config = read_config(self.path) if self.model is None else self.model.config
+        if self.calibration_step is not None:
+            find_architecture(config.model_type)
         self._check_length(config)
-        with _loading(self.model_name_or_path):
-            self.tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
-        options = {"dtype": self.hparams.dtype, "attn_implementation": self.hparams.attn_implementation}
-        if "gguf_file" in arguments:
-            rank_zero_info(f"Dequantising {arguments['gguf_file']}.")
-            options |= _dequantised(self.hparams.dtype)
-        elif Path(name).is_dir():
-            has_adapters(name)
-            options["use_safetensors"] = True  # on the hub, OPT has pickled weights only: of these, tensors and nothing else
-        with _loading(self.model_name_or_path):
-            self.model = AutoModelForCausalLM.from_pretrained(name, **arguments, **options, weights_only=True)
+        self.tokenizer = load_tokenizer(self.path) if self.path else None
+        if self.tokenizer is None:
+            self.tokenizer = data_of(self._trainer).facts().tokenizer
+        if self.model is None:
+            self.model = load_model(self.path, self.hparams.dtype, self.hparams.attn_implementation)
         if self.hparams.sparse24:
             self._compress()
+        self._ready = True
+
+    def model_facts(self) -> ModelFacts:
+        """The tokenizer, or where the model comes from."""
+        return ModelFacts(tokenizer=self.tokenizer or self.path or None)
+
+    def described(self) -> dict[str, Any]:
+        """Hyperparameters; of a model in memory also its class."""
+        return {"model_name_or_path": self.path or type(self.model).__name__, **super().described()}
 
     def _check_sparse24(self) -> None:
         """Refuse, before weights are read, what needs dense ones."""
@@ -107,14 +122,14 @@ class CausalLM(PrunableModule):
             )
 
     def _compress(self) -> None:
-        """Replace the 2:4 linears of the blocks."""
+        """Replace the 2:4 linears of the blocks by compressed ones."""
         device = None if self._trainer is None else self._trainer.strategy.root_device  # a GPU does it in no time
         if device is not None and device.type == "cuda":
             try_kernels(device)
         replaced, total, before, after = compress_linears(list(self.blocks.values()), device)
         if not replaced:
             raise ValueError(
-                f"Argument `sparse24` = True, but none of the {total} linears in the blocks of {self.model_name_or_path!r} is "
+                f"Argument `sparse24` = True, but none of the {total} linears in the blocks of {self.path!r} is "
                 "2:4 with a multiple of 4 inputs. Give a model that was pruned with `pattern` = 2:4, or leave `sparse24` out."
             )
         rank_zero_info(
@@ -127,8 +142,8 @@ class CausalLM(PrunableModule):
             )
 
     def _check_length(self, config: Any) -> None:
-        """Refuse windows longer than the positions that a model has learned; of rotary ones, only say so."""
-        seq_len = getattr(getattr(self._trainer, "datamodule", None), "hparams", {}).get("seq_len")
+        """Refuse windows longer than the positions that a model has learned; with rotary positions, warn."""
+        seq_len = data_of(self._trainer).facts().tokens
         limit = getattr(config, "max_position_embeddings", None)
         if seq_len is None or limit is None:
             return
@@ -140,12 +155,12 @@ class CausalLM(PrunableModule):
             stretch = rotary.get("factor") if isinstance(rotary, dict) else None
             if seq_len > limit * max(stretch or 1, 1):
                 rank_zero_warn(
-                    f"Argument {argument} = {seq_len} is more than the {limit} positions with which {self.model_name_or_path} "
+                    f"Argument {argument} = {seq_len} is more than the {limit} positions with which {self.path} "
                     "was trained; its perplexity suffers. Lower data.seq_len unless this is meant."
                 )
         elif seq_len > limit:
             raise ValueError(
-                f"Argument {argument} expected to be at most {limit}, the positions that {self.model_name_or_path} has "
+                f"Argument {argument} expected to be at most {limit}, the positions that {self.path} has "
                 f"learned, but got {seq_len}. Lower data.seq_len."
             )
 
@@ -200,7 +215,7 @@ class CausalLM(PrunableModule):
         self._log_perplexity("test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[str]:
-        """Greedy continuations of the first half of each window; printed, and returned."""
+        """Greedy continuations of the first half of each window."""
         prompts = batch["input_ids"][:, : batch["input_ids"].shape[1] // 2]
         mask = torch.ones_like(prompts)
         options = {"max_new_tokens": self.hparams.max_new_tokens, "do_sample": False}
@@ -208,9 +223,15 @@ class CausalLM(PrunableModule):
             options["cache_implementation"] = "static"
         new = self.model.generate(input_ids=prompts, attention_mask=mask, **options)
         texts = self.tokenizer.batch_decode(new[:, prompts.shape[1] :], skip_special_tokens=True)
-        for index, prompt, text in zip(batch["index"].tolist(), prompts, texts, strict=True):
-            self.print(f"[{index}] ...{self.tokenizer.decode(prompt[-PROMPT_SHOWN:])} >>> {text}")
+        starts, ends = self.tokenizer.batch_decode(prompts), self.tokenizer.batch_decode(prompts[:, -PROMPT_SHOWN:])
+        for index, prompt, end, text in zip(batch["index"].tolist(), starts, ends, texts, strict=True):
+            self._predictions.add(index=index, prompt=prompt, prompt_end=end, continuation=text)
         return texts
+
+    def on_predict_epoch_end(self) -> None:
+        """Write the continuations of all processes, and print the first few."""
+        for row in self._predictions.write(self.trainer)[:PRINTED]:
+            self.print(f"[{row['index']}] ...{row['prompt_end']} >>> {row['continuation']}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
         """AdamW of what is not frozen, or nothing while pruning."""
@@ -220,12 +241,12 @@ class CausalLM(PrunableModule):
         return torch.optim.AdamW(trained, lr=self.hparams.learning_rate)
 
     def identity(self) -> dict[str, str]:
-        """The model's, and the tokenizer's, which is saved with the pruned model."""
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        """Digests of the model and of the tokenizer, which is saved with the pruned model."""
+        vocabulary = "" if self.tokenizer is None else json.dumps(sorted(self.tokenizer.get_vocab().items()))
         return super().identity() | {"tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()}
 
     def save(self, directory: Path) -> None:
-        """Hugging Face format: safetensors, config and tokenizer.
+        """Write Hugging Face's format: safetensors, config and tokenizer.
 
         Raises:
             ValueError: If linears are compressed.
@@ -236,7 +257,8 @@ class CausalLM(PrunableModule):
                 "this model was loaded from is dense and can be copied; or load it with `sparse24` = False."
             )
         self.model.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
 
     def _reset(self, split: str) -> None:
         self.metrics[split].reset()
@@ -250,26 +272,16 @@ class CausalLM(PrunableModule):
         self.log_dict(values, prog_bar=False, logger=self.calibration_step is None)
 
 
-@contextmanager
-def _loading(path: str) -> Iterator[None]:
-    """Say which argument is to blame for what a library reports."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # transformers, the hub client and the readers of files share no base class below this one
+def _check_given(model: nn.Module, dtype: str, attn_implementation: str | None) -> None:
+    """Raise a ValueError unless a model in memory is one of transformers, and nothing says how to load it."""
+    if not hasattr(model, "generate") or not hasattr(getattr(model, "config", None), "model_type"):
         raise ValueError(
-            f"Argument `model_name_or_path`: no model could be loaded from {path!r} ({brief(error)}). Give a hub id, a local "
-            "directory, a .gguf file, or package://<python package>/<file> with config, tokenizer and weights (safetensors); a "
-            "hub id needs a connection or a filled cache."
-        ) from error
-
-
-def _dequantised(dtype: str) -> dict[str, Any]:
-    """Options of ``from_pretrained`` that turn GGUF blocks into plain weights."""
-    import transformers
-
-    options: dict[str, Any] = {"dtype": "float32" if dtype == "auto" else dtype}
-    if hasattr(transformers, "GgufConfig"):  # since 5.23 weights stay quantised otherwise; before, they never did
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return options
+            f"Argument `model_name_or_path` expected a path, or a causal language model of transformers, but got a "
+            f"{type(model).__name__}."
+        )
+    for name, value, default in (("dtype", dtype, "auto"), ("attn_implementation", attn_implementation, None)):
+        if value != default:
+            raise ValueError(
+                f"Argument `{name}` = {value!r} says how a model is loaded, but `model_name_or_path` is a model in memory. "
+                "Leave it out."
+            )

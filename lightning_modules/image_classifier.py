@@ -13,23 +13,30 @@ from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts import vision_models
 from lightning_modules.parts.adapters import add_adapters, has_adapters
 from lightning_modules.parts.architectures import find_architecture
+from lightning_modules.parts.predictions import Predictions
+from utilities.contract import ModelFacts, data_of
 
 SPLITS = ("val", "heldout")
 """Names of the validation dataloaders, in their order."""
+PRINTED = 4
+"""Predictions that `predict` prints; all of them are written."""
 
 
 class ImageClassifier(PrunableModule):
     """A DeiT or ViT for training, pruning and evaluation.
 
-    Weights are made or loaded when a run starts, not when the object is made. A batch is
+    Weights are made or loaded when a run starts, not when the object is made. Any model can be evaluated and trained; those in
+    `lightning_modules.parts.architectures.ARCHITECTURES` can be pruned. A batch is
     ``{"image": (samples, channels, height, width), "label": (samples,), "index": (samples,)}``.
 
     Args:
         model_name_or_path: A name of timm's such as deit_tiny_patch16_224, `hf-hub:owner/name`, a hub id of transformers, or
-            a directory that either library, or a run of this module, wrote. Adapters that lie in it are added.
+            a directory that either library, or a run of this module, wrote. Adapters that lie in it are added. From Python also
+            a model of timm, or an image classifier of transformers, which is changed in place.
         pretrained: Whether to download the weights of a name.
         checkpoint: A .safetensors file for a model of timm.
-        model_args: Further arguments of `timm.create_model`, such as img_size, patch_size, num_classes, drop_path_rate.
+        model_args: Further arguments of `timm.create_model`, such as img_size, patch_size, num_classes, drop_path_rate; of a
+            model in memory those that it was made with, which are saved beside it.
         learning_rate: Largest learning rate of AdamW.
         weight_decay: Of matrices; biases and norms have none.
         warmup: Share of the training steps in which the learning rate rises; then it falls as a cosine, to zero.
@@ -42,7 +49,7 @@ class ImageClassifier(PrunableModule):
 
     def __init__(
         self,
-        model_name_or_path: str,
+        model_name_or_path: str | nn.Module,
         pretrained: bool = False,
         checkpoint: str | None = None,
         model_args: dict[str, Any] | None = None,
@@ -61,20 +68,36 @@ class ImageClassifier(PrunableModule):
         for name, value in least.items():
             if not value >= 0:
                 raise ValueError(f"Argument `{name}` expected to be at least 0 but got {value}.")
-        self.save_hyperparameters()
-        self.model: nn.Module | None = None
+        given = model_name_or_path if isinstance(model_name_or_path, nn.Module) else None
+        if given is not None:
+            vision_models.check_given(given, pretrained, checkpoint)
+        self.save_hyperparameters(ignore=["model_name_or_path"] if given is not None else [])
+        self.path = "" if given is not None else str(model_name_or_path)
+        """Name or directory of the model; empty for one in memory."""
+        self.model: nn.Module | None = given
+        self.num_classes: int | None = None
         self.metrics = nn.ModuleDict()
+        self._mixup: Any = None
+        self._skipped: dict[str, int] = {}
+        self._predictions = Predictions()
+
+    @property
+    def family(self) -> str:
+        """The `model_type` of transformers, vision_transformer, or the class of timm."""
+        return vision_models.model_type(self.model)
 
     def configure_model(self) -> None:
         """Make the model or load it, once."""
-        if self.model is not None:
+        if self.num_classes is not None:
             return
-        options = self.hparams
-        model = vision_models.make_model(options.model_name_or_path, options.pretrained, options.checkpoint, options.model_args)
-        self.architecture = find_architecture(vision_models.model_type(model))
+        options, model = self.hparams, self.model
+        if model is None:
+            model = vision_models.make_model(self.path, options.pretrained, options.checkpoint, options.model_args)
+        if self.calibration_step is not None:
+            find_architecture(vision_models.model_type(model))
         self._check_size(model)
-        if has_adapters(options.model_name_or_path) and vision_models.is_timm(model):
-            add_adapters(model, options.model_name_or_path)
+        if self.model is None and has_adapters(self.path) and vision_models.is_timm(model):
+            add_adapters(model, self.path)
         self.model = model
         self.num_classes = vision_models.num_classes(model)
         accuracies = {
@@ -82,7 +105,6 @@ class ImageClassifier(PrunableModule):
         }
         metrics = MetricCollection({"loss": MeanMetric(), **accuracies}, compute_groups=False)
         self.metrics.update({split: metrics.clone() for split in SPLITS})
-        self._mixup = None
         if options.mixup or options.cutmix:
             from timm.data import Mixup
 
@@ -92,18 +114,26 @@ class ImageClassifier(PrunableModule):
 
     def _check_size(self, model: nn.Module) -> None:
         """Positions belong to one image size, unless the model was made for any."""
-        size = getattr(getattr(self._trainer, "datamodule", None), "hparams", {}).get("image_size")
+        size = data_of(self._trainer).facts().image_size
         own = vision_models.data_config(model)["input_size"][-1]
         if size not in (None, own) and getattr(getattr(model, "patch_embed", None), "strict_img_size", True):
             raise ValueError(
-                f"Argument `image_size` expected to be {own}, that of {self.hparams.model_name_or_path}, but got {size}. Leave "
+                f"Argument `image_size` expected to be {own}, that of {self.path}, but got {size}. Leave "
                 "it out, or make the model for it with model_args (img_size, or dynamic_img_size: true)."
             )
 
     @property
     def data_config(self) -> dict[str, Any]:
-        """How the model wants its images; data modules ask for it."""
+        """How the model wants its images."""
         return vision_models.data_config(self.model)
+
+    def model_facts(self) -> ModelFacts:
+        """Number of classes and how the model wants its images, once it is made."""
+        return ModelFacts() if self.num_classes is None else ModelFacts(self.num_classes, self.data_config)
+
+    def described(self) -> dict[str, Any]:
+        """Hyperparameters; of a model in memory also its class."""
+        return {"model_name_or_path": self.path or type(self.model).__name__, **super().described()}
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, (samples, classes)."""
@@ -153,7 +183,7 @@ class ImageClassifier(PrunableModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start at zero; here, since a state made in inference mode could not be used by a later `fit`."""
-        self._skipped: dict[str, int] = {}
+        self._skipped = {}
         for metrics in self.metrics.values():
             metrics.reset()
             for metric in metrics.values():
@@ -172,12 +202,17 @@ class ImageClassifier(PrunableModule):
             self.log_dict(values, prog_bar=self.calibration_step is None, logger=self.calibration_step is None)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """The five most probable classes of each image, and their probabilities; the first is printed."""
+        """The five most probable classes of each image, and their probabilities."""
         probabilities, classes = self(batch["image"]).float().softmax(-1).topk(min(5, self.num_classes))
-        names = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
-        for index, best, probability in zip(batch["index"].tolist(), classes[:, 0].tolist(), probabilities[:, 0], strict=True):
-            self.print(f"[{index}] {names[best] if names else best} {probability:.1%}")
+        names = data_of(self._trainer).facts().class_names or range(self.num_classes)
+        for index, best, shares in zip(batch["index"].tolist(), classes.tolist(), probabilities.tolist(), strict=True):
+            self._predictions.add(index=index, classes=[names[label] for label in best], probabilities=shares)
         return {"index": batch["index"], "classes": classes, "probabilities": probabilities}
+
+    def on_predict_epoch_end(self) -> None:
+        """Write the predictions of all processes, and print the first few."""
+        for row in self._predictions.write(self.trainer)[:PRINTED]:
+            self.print(f"[{row['index']}] {row['classes'][0]} {row['probabilities'][0]:.1%}")
 
     def configure_optimizers(self) -> dict[str, Any] | None:
         """AdamW with warm-up and cosine by step, or nothing while pruning."""
@@ -199,10 +234,7 @@ class ImageClassifier(PrunableModule):
 
     def save(self, directory: Path) -> None:
         """The format of the model's own library: safetensors and config.json."""
-        options = self.hparams
-        vision_models.save_model(
-            self.model, directory, vision_models.loaded_args(options.model_name_or_path, options.model_args)
-        )
+        vision_models.save_model(self.model, directory, vision_models.loaded_args(self.path, self.hparams.model_args))
 
     def load_arguments(self, directory: Path) -> dict[str, str]:
         """Beside the directory: nothing else may say where weights come from."""

@@ -43,17 +43,23 @@ GRAPH = {
 FAMILY = {"opt-125m": "opt", "qwen3-8b": "qwen3", "qwen3-14b": "qwen3"}
 """Config -> family of the tiny model; llama for all others."""
 
+DIVERGENCE = json.dumps(
+    {
+        "class_path": "AttentionRule",
+        "init_args": {"candidates": "all", "objective": "divergence", "reference": "block", "rho": 2.0, "windows": 2},
+    }
+)
 VARIANTS: dict[str, list[str]] = {
     "magnitude": ["method", "magnitude"],
     "wanda": ["method", "wanda"],
-    "sparsegpt": ["method", "sparsegpt", "damping", "0.1"],
-    "d2_wanda": ["method", "d2_wanda", "lambda2", "0.5", "activation_norm", "official"],
-    "k held": ["non_updated", "k", "activation_norm", "official", "lambda1", "0.5"],
-    "all held": ["update_rule", "fixed", "non_updated", "all"],
-    "outlier": ["update_rule", "outlier", "block_size", "16"],
+    "sparsegpt": ["method", "sparsegpt", "solver", "ObsSolver", "solver.damping", "0.1"],
+    "d2_wanda": ["method", "d2_wanda", "score.lambda2", "0.5", "score.activation_norm", "official"],
+    "k held": ["update_rule", "FixedRule", "update_rule.held", "k", "score", "{activation_norm: official, lambda1: 0.5}"],
+    "all held": ["update_rule", "{class_path: FixedRule, init_args: {held: all}}"],
+    "outlier": ["update_rule", "outlier", "solver", "{class_path: ObsSolver, init_args: {block_size: 16}}"],
     "perplexity": ["update_rule", "perplexity"],
-    "divergence": ["candidates", "all", "objective", "divergence", "reference", "block", "rho", "2.0", "rule_windows", "2"],
-    "owl": ["allocation", "owl", "owl_range", "0.05", "owl_threshold", "3.0"],
+    "divergence": ["update_rule", DIVERGENCE],
+    "owl": ["allocation", "OwlAllocation", "allocation.spread", "0.05", "allocation.threshold", "3.0"],
     "ignored": ["ignore", "['*.down_proj']", "solver", "admm"],
 }
 """Name -> settings of the callback of configs/quickstart.yaml, beside those that it has."""

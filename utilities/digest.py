@@ -1,14 +1,20 @@
-"""Digests and checksums of tensors: whether two runs, or two processes, hold the same bits."""
+"""Digests and checksums: whether two runs, or two processes, hold the same bits and run the same code."""
 
 import hashlib
 from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).parents[1]
+SOURCES = ("callbacks", "datamodules", "functional", "lightning_modules", "utilities")
+"""Packages whose code a pruning run depends on."""
+
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of names, types, shapes and bytes of tensors, as 64 hexadecimal digits.
+    """SHA-256 of names, dtypes, shapes and bytes of tensors, as 64 hexadecimal digits.
 
     Args:
         tensors: Name and tensor, on any device; copied to the CPU one at a time.
@@ -20,10 +26,22 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return found.hexdigest()
 
 
-def checksum(tensors: Iterable[Tensor]) -> str:
-    """A number of 64 bits for each tensor, made where it is: Σ xᵢ (2i + 1) over its words modulo 2⁶⁴, as hexadecimal digits.
+@cache
+def source_digests() -> dict[str, str]:
+    """SHA-256 of each Python file of `SOURCES` as this process found it first, by path below the project's root."""
+    files = sorted(path for package in SOURCES for path in (ROOT / package).rglob("*.py"))
+    return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-    For accidents, not for enemies: any one changed word changes it, and it costs a GPU one look at the memory.
+
+def source_digest() -> str:
+    """One SHA-256 over `source_digests`."""
+    return hashlib.sha256(repr(sorted(source_digests().items())).encode()).hexdigest()
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """64 bits per tensor, computed on its device: Σ xᵢ (2i + 1) over its 64-bit words modulo 2⁶⁴, as hexadecimal digits.
+
+    Detects accidents, not attacks: any single changed word changes it, for one read of the memory.
     """
     found = []
     for tensor in tensors:
@@ -34,5 +52,5 @@ def checksum(tensors: Iterable[Tensor]) -> str:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor as uint8, (bytes,); a view where it is contiguous."""
+    """Bytes of a tensor as uint8, (bytes,); a view where the tensor is contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

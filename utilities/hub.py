@@ -1,12 +1,11 @@
-"""Model paths: a hub id, a directory, a .gguf file, or package://<python package>/<file>.
-
-Shared by everything that loads a model or a tokenizer; nothing here loads anything.
-"""
+"""Model paths: a hub id, a directory, a .gguf file, or package://<python package>/<file>. Nothing is loaded here."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE_SCHEME = "package://"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""Any of these says that a directory holds a tokenizer."""
 
 
 def resolve_model_path(path: str) -> tuple[str, dict[str, str]]:
@@ -36,6 +35,12 @@ def resolve_model_path(path: str) -> tuple[str, dict[str, str]]:
             ".gguf file, or package://<python package>/<file>."
         )
     return path, {}
+
+
+def has_tokenizer(name: str, arguments: dict[str, str]) -> bool:
+    """Whether what `resolve_model_path` returned can hold a tokenizer: anything but a directory without its files."""
+    folder = Path(name)
+    return bool(arguments) or not folder.is_dir() or any((folder / file).is_file() for file in TOKENIZER_FILES)
 
 
 def _package_file(path: str) -> Path:

@@ -1,4 +1,4 @@
-"""AfterRun: a callback that does one thing with the model that a run leaves, whichever run it was."""
+"""AfterRun: base of callbacks that use the model at the end of any run."""
 
 from abc import ABC, abstractmethod
 
@@ -12,7 +12,7 @@ class AfterRun(Callback, ABC):
 
     @abstractmethod
     def after_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What a subclass does; called in all processes."""
+        """Use the model; called in all processes."""
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,7 +4,11 @@ from lightning.pytorch import Trainer
 
 
 def validate_within_fit(trainer: Trainer) -> dict[str, float]:
-    """What the training loop does between batches, asked for from outside: metrics by name; none without held-out data."""
+    """Run the validation loop as the training loop does between batches.
+
+    Returns:
+        Logged metrics by name; none without held-out data.
+    """
     if not trainer.enable_validation:
         return {}
     connector = trainer._logger_connector

@@ -1,7 +1,7 @@
-"""Offload: the blocks of a model wait in the host's memory, and only those that are worked on are on the GPU.
+"""Where the parts of a model and its calibration data are: blocks on the device or in host memory, batch sizes that fit.
 
-Embeddings, final norm and head stay on the device. While blocks are pruned two of them are there; a pass of the whole model
-(validation) takes every block there and back, batch after batch.
+With offload, blocks wait in host memory. Embeddings, final norm and head stay on the device. While blocks are pruned, two of
+them are there; a pass of the whole model (validation) takes every block there and back, batch after batch.
 """
 
 from collections.abc import Iterator
@@ -13,24 +13,32 @@ from torch import nn
 
 from lightning_modules.base.prunable import PrunableModule
 
+DEFAULT_WINDOWS = 8
+MOST_TOKENS = 65536
+"""More tokens at a time are not faster, even through small blocks on a large GPU."""
+ACTIVATION_SHARE = 0.1
+"""Share of the GPU's memory that a block's activations may take."""
+HIDDEN_SHARE = 0.4
+"""Share of the GPU's free memory that hidden states may take."""
 
-class Offload:
-    """Where the blocks of a module are.
+
+class Placement:
+    """Moves the blocks of a module between device and host memory.
 
     Args:
         module: The module; its model exists when a fit starts.
         trainer: Its trainer.
-        enabled: Without it everything stays where Lightning puts it, and nothing here does anything.
+        offload: Whether blocks wait in host memory; if not, nothing here moves anything.
     """
 
-    def __init__(self, module: PrunableModule, trainer: Trainer, enabled: bool) -> None:
-        self._module, self._device, self._enabled = module, trainer.strategy.root_device, enabled
-        if enabled:
+    def __init__(self, module: PrunableModule, trainer: Trainer, offload: bool) -> None:
+        self._module, self._device, self._offload = module, trainer.strategy.root_device, offload
+        if offload:
             trainer.strategy.model_to_device = self._all_but_blocks
 
     def hold(self, indices: range) -> None:
         """Have these blocks on the device, and no others."""
-        if self._enabled:
+        if self._offload:
             blocks = list(self._module.blocks.values())
             for index in (index for index in range(len(blocks)) if index not in indices):
                 blocks[index].to("cpu")
@@ -39,9 +47,9 @@ class Offload:
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """While open, every block comes to the device for its own forward pass alone."""
+        """Within, every block comes to the device for its own forward pass alone."""
         with ExitStack() as hooks:
-            if self._enabled:
+            if self._offload:
                 self.hold(range(0))
                 for block in self._module.blocks.values():
                     hooks.enter_context(block.register_forward_pre_hook(lambda block, _: block.to(self._device) and None))
@@ -49,7 +57,7 @@ class Offload:
             yield
 
     def _all_but_blocks(self) -> None:
-        """In place of the strategy's own `model_to_device`."""
+        """Replaces the strategy's own `model_to_device`."""
         path, _, name = self._module.architecture.blocks.rpartition(".")
         parent = self._module.model.get_submodule(path)
         blocks = parent._modules[name]
@@ -61,10 +69,31 @@ class Offload:
 
 
 def give_back_placement(trainer: Trainer) -> None:
-    """Undo what `Offload` did to the strategy."""
+    """Undo what `Placement` did to the strategy."""
     trainer.strategy.__dict__.pop("model_to_device", None)
 
 
 def fits(num_bytes: int, device: torch.device) -> bool:
-    """Whether a GPU has room for so much beside what it is used for; other devices always do."""
-    return device.type != "cuda" or num_bytes < 0.4 * torch.cuda.mem_get_info(device)[0]
+    """Whether a GPU has room for hidden states of this size beside the model; other devices always do."""
+    return device.type != "cuda" or num_bytes < HIDDEN_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def windows_at_a_time(module: PrunableModule, seq_len: int, num_windows: int, device: torch.device) -> int:
+    """Windows of text whose activations in one block fit a share of the GPU: a power of two, so processes share whole batches.
+
+    Of all of its memory, not of what is free: the same run takes the same batches, bit for bit.
+
+    Args:
+        module: The model.
+        seq_len: Tokens of a window.
+        num_windows: Windows of this process.
+        device: Where it runs; without a GPU, more than `DEFAULT_WINDOWS` gain nothing.
+    """
+    if device.type != "cuda":
+        return min(DEFAULT_WINDOWS, num_windows)
+    linears = list(module.linears(next(iter(module.blocks.values()))).values())
+    features = sum(linear.in_features + 2 * linear.out_features for linear in linears)
+    token = features * next(module.model.parameters()).element_size()
+    tokens = min(MOST_TOKENS, ACTIVATION_SHARE * torch.cuda.get_device_properties(device).total_memory / token)
+    most = min(max(int(tokens // seq_len), 1), num_windows)
+    return 2 ** (most.bit_length() - 1)

@@ -1,27 +1,14 @@
-"""What a pruning run leaves for its reader: pruning.json, TensorBoard scalars by block, one table at the end."""
+"""Records of a pruning run: what is known of each pruned linear and block, for pruning.json and TensorBoard."""
 
-import json
-import os
-import platform
-import resource
-import sys
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch.loggers import Logger
-from rich.console import Console
-from rich.table import Table
 from typing_extensions import Self
-
-GIB = 2**30
 
 
 @dataclass
 class LinearRecord:
-    """One pruned linear. Error and norm: Σ ‖(W − Ŵ) x‖² and Σ ‖W x‖² over the calibration tokens."""
+    """One pruned linear; error and norm are Σ ‖(W − Ŵ) x‖² and Σ ‖W x‖² over the calibration tokens."""
 
     method: str
     error: float
@@ -32,10 +19,12 @@ class LinearRecord:
 
     @property
     def relative_error(self) -> float:
+        """error / norm; 0 for a linear whose outputs are all zero."""
         return self.error / self.norm if self.norm else 0.0
 
     @property
     def sparsity(self) -> float:
+        """Share of zeros."""
         return self.zeros / self.weights
 
 
@@ -50,28 +39,30 @@ class BlockRecord:
     linears: dict[str, LinearRecord] = field(default_factory=dict)
     seconds_rule: float = 0.0
     choice: str | None = None
-    """What the update rule gave q, k and v."""
+    """States that the update rule chose for q, k and v."""
     update_shares: dict[str, float] = field(default_factory=dict)
     """Role -> share of the weight update that the projection took."""
     candidates: list[dict[str, Any]] = field(default_factory=list)
     outlier_ratios: dict[str, float] = field(default_factory=dict)
     attention: dict[str, float] = field(default_factory=dict)
-    """Measures of the attention against the dense model's, from AttentionProbe."""
+    """Measures of the attention against the dense model's, by AttentionProbe."""
     allocation: dict[str, float] = field(default_factory=dict)
-    """The share of zeros that the block was given, and what it was read off; empty where all blocks have the same."""
+    """The block's share of zeros and what it follows from; empty where all blocks have the same."""
 
     @property
     def seconds(self) -> float:
+        """Time spent on the block."""
         return self.seconds_statistics + self.seconds_solve + self.seconds_rule
 
     @property
     def relative_error(self) -> float:
-        """Mean over the linears; a sum would show little but those few whose outputs are huge."""
+        """Mean over the linears; a sum would mostly show the few whose outputs are huge."""
         errors = [linear.relative_error for linear in self.linears.values()]
         return sum(errors) / len(errors) if errors else 0.0
 
     @property
     def sparsity(self) -> float:
+        """Share of zeros over the block's pruned linears."""
         return sparsity_of([self])
 
     def scalars(self) -> dict[str, float]:
@@ -98,10 +89,11 @@ class BlockRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """From `dataclasses.asdict` of a record."""
+        """Inverse of `dataclasses.asdict`."""
         return cls(**values | {"linears": {name: LinearRecord(**linear) for name, linear in values["linears"].items()}})
 
     def as_json(self) -> dict[str, Any]:
+        """Content for pruning.json, derived values included."""
         linears = {
             name: asdict(linear) | {"relative_error": linear.relative_error, "sparsity": linear.sparsity}
             for name, linear in self.linears.items()
@@ -115,53 +107,3 @@ def sparsity_of(records: list[BlockRecord]) -> float:
     linears = [linear for record in records for linear in record.linears.values()]
     weights = sum(linear.weights for linear in linears)
     return sum(linear.zeros for linear in linears) / weights if weights else 0.0
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory so far: allocated on the GPU since the last reset, or resident in this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, to stand beside every number."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {name: version(name) for name in ("lightning", "transformers")},
-        "hardware": gpu or f"{os.cpu_count()} CPU cores ({platform.machine()})",
-    }
-
-
-def python_command() -> str:
-    """This interpreter as a user in the working directory would type it."""
-    executable = Path(sys.executable)
-    return str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Written beside its target and renamed: a reader finds the old file or the new one, never a part."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def log_scalars(loggers: list[Logger], values: dict[str, float], step: int) -> None:
-    """To every logger, at a step of our own: with manual optimization the trainer's would stay at 0."""
-    for logger in loggers:
-        logger.log_metrics(values, step=step)
-
-
-def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """One table on the terminal, without borders and as wide as its longest row: commands in it can be copied whole."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.width = max(console.width, sum(max(map(len, column)) for column in zip(*rows, strict=True)) + 4)
-    console.print()
-    console.print(table, soft_wrap=True)

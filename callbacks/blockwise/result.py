@@ -1,74 +1,49 @@
-"""Where the result of a pruning run goes: the model and its report, moved to their place as a whole, and the closing table."""
+"""The result of a pruning run: report, model card and closing table."""
 
 import os
 import shlex
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.blockwise.records import BlockRecord, environment, print_table, python_command, sparsity_of, write_json
+from callbacks.blockwise.records import BlockRecord, sparsity_of
 from lightning_modules.base.prunable import PrunableModule
+from utilities.contract import data_of
+from utilities.files import OutputDirectory, write_json
+from utilities.reporting import environment, print_table, python_command
 
 REPORT = "pruning.json"
 
 
-def check_output(output: Path) -> None:
-    """Make the parent of `output`, and see that files can be written there.
-
-    Raises:
-        ValueError: If the result cannot go there: nothing that is not ours is ever replaced.
-    """
-    output = output.resolve()
-    if output.exists() and not (output / REPORT).is_file() and (not output.is_dir() or any(output.iterdir())):
+def check_output(path: Path) -> None:
+    """Raise a ValueError if `path` exists and is not the result of an earlier run: nothing else is ever replaced."""
+    path = path.expanduser().resolve()
+    if path.exists() and not (path / REPORT).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(
-            f"Argument `output_dir` = {str(output)!r} exists and holds no {REPORT}, so it is not a pruned model of ours to "
+            f"Argument `output_dir` = {str(path)!r} exists and holds no {REPORT}, so it is not a pruned model of ours to "
             "replace. Choose another directory."
         )
-    check_writable(output)
 
 
-def check_writable(output: Path) -> None:
-    """Make the parent of `output`.
+def publish(module: PrunableModule, output: OutputDirectory, report: dict[str, Any]) -> None:
+    """Put the model and its report in their place, both at once."""
 
-    Raises:
-        ValueError: If files cannot be written there.
-    """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"Argument `output_dir` = {str(output)!r} cannot be written ({error.strerror}). Choose another directory, or make "
-            f"{str(output.parent)!r} writable."
-        ) from error
+    def write(directory: Path) -> None:
+        module.save(directory)
+        write_json(directory / REPORT, report)
 
-
-def save_result(module: PrunableModule, output: Path, report: dict[str, Any]) -> None:
-    """The model and its report, written beside their place and moved there as a whole."""
-    target = output.resolve()  # a link stays a link
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    new, old = scratch / "new", scratch / "old"
-    new.mkdir()
-    module.save(new)
-    write_json(new / REPORT, report)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(new, target)
-    shutil.rmtree(scratch)
+    output.publish(write)
 
 
 def report_of(trainer: Trainer, module: PrunableModule, run: dict[str, Any], records: list[BlockRecord]) -> dict[str, Any]:
-    """Content of pruning.json: model, data, hardware and versions beside what the run says of itself and of its blocks."""
-    data = trainer.datamodule.hparams if trainer.datamodule is not None else {}
+    """Content of pruning.json: model, data, hardware, versions and sources, beside what the run says of itself."""
+    facts = data_of(trainer).facts()
     return {
-        "model": dict(module.hparams),
-        "data": dict(data),
-        "seed": int(data.get("seed") or os.environ.get("PL_GLOBAL_SEED", 0)),
+        "model": module.described(),
+        "data": facts.settings,
+        "seed": int(os.environ.get("PL_GLOBAL_SEED", 0) if facts.seed is None else facts.seed),
         **environment(module.device),
         **run,
         "sparsity": sparsity_of(records),
@@ -85,7 +60,7 @@ def print_summary(
     seconds: float,
     log_dir: str | None,
 ) -> None:
-    """One table: dense and pruned metrics, sparsity, what q, k and v were given, time, memory, and what to do next."""
+    """One table: metrics of the dense and of the pruned model, sparsity, updates taken, time, memory, and what to do next."""
     dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
     rows = [(name, f"{value:.4g} dense -> {pruned[name]:.4g} pruned") for name, value in dense.items()]
     rows.append(("sparsity", f"{sparsity_of(records):.4%} of the pruned linears of {len(records)} blocks"))
@@ -106,10 +81,7 @@ def print_summary(
         config = Path(log_dir) / "config.yaml"
         if config.is_file():
             arguments = trainer.lightning_module.load_arguments(output)
-            options = [
-                "--config",
-                str(config),
-                *(word for key, value in arguments.items() for word in (f"--model.{key}", value)),
-            ]
-            rows.append(("validate again", f"{python_command()} train.py validate {shlex.join(options)}"))
+            words = [word for key, value in arguments.items() for word in (f"--model.{key}", value)]
+            command = f"{python_command()} train.py validate {shlex.join(['--config', str(config), *words])}"
+            rows.append(("validate again", command))
     print_table(title, rows)

@@ -1,4 +1,4 @@
-"""From the statistics of a block to its pruned linears: one solve, its record, its histograms."""
+"""From the statistics of siblings to their pruned weights, records and score histograms."""
 
 import logging
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from fractions import Fraction
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
-from callbacks.blockwise.collector import StatisticsCollector
 from callbacks.blockwise.records import LinearRecord
 from callbacks.blockwise.settings import PruningSettings
+from callbacks.blockwise.statistics import StatisticsCollector
 from callbacks.blockwise.targets import Targets
 from functional.pruning import PruneResult, prune_linears
 from functional.pruning.masks import zeros_of
@@ -18,7 +18,7 @@ from lightning_modules.parts.architectures import PrunableLinear
 log = logging.getLogger(__name__)
 
 MOST_SCORES = 1_000_000
-"""A histogram of more looks the same; other processes send theirs."""
+"""A histogram of more scores looks the same, and other processes send theirs."""
 
 
 def solve(
@@ -31,26 +31,33 @@ def solve(
 ) -> dict[str, PruneResult]:
     """Prune linears of a block that read the same tensor; their modules keep their weights.
 
+    Args:
+        settings: Settings of the run.
+        collector: Statistics of the block.
+        block: Name of the block.
+        names: Siblings, by name within the block.
+        method: Method of `prune_linears`.
+        targets: Zeros of each linear, where they are not all alike.
+
     Raises:
         ValueError: As `prune_linears` and `StatisticsCollector.check`, naming block and linear.
     """
     collector.check(block)
     inputs, outputs = collector.inputs(names[0]), [collector.outputs[name] for name in names]
-    arguments = settings.arguments(inputs.num_tokens / inputs.num_samples)
+    arguments = settings.arguments()
     weights = [collector.linears[name].weight for name in names]
     if targets is not None:
-        arguments["sparsity"] = [
-            targets.sparsity(block, name, weight.numel()) for name, weight in zip(names, weights, strict=True)
-        ]
+        pairs = zip(names, weights, strict=True)
+        arguments["sparsity"] = [targets.sparsity(block, name, weight.numel()) for name, weight in pairs]
     try:
         results = prune_linears(weights, inputs, outputs, method=method, **arguments)
     except ValueError as error:
         if len(names) == 1:
             raise type(error)(f"{block}.{names[0]}: {error}") from error
-        alone = [solve(settings, collector, block, [name], method, targets) for name in names]  # one of them says what it was
+        alone = [solve(settings, collector, block, [name], method, targets) for name in names]  # finds which one it was
         return {name: result for found in alone for name, result in found.items()}
     damping = results[0].damping
-    if damping is not None and damping > settings.damping:
+    if damping is not None and damping > settings.solver.damping:
         log.warning("%s.%s: the Hessian needed a damping of %g.", block, ", ".join(names), damping)
     return dict(zip(names, results, strict=True))
 
@@ -63,7 +70,15 @@ def record_of(
     full_name: str,
     sparsity: Fraction | None = None,
 ) -> LinearRecord:
-    """What pruning.json says of a linear, from its weights as they are now; `sparsity` is its own, where it has one.
+    """What pruning.json says of a linear, from the weights that it has now.
+
+    Args:
+        settings: Settings of the run.
+        linear: The pruned linear.
+        result: How it was pruned.
+        method: Method that pruned it.
+        full_name: For the error.
+        sparsity: Its own share of zeros, where it has one.
 
     Raises:
         RuntimeError: If it has fewer zeros than wanted.
@@ -77,8 +92,8 @@ def record_of(
         weights=weight.numel(),
         damping=result.damping,
     )
-    arguments = settings.arguments(1.0)
-    wanted = zeros_of(weight.shape, method, arguments["sparsity"] if sparsity is None else sparsity, arguments["pattern"])
+    share = (settings.sparsity or 0.0) if sparsity is None else sparsity
+    wanted = zeros_of(weight.shape, method, share, settings.pattern)
     if record.zeros < wanted:
         raise RuntimeError(
             f"{full_name}: {record.zeros} of {record.weights} weights are zero where {wanted} were wanted. "
@@ -98,7 +113,7 @@ def kept_and_pruned(result: PruneResult) -> dict[str, Tensor]:
 
 
 def log_scores(loggers: list[Logger], name: str, scores: dict[str, Tensor], step: int) -> None:
-    """Histograms of what `kept_and_pruned` found."""
+    """Write histograms of what `kept_and_pruned` found to TensorBoard."""
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             for state, logs in scores.items():

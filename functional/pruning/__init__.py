@@ -5,12 +5,13 @@ with the methods that it builds on and is compared with: magnitude, Wanda, Spars
 """
 
 from functional.pruning.masks import Pattern, parse_pattern, zeros_wanted
-from functional.pruning.prune import METHODS, PruneResult, partial_update, prune_linear, prune_linears
+from functional.pruning.prune import METHODS, UPDATED, PruneResult, partial_update, prune_linear, prune_linears
 from functional.pruning.solver import NotPositiveDefiniteError
 from functional.pruning.statistics import ActivationNorm, InputStatistics, OutputStatistics
 
 __all__ = [
     "METHODS",
+    "UPDATED",
     "ActivationNorm",
     "InputStatistics",
     "NotPositiveDefiniteError",

@@ -5,6 +5,7 @@ Larger score = keep; True = kept; ties lose from the left (stable sort), so a ma
 """
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Real
 from typing import NamedTuple
@@ -104,6 +105,25 @@ def keep_largest_of_groups(scores: Tensor, pattern: Pattern) -> Tensor:
     if pattern.group > LARGEST_COMPARED_GROUP:
         return keep_largest_of_rows(groups, pattern.zeros).view_as(scores)
     return (_rank(groups) >= pattern.zeros).view_as(scores)
+
+
+def mask_by_rows_or_matrix(
+    scores: Tensor, shares: Sequence[float], pattern: Pattern | None, parts: Sequence[int], rows: bool
+) -> Tensor:
+    """Masks of several matrices one below the other, for methods without a weight update: bool, like `scores`.
+
+    Args:
+        scores: (ΣO, I).
+        shares: Share of zeros of each matrix; not used with a pattern.
+        pattern: N:M, or None.
+        parts: Number of rows of each matrix.
+        rows: Whether each row drops its own smallest scores, or the whole matrix does.
+    """
+    if pattern is not None:
+        return keep_largest_of_groups(scores, pattern)
+    keep = keep_largest_of_rows if rows else keep_largest
+    pairs = zip(scores.split(list(parts)), shares, strict=True)
+    return torch.cat([keep(part, zeros_wanted(part.shape[1] if rows else part.numel(), share)) for part, share in pairs])
 
 
 def check_divisible(in_features: int, pattern: Pattern) -> None:

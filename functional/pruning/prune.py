@@ -10,47 +10,40 @@
 
 With an N:M pattern every method compares within each group of M weights of a row.
 
-What is defined beyond that: weights of dead inputs (always 0) are pruned first, and with the update become 0 even where they
-are kept, as in the released code; without any live input all count alike, so |W| decides. Where the OBS update, which fixes
-columns from left to right, would end in a larger error than none, the rows that it harms stay without. Scales do not matter as
-long as float32 holds the sums of squares: far from 1 the solve works in units, powers of two, in which the largest weight and
-the most energetic input are about 1.
+Defined beyond the paper: weights of dead inputs (always 0) are pruned first, and with the update become 0 even where they are
+kept, as in the released code; without any live input all count alike, so |W| decides. Rows that the OBS update, which fixes
+columns from left to right, would leave with a larger error than no update stay without it. Scales do not matter as long as
+float32 holds the sums of squares: far from 1 the solve works in units, powers of two, in which the largest weight and the most
+energetic input are about 1.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from functional.pruning.admm import Solver, admm_update, check_solver
-from functional.pruning.masks import (
-    Pattern,
-    check_divisible,
-    check_sparsity,
-    keep_largest,
-    keep_largest_of_groups,
-    keep_largest_of_rows,
-    parse_pattern,
-    zeros_wanted,
-)
+from functional.pruning.admm import Solver, check_solver
+from functional.pruning.checks import check_arguments, check_scores
+from functional.pruning.hessian import inverse_factor_of
+from functional.pruning.masks import Pattern, mask_by_rows_or_matrix, parse_pattern
 from functional.pruning.precision import float32_matmul
+from functional.pruning.refine import refine_by_admm, undo_harmful_updates
 from functional.pruning.scores import ScoreTerms, score_terms
 from functional.pruning.solver import obs_prune
 from functional.pruning.stack import Stack, energies_of
-from functional.pruning.statistics import LARGEST, ActivationNorm, InputStatistics, OutputStatistics, check_activation_norm
+from functional.pruning.statistics import LARGEST, ActivationNorm, InputStatistics, OutputStatistics
 
 log = logging.getLogger(__name__)
 
-TermsOf = Callable[[Tensor], ScoreTerms]
-"""Makes the score of a second-order term (I,)."""
-
-LEAST_GAIN = 1e-4
-"""Share by which ADMM must lower the error of a row to be taken."""
-
 METHODS = ("magnitude", "wanda", "sparsegpt", "d2_wanda", "d2_sparsegpt")
+UPDATED = ("sparsegpt", "d2_sparsegpt")
+"""Methods that update the kept weights."""
+
+Scale = float | Literal["auto"]
 
 
 @dataclass
@@ -93,7 +86,7 @@ def prune_linear(
     pattern: str | None = None,
     lambda1: float = 1.0,
     lambda2: float = 0.0,
-    scale: float = 1500.0,
+    scale: Scale = "auto",
     activation_norm: ActivationNorm = "rms",
     block_size: int = 128,
     damping: float = 0.01,
@@ -110,12 +103,12 @@ def prune_linear(
         pattern: "N:M" = N zeros in every M consecutive weights of a row; M divides I.
         lambda1: λ1, weight of the first-order activation term.
         lambda2: λ2, weight of the second-order activation term.
-        scale: s in the activation norms; tokens per sample make `rms` the root mean square.
+        scale: s in the activation norms; auto is the number of tokens of a sample, which makes `rms` the root mean square.
         activation_norm: rms (Alg. 1) or official (the released code), see :mod:`functional.pruning.statistics`.
         block_size: Columns that the weight update handles, and compares, at a time.
         damping: Share of the Hessian's mean diagonal added to it; grows, with a warning, where that is not enough.
-        solver: Of the weight update: obs, or admm, which goes on from there with the same mask (functional.pruning.admm) and
-            is taken where it lowers the error of a row.
+        solver: How kept weights are updated: obs, or admm, which continues from there with the same mask
+            (functional.pruning.admm) and is taken where it lowers the error of a row.
 
     Returns:
         The pruned weight, its mask and its error on the calibration tokens.
@@ -139,59 +132,38 @@ def prune_linears(
     pattern: str | None = None,
     lambda1: float = 1.0,
     lambda2: float = 0.0,
-    scale: float = 1500.0,
+    scale: Scale = "auto",
     activation_norm: ActivationNorm = "rms",
     block_size: int = 128,
     damping: float = 0.01,
     solver: Solver = "obs",
 ) -> list[PruneResult]:
-    """Prune linear maps that read the same x together, which is faster: each as `prune_linear`, whose arguments these are.
+    """Prune linear maps that read the same x together, which is faster: each as by `prune_linear`, with its arguments.
 
     Args:
-        weights: W of each, (O, I).
-        outputs: Statistics of y of each.
-        sparsity: Of each, or one for all.
+        weights: W of each map, (O, I).
+        outputs: Statistics of y of each map.
+        sparsity: Share of zeros of each map, or one for all.
     """
     check_solver(solver)
     groups = parse_pattern(pattern)
     shares = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity] * len(weights)
     for weight, y, share in zip(weights, outputs, shares, strict=True):
-        _check(weight, inputs, y, method, share, groups, lambda1, lambda2, scale, activation_norm, block_size, damping)
+        check_arguments(
+            weight, inputs, y, method, METHODS, share, groups, lambda1, lambda2, scale, activation_norm, block_size, damping
+        )
+    scale = inputs.tokens_per_sample() if scale == "auto" else scale
     stack = Stack(weights, inputs)
     if not inputs.square_norm.any():
         log.warning("All inputs are 0, or so small that their squares are: the magnitude of the weights decides.")
     x_norm, y_norm = _activation_norms(method, inputs, outputs, stack, activation_norm, scale)
     terms_of = partial(score_terms, x_norm=x_norm, y_norm=y_norm, lambda1=lambda1, lambda2=lambda2)
-    used_damping = None
-    if method.endswith("sparsegpt"):
-        factor, dead, used_damping = inputs.inverse_factor(damping)
-        with float32_matmul("highest", factor.device):
-            solved, mask, scores = _updated(stack, factor, dead, terms_of, shares, groups, block_size)
-        pruned = _cast(stack.in_own_units(solved), [weight.dtype for weight in weights])
+    if method in UPDATED:
+        solved = _with_update(stack, inputs, terms_of, shares, groups, block_size, damping, solver)
     else:
-        scores = _scores_without_update(stack, inputs, terms_of, method)
-        mask = _mask_without_update(scores, method, shares, groups, stack.parts)
-        pruned = [w.to(mask.device).masked_fill(~kept, 0) for w, kept in zip(weights, stack.split(mask), strict=True)]
-    _check_scores(scores, lambda1, lambda2, scale)
-    energies = energies_of([dense - new.float() for dense, new in zip(stack.dense, pruned, strict=True)], inputs)
-    if used_damping is not None:
-        pruned, energies = _unharmed(pruned, energies, stack, mask, inputs)
-        if solver == "admm":
-            pruned, energies = _refined(pruned, energies, stack, solved, mask, inputs, used_damping)
-    norms = energies_of(stack.dense, inputs)
-    return [
-        PruneResult(
-            weight=new.to(weight.device),
-            mask=kept.to(weight.device),
-            error=error.sum().item(),
-            norm=norm.sum().item(),
-            scores=_in_units_of(score, method, stack.x_unit, unit),
-            damping=used_damping,
-        )
-        for weight, new, kept, error, norm, score, unit in zip(
-            weights, pruned, stack.split(mask), energies, norms, stack.split(scores), stack.units, strict=True
-        )
-    ]
+        solved = _without_update(stack, inputs, terms_of, method, shares, groups)
+    check_scores(solved.scores, lambda1, lambda2, scale)
+    return _results(stack, inputs, solved, method)
 
 
 @torch.no_grad()
@@ -216,6 +188,17 @@ def partial_update(result: PruneResult, weight: Tensor, inputs: InputStatistics,
     return replace(result, weight=mixed.to(weight.device), error=error)
 
 
+@dataclass
+class _Solved:
+    """What a method makes of a stack: pruned weights and row errors of each part; mask and scores of the whole stack."""
+
+    weights: list[Tensor]
+    errors: list[Tensor]
+    mask: Tensor
+    scores: Tensor
+    damping: float | None = None
+
+
 def _activation_norms(
     method: str,
     inputs: InputStatistics,
@@ -224,98 +207,82 @@ def _activation_norms(
     mode: ActivationNorm,
     scale: float,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """x̂ and ŷ in units, where the method has activation terms."""
+    """x̂ and ŷ in the stack's units, where the method has activation terms."""
     if not method.startswith("d2_"):
         return None, None
-    of_inputs = inputs.updated_activation_norm if method.endswith("sparsegpt") else inputs.activation_norm
+    of_inputs = inputs.updated_activation_norm if method in UPDATED else inputs.activation_norm
     root = stack.x_unit**0.5
     y_norms = [y.activation_norm(mode, scale) * root * unit for y, unit in zip(outputs, stack.units, strict=True)]
     return of_inputs(mode, scale) * root, torch.cat(y_norms)
 
 
-def _updated(
+def _with_update(
     stack: Stack,
-    factor: Tensor,
-    dead: Tensor,
-    terms_of: TermsOf,
+    inputs: InputStatistics,
+    terms_of: partial[ScoreTerms],
     shares: list[float],
     groups: Pattern | None,
     block_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`obs_prune` with the scores of the inverse Hessian; dead inputs count nothing while there are others."""
+    damping: float,
+    solver: Solver,
+) -> _Solved:
+    """:func:`obs_prune` with the scores of the inverse Hessian, then `solver`; dead inputs count nothing if others live."""
+    factor, dead, used_damping = inverse_factor_of(inputs, damping)
     dead = dead & ~dead.all()
     terms = terms_of(factor.diagonal().square().reciprocal().masked_fill(dead, 0))
-    pruned, mask, scores = obs_prune(stack.scaled, factor, terms, shares, groups, block_size, stack.parts)
-    return pruned.masked_fill_(dead, 0), mask, scores
+    with float32_matmul("highest", factor.device):
+        start, mask, scores = obs_prune(stack.scaled, factor, terms, shares, groups, block_size, stack.parts)
+    start.masked_fill_(dead, 0)
+    pruned = stack.in_own_dtypes(start)
+    errors = energies_of(stack.differences(pruned), inputs)
+    pruned, errors = undo_harmful_updates(pruned, errors, stack, mask, inputs)
+    if solver == "admm":
+        pruned, errors = refine_by_admm(pruned, errors, stack, start, mask, inputs, used_damping)
+    return _Solved(pruned, errors, mask, scores, used_damping)
 
 
-def _scores_without_update(stack: Stack, inputs: InputStatistics, terms_of: TermsOf, method: str) -> Tensor:
-    """|W|, or the scores of the inputs' energies; without any energy all inputs count alike."""
-    if method == "magnitude":
-        return stack.scaled.abs()
-    energy = inputs.mean_square_norm() * stack.x_unit
-    return terms_of(energy if energy.any() else torch.ones_like(energy))(stack.scaled)
-
-
-def _mask_without_update(
-    scores: Tensor, method: str, shares: list[float], groups: Pattern | None, parts: Sequence[int]
-) -> Tensor:
-    """What the table above says of magnitude, wanda and d2_wanda."""
-    if groups is not None:
-        return keep_largest_of_groups(scores, groups)
-    keep, numel = (keep_largest, torch.numel) if method == "magnitude" else (keep_largest_of_rows, lambda part: part.shape[1])
-    pairs = zip(scores.split(parts), shares, strict=True)
-    return torch.cat([keep(part, zeros_wanted(numel(part), share)) for part, share in pairs])
-
-
-def _cast(pruned: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
-    cast = [weight.to(dtype) for weight, dtype in zip(pruned, dtypes, strict=True)]
-    finite = torch.stack([weight.isfinite().all() for weight in cast]).tolist()
-    for weight, dtype in ((w, d) for w, d, good in zip(pruned, dtypes, finite, strict=True) if not good):
-        wider = "" if dtype in (torch.float32, torch.float64) else "Use bfloat16 or float32, or more `damping`."
-        raise ValueError(
-            f"Argument `weight`: the updated weight does not fit into {dtype}, it reaches {weight.abs().max().item():.3g}. "
-            f"{wider or 'Use more `damping`, or more calibration tokens.'}"
-        )
-    return cast
-
-
-def _unharmed(
-    pruned: list[Tensor], energies: list[Tensor], stack: Stack, mask: Tensor, inputs: InputStatistics
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The pruned weights without the update of those rows that are better off without, if one is worse as a whole than none."""
-    masks = stack.split(mask)
-    without = energies_of([dense.masked_fill(kept, 0) for dense, kept in zip(stack.dense, masks, strict=True)], inputs)
-    for i, dense in enumerate(stack.dense):
-        if energies[i].sum() <= without[i].sum():
-            continue
-        harmed = energies[i] > without[i]
-        log.warning("The weight update raises the error: %d of %d rows stay without.", harmed.sum(), len(harmed))
-        kept = dense.masked_fill(~masks[i], 0).to(pruned[i].dtype)
-        pruned[i] = torch.where(harmed.to(dense.device)[:, None], kept, pruned[i])
-        energies[i] = torch.minimum(energies[i], without[i])
-    return pruned, energies
-
-
-def _refined(
-    pruned: list[Tensor],
-    energies: list[Tensor],
+def _without_update(
     stack: Stack,
-    solved: Tensor,
-    mask: Tensor,
     inputs: InputStatistics,
-    damping: float,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The pruned weights with those rows of ADMM whose error is lower, by more than float32 could make up."""
-    with float32_matmul("highest", mask.device):
-        refined = stack.in_own_units(admm_update(stack.scaled, solved, mask, inputs.preconditioned(damping)))
-    refined = [new.to(old.dtype) for new, old in zip(refined, pruned, strict=True)]
-    found = energies_of([dense - new.float() for dense, new in zip(stack.dense, refined, strict=True)], inputs)
-    for i, (new, energy) in enumerate(zip(refined, found, strict=True)):
-        better = energy < (1 - LEAST_GAIN) * energies[i]  # not where a row has left the range of its type: that is NaN
-        pruned[i] = torch.where(better.to(new.device)[:, None], new, pruned[i])
-        energies[i] = torch.where(better, energy, energies[i])
-    return pruned, energies
+    terms_of: partial[ScoreTerms],
+    method: str,
+    shares: list[float],
+    groups: Pattern | None,
+) -> _Solved:
+    """Mask by |W| or by the energies of the inputs; without any energy all inputs count alike."""
+    if method == "magnitude":
+        scores = stack.scaled.abs()
+    else:
+        energy = inputs.mean_square_norm() * stack.x_unit
+        scores = terms_of(energy if energy.any() else torch.ones_like(energy))(stack.scaled)
+    mask = mask_by_rows_or_matrix(scores, shares, groups, stack.parts, rows=method != "magnitude")
+    pairs = zip(stack.originals, stack.split(mask), strict=True)
+    pruned = [weight.to(mask.device).masked_fill(~kept, 0) for weight, kept in pairs]
+    return _Solved(pruned, energies_of(stack.differences(pruned), inputs), mask, scores)
+
+
+def _results(stack: Stack, inputs: InputStatistics, solved: _Solved, method: str) -> list[PruneResult]:
+    norms = energies_of(stack.dense, inputs)
+    return [
+        PruneResult(
+            weight=new.to(weight.device),
+            mask=kept.to(weight.device),
+            error=error.sum().item(),
+            norm=norm.sum().item(),
+            scores=_in_units_of(score, method, stack.x_unit, unit),
+            damping=solved.damping,
+        )
+        for weight, new, kept, error, norm, score, unit in zip(
+            stack.originals,
+            solved.weights,
+            stack.split(solved.mask),
+            solved.errors,
+            norms,
+            stack.split(solved.scores),
+            stack.units,
+            strict=True,
+        )
+    ]
 
 
 def _in_units_of(scores: Tensor, method: str, x_unit: float, w_unit: float) -> Tensor:
@@ -325,46 +292,3 @@ def _in_units_of(scores: Tensor, method: str, x_unit: float, w_unit: float) -> T
     for unit in (w_unit,) if method == "magnitude" else (w_unit, w_unit, x_unit):
         scores = scores / unit
     return scores.clamp(-LARGEST, LARGEST)
-
-
-def _check_scores(scores: Tensor, lambda1: float, lambda2: float, scale: float) -> None:
-    if not torch.isfinite(scores).all():
-        raise ValueError(
-            f"Arguments `lambda1` = {lambda1:g}, `lambda2` = {lambda2:g} and `scale` = {scale:g} give scores that overflow "
-            "float32. Use smaller λ or a larger scale."
-        )
-
-
-def _check(
-    weight, inputs, outputs, method, sparsity, groups, lambda1, lambda2, scale, activation_norm, block_size, damping
-) -> None:
-    if method not in METHODS:
-        raise ValueError(f"Argument `method` expected to be one of {', '.join(METHODS)} but got {method!r}.")
-    if weight.ndim != 2 or not weight.is_floating_point() or weight.shape[1] != inputs.features:
-        raise ValueError(
-            f"Argument `weight` expected to be floating point of shape (out_features, {inputs.features}) but got "
-            f"{weight.dtype} of shape {tuple(weight.shape)}."
-        )
-    inputs.check_filled()
-    if method.startswith("d2_"):
-        if outputs is None or outputs.features != weight.shape[0]:
-            raise ValueError(
-                f"Argument `outputs` expected to be OutputStatistics({weight.shape[0]}) for method {method} but got "
-                + ("None." if outputs is None else f"OutputStatistics({outputs.features}).")
-            )
-        outputs.check_filled()
-        check_activation_norm(activation_norm, scale)
-    if groups is None:
-        check_sparsity(sparsity)
-    else:
-        check_divisible(weight.shape[1], groups)
-    if block_size < 1:
-        raise ValueError(f"Argument `block_size` expected to be a positive number of columns but got {block_size}.")
-    if not 0 <= damping <= 1:
-        raise ValueError(f"Argument `damping` expected to be in [0, 1] but got {damping}.")
-    for name, value in {"lambda1": lambda1, "lambda2": lambda2}.items():
-        if not abs(value) < float("inf"):
-            raise ValueError(f"Argument `{name}` expected to be a finite number but got {value}.")
-    inputs.check_finite("inputs")
-    if method.startswith("d2_"):
-        outputs.check_finite("outputs")

@@ -6,7 +6,6 @@ worked off in blocks: inside a block one by one, after it all later columns at o
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functional.pruning.kernels import by_kernels
+from functional.pruning.dispatch import by_kernels
 from functional.pruning.masks import Pattern, keep_largest_of_groups, keep_largest_of_rows, zeros_wanted
 from functional.pruning.scores import ScoreTerms
 
@@ -31,12 +30,6 @@ LARGEST_KERNEL_GROUP = 32
 
 class NotPositiveDefiniteError(ValueError):
     """The damped Hessian could not be factorised with any damping up to the limit."""
-
-
-def safe_unit(largest: float, free: int) -> float:
-    """1 if `largest` is within 2^±free, else a power of four near 1 / `largest`: neither it nor its root rounds a product."""
-    exponent = math.frexp(largest)[1]
-    return 1.0 if abs(exponent) <= free else 2.0 ** min(max(-2 * (exponent // 2), -126), 126)  # which float32 holds
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:

@@ -1,8 +1,10 @@
-"""Calibration statistics of one linear map y = W x + b: sums over calibration samples, divided only at the end.
+"""Calibration statistics of one linear map y = W x + b: sums over calibration samples, divided once at the end.
 
-Every quantity is a sum (and a count). What a batch adds is made in float32 and summed in float64, so that neither the order of
-batches nor how they are shared out over processes leaves a trace; other batches make a difference of float32 rounding. The
-norms of D²Prune (Eq. 13-15) come in two modes; with N samples, s the `scale`, n = 1..N the position of a sample in the
+What a batch adds is computed in float32 and summed in float64, so neither the order of batches nor their distribution over
+processes leaves a trace; other batch sizes differ by float32 rounding. Each sum is declared with `add_sum`, as a torchmetrics
+state with `dist_reduce_fx="sum"`: to combine processes, add what `sums` and `counts` return.
+
+The norms of D²Prune (Eq. 13-15) come in two modes. With N samples, `scale` s, n = 1..N the position of a sample in the
 calibration set and ‖·‖ the Euclidean norm over the tokens of one sample:
 
     rms       x̂_j = sqrt( Σ_n ‖X_n,j‖² / (N s) )                                     Alg. 1; s = tokens per sample: the RMS
@@ -12,22 +14,21 @@ calibration set and ‖·‖ the Euclidean norm over the tokens of one sample:
 and ŷ_i likewise from the outputs (`official`: without the √(2/n)). Letters: N samples, L tokens, I inputs, O outputs.
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from functional.pruning.admm import Preconditioned, precondition
-from functional.pruning.kernels import by_kernels
-from functional.pruning.precision import HALF, Precision, check_precision, float32_matmul, resolved
-from functional.pruning.solver import inverse_factor, safe_unit
+from functional.pruning.dispatch import by_kernels
+from functional.pruning.gram import add_products, symmetric
+from functional.pruning.precision import Precision, check_precision, resolved
 
 ActivationNorm = Literal["rms", "official"]
+T = TypeVar("T")
 
 LARGEST = torch.finfo(torch.float32).max
-PANEL, PANEL_ON_GPU = 256, 2048
-"""Rows of a Gram matrix that are made at a time, from the diagonal to the right: measured on both."""
 
 
 class _Statistics:
@@ -35,10 +36,10 @@ class _Statistics:
 
     Args:
         features: Number of channels. The sums live on the device of the first batch.
-    """
 
-    _SUMS: tuple[str, ...] = ("square_norm", "weighted_norm")
-    _COUNTS: tuple[str, ...] = ("num_samples", "num_tokens")
+    Raises:
+        ValueError: If `features` is not positive.
+    """
 
     def __init__(self, features: int) -> None:
         if features < 1:
@@ -49,34 +50,47 @@ class _Statistics:
         self.peaks: list[Tensor] = []
         """Largest magnitude of each update, float32 scalars where the data was: NaN or Inf if it held any. Not summed."""
         self._device: torch.device | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._sums: dict[str, Tensor] = {}
-        self._values: dict[str, Tensor] = {}
-        """The sums in float32, as far as they were asked for since the last change."""
+        self._counts = ["num_samples", "num_tokens"]
+        self._derived: dict[Hashable, Any] = {}
+        self.add_sum("square_norm", (features,))
+        self.add_sum("weighted_norm", (features,))
+
+    def add_sum(self, name: str, shape: tuple[int, ...]) -> None:
+        """Declare a float64 sum over samples, reduced over processes by addition."""
+        self._shapes[name] = shape
 
     def counts(self) -> dict[str, int]:
-        """The numbers to add over processes, by name."""
-        return {name: getattr(self, name) for name in self._COUNTS}
+        """Counts by name, reduced over processes by addition."""
+        return {name: getattr(self, name) for name in self._counts}
+
+    def sums(self) -> dict[str, Tensor]:
+        """Sums by name, float64; reduce over processes in place by addition, and `counts` beside them."""
+        self._derived.clear()
+        return {name: self._sum(name) for name in self._shapes}
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, kept under `key` until the statistics change."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
     @property
     def square_norm(self) -> Tensor:
         """Σ_n ‖X_n,j‖², float32, (features,)."""
-        return self._value("square_norm")
+        return self._in_float32("square_norm")
 
     @property
     def weighted_norm(self) -> Tensor:
         """Σ_n n ‖X_n,j‖, float32, (features,)."""
-        return self._value("weighted_norm")
-
-    def sums(self) -> dict[str, Tensor]:
-        """The tensors to add over processes, float64, by name; reduce in place by sum, and `counts` beside them."""
-        self._forget()
-        return {name: self._sum(name) for name in self._SUMS}
+        return self._in_float32("weighted_norm")
 
     def update(self, x: Tensor, sample_index: int | Tensor) -> Self:
         """Add samples.
 
         Args:
-            x: (samples, tokens, features), any floating dtype; what is made of it is float32.
+            x: (samples, tokens, features), any floating dtype.
             sample_index: Position of ``x[0]`` in the whole calibration set, counted from 0 (the others follow it), or the
                 positions of all samples, (samples,).
 
@@ -92,17 +106,17 @@ class _Statistics:
         norm, peak = by_kernels(x, lambda: _norms_and_peak_by_kernel(x), lambda: _norms_and_peak(x))
         self.peaks.append(peak)
         self._device = self._device or x.device
-        self._add("square_norm", norm.square().sum(0))
+        self._sum("square_norm").add_(norm.square().sum(0))
         weights = positions.to(x.device, non_blocking=True)[:, None]
-        self._add("weighted_norm", (weights * norm).sum(0))  # no matmul: autocast would make it half precision
+        self._sum("weighted_norm").add_((weights * norm).sum(0))  # no matmul: autocast would make it half precision
         self._update_more(x, norm, positions)
         self.num_samples += len(x)
         self.num_tokens += x.shape[0] * x.shape[1]
-        self._forget()
+        self._derived.clear()
         return self
 
     def merge(self, other: Self) -> Self:
-        """Add the sums of `other` (same features) to these."""
+        """Add the sums of `other`, which has the same features, to these."""
         if type(other) is not type(self) or other.features != self.features:
             raise ValueError(
                 f"Argument `other` expected to be {type(self).__name__}({self.features}) but got "
@@ -111,11 +125,12 @@ class _Statistics:
         if other.num_samples:
             self._device = self._device or other._device
             for name, value in other.sums().items():
-                self._add(name, value.to(self._sum(name).device))
+                mine = self._sum(name)
+                mine.add_(value.to(mine.device))
         self.peaks += other.peaks
         for name, value in other.counts().items():
             setattr(self, name, getattr(self, name) + value)
-        self._forget()
+        self._derived.clear()
         return self
 
     def activation_norm(self, mode: ActivationNorm, scale: float) -> Tensor:
@@ -132,8 +147,8 @@ class _Statistics:
             raise ValueError(f"These {type(self).__name__} hold no tokens. Call `update` with calibration data first.")
 
     def check_finite(self, argument: str) -> None:
-        """Raise a ValueError that names the argument unless every sum is finite."""
-        if torch.stack([self._value(name).isfinite().all() for name in self._SUMS]).all():
+        """Raise a ValueError that names `argument` unless every sum is finite."""
+        if torch.stack([self._in_float32(name).isfinite().all() for name in self._shapes]).all():
             return
         peaks = [peak.item() for peak in self.peaks]
         if all(peak < float("inf") for peak in peaks) and max(peaks, default=0.0) ** 2 * self.num_tokens > LARGEST:
@@ -141,32 +156,17 @@ class _Statistics:
         raise ValueError(f"Argument `{argument}` holds NaN or Inf.")
 
     def _update_more(self, x: Tensor, norm: Tensor, positions: Tensor) -> None:
-        """Further sums of a subclass."""
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return (self.features,)
+        """Add to the sums that a subclass declares."""
 
     def _sum(self, name: str) -> Tensor:
         if name not in self._sums:
             device = self._device or torch.device("cpu")
             dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has nothing wider
-            self._sums[name] = torch.zeros(self._shape(name), dtype=dtype, device=device)
+            self._sums[name] = torch.zeros(self._shapes[name], dtype=dtype, device=device)
         return self._sums[name]
 
-    def _value(self, name: str) -> Tensor:
-        if name not in self._values:
-            self._values[name] = self._in_float32(name)
-        return self._values[name]
-
     def _in_float32(self, name: str) -> Tensor:
-        return self._sum(name).to(torch.float32, copy=True)
-
-    def _forget(self) -> None:
-        """What was made of the sums before they changed."""
-        self._values.clear()
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self._sum(name).add_(value)
+        return self.derived(("float32", name), lambda: self._sum(name).to(torch.float32, copy=True))
 
 
 class InputStatistics(_Statistics):
@@ -174,13 +174,13 @@ class InputStatistics(_Statistics):
 
     Args:
         in_features: I, number of input channels.
-        precision: Of the Gram matrix, see :mod:`functional.pruning.precision`.
-        gram_samples: The Gram matrix is of the samples at positions below this; None is all, which a weight update needs.
-            Without one it serves to measure errors, for which some thousand tokens are enough.
-    """
+        precision: Precision of the Gram matrix, see :mod:`functional.pruning.precision`.
+        gram_samples: Samples at positions below this enter the Gram matrix; None means all, which a weight update needs.
+            Without an update the matrix only measures errors, for which some thousand tokens are enough.
 
-    _SUMS = (*_Statistics._SUMS, "root_weighted_norm", "gram")
-    _COUNTS = (*_Statistics._COUNTS, "gram_tokens")
+    Raises:
+        ValueError: If an argument is out of range.
+    """
 
     def __init__(self, in_features: int, precision: Precision = "auto", gram_samples: int | None = None) -> None:
         super().__init__(in_features)
@@ -189,49 +189,32 @@ class InputStatistics(_Statistics):
             raise ValueError(f"Argument `gram_samples` expected to be a positive number or None but got {gram_samples}.")
         self._precision, self.gram_samples = precision, gram_samples
         self.dtype = torch.float32
-        """Of the last samples."""
+        """Dtype of the last samples."""
         self.gram_tokens = 0
-        """Tokens that have entered the Gram matrix."""
-        self._unit: float | None = None
-        self._factors: dict[float, tuple[Tensor, Tensor, float]] = {}
-        self._preconditioned: dict[float, Preconditioned] = {}
+        """Tokens in the Gram matrix."""
+        self._counts.append("gram_tokens")
+        self.add_sum("root_weighted_norm", (in_features,))
+        self.add_sum("gram", (in_features, in_features))
 
     @property
     def precision(self) -> Literal["highest", "high"]:
-        """Of products with the Gram matrix."""
+        """Precision of products with the Gram matrix."""
         return resolved(self._precision, self.dtype)
 
     @property
     def gram(self) -> Tensor:
         """Σ x xᵀ over the tokens, float32, (I, I)."""
-        return self._value("gram")
+        return self._in_float32("gram")
 
     @property
     def root_weighted_norm(self) -> Tensor:
         """Σ_n √(2n) ‖X_n,j‖ = Σ_n n √(2/n) ‖X_n,j‖, float32, (I,)."""
-        return self._value("root_weighted_norm")
+        return self._in_float32("root_weighted_norm")
 
-    def hessian(self) -> Tensor:
-        """H = (2/N) Σ_n X_n X_nᵀ, a new tensor, float32, (I, I)."""
-        return self._hessian_in(1.0)
-
-    def unit(self) -> float:
-        """By what squares of x are multiplied so that float32 holds what a solve makes of them: 1, or a power of four."""
-        if self._unit is None:
-            self._unit = safe_unit(self.gram.diagonal().abs().max().item(), 64)
-        return self._unit
-
-    def inverse_factor(self, damping: float) -> tuple[Tensor, Tensor, float]:
-        """:func:`functional.pruning.solver.inverse_factor` of H · `unit()`, computed once for all linears that share x."""
-        if damping not in self._factors:
-            self._factors[damping] = inverse_factor(self._hessian_in(self.unit()), damping)
-        return self._factors[damping]
-
-    def preconditioned(self, damping: float) -> Preconditioned:
-        """:func:`functional.pruning.admm.precondition` of H · `unit()`, computed once for all linears that share x."""
-        if damping not in self._preconditioned:
-            self._preconditioned[damping] = precondition(self._hessian_in(self.unit()), damping)
-        return self._preconditioned[damping]
+    def hessian(self, unit: float = 1.0) -> Tensor:
+        """H · unit = (2/N) Σ_n X_n X_nᵀ · unit, a new tensor, float32, (I, I)."""
+        self.check_whole()
+        return self.gram * (2 / self.num_samples * unit)
 
     def mean_square_norm(self) -> Tensor:
         """(1/N) Σ_n ‖X_n,j‖², Wanda's scaler, float32, (I,)."""
@@ -246,6 +229,11 @@ class InputStatistics(_Statistics):
             return self.root_weighted_norm / (self.num_samples * scale)
         return self.activation_norm(mode, scale)
 
+    def tokens_per_sample(self) -> float:
+        """Mean number of tokens of a sample: the scale with which `rms` norms are root mean squares."""
+        self.check_filled()
+        return self.num_tokens / self.num_samples
+
     def check_whole(self) -> None:
         """Raise a ValueError unless all tokens have entered the Gram matrix."""
         self.check_filled()
@@ -256,59 +244,26 @@ class InputStatistics(_Statistics):
             )
 
     def merge(self, other: Self) -> Self:
-        """Add the sums of `other` (same features) to these."""
+        """Add the sums of `other`, which has the same features, to these."""
         super().merge(other)
         self.dtype = other.dtype if other.num_samples else self.dtype
         return self
 
-    def _hessian_in(self, unit: float) -> Tensor:
-        self.check_whole()
-        return self.gram * (2 / self.num_samples * unit)
-
     def _update_more(self, x: Tensor, norm: Tensor, positions: Tensor) -> None:
         self.dtype = x.dtype
         weights = (2 * positions).sqrt().to(x.device, non_blocking=True)[:, None]
-        self._add("root_weighted_norm", (weights * norm).sum(0))
+        self._sum("root_weighted_norm").add_((weights * norm).sum(0))
         if self.gram_samples is not None:
             x = x[positions <= self.gram_samples]
         tokens = x.reshape(-1, self.features)
         self.gram_tokens += len(tokens)
         if len(tokens):
-            self._add_products(tokens)
-
-    def _add_products(self, tokens: Tensor) -> None:
-        """Gram matrix, the part from the diagonal to the right: panels of rows, which take little more than half the time."""
-        gram = self._sum("gram")
-        exact_products = tokens.is_cuda and tokens.dtype in HALF and self.precision == "high"
-        if not exact_products:
-            tokens = tokens.to(torch.float32)
-        width = _panel(tokens)
-        with float32_matmul(self.precision, tokens.device):
-            for start in range(0, self.features, width):
-                rows, left = gram[start : start + width, start:], tokens[:, start : start + width].T
-                if exact_products:
-                    rows += torch.mm(left, tokens[:, start:], out_dtype=torch.float32)
-                else:
-                    rows += left @ tokens[:, start:]
+            add_products(self._sum("gram"), tokens, self.precision)
 
     def _in_float32(self, name: str) -> Tensor:
-        value = super()._in_float32(name)
-        if name == "gram":  # of which only what is right of the diagonal was summed up
-            width = _panel(value)
-            for start in range(0, self.features, width):
-                panel, below = slice(start, start + width), slice(start + width, None)
-                value[panel, panel] = value[panel, panel].triu() + value[panel, panel].triu(1).T
-                value[below, panel] = value[panel, below].T
-        return value
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._factors.clear()
-        self._preconditioned.clear()
-        self._unit = None
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return (self.features, self.features) if name == "gram" else (self.features,)
+        if name != "gram":
+            return super()._in_float32(name)
+        return self.derived("gram", lambda: symmetric(self._sum("gram").to(torch.float32, copy=True)))
 
 
 class OutputStatistics(_Statistics):
@@ -322,16 +277,12 @@ class OutputStatistics(_Statistics):
         super().__init__(out_features)
 
 
-def _panel(like: Tensor) -> int:
-    return PANEL_ON_GPU if like.is_cuda else PANEL
-
-
-def check_activation_norm(mode: str, scale: float) -> None:
-    """Raise a ValueError unless `mode` is known and `scale` positive."""
+def check_activation_norm(mode: str, scale: float | str) -> None:
+    """Raise a ValueError unless `mode` is known and `scale` is positive or auto."""
     if mode not in get_args(ActivationNorm):
         raise ValueError(f"Argument `activation_norm` expected to be rms or official but got {mode!r}.")
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"Argument `scale` expected to be a positive number but got {scale}.")
+    if scale != "auto" and (isinstance(scale, str) or not 0 < scale < float("inf")):
+        raise ValueError(f"Argument `scale` expected to be auto or a positive number but got {scale!r}.")
 
 
 def too_large(largest: float, where: str = "") -> str:
@@ -343,7 +294,7 @@ def too_large(largest: float, where: str = "") -> str:
 
 
 def _norms_and_peak(x: Tensor) -> tuple[Tensor, Tensor]:
-    """‖X_n,j‖, float32, (samples, features), and the largest magnitude, NaN if there is any; not waited for."""
+    """‖X_n,j‖, float32, (samples, features), and the largest magnitude, NaN if there is any; does not wait for the GPU."""
     peak = torch.stack(x.aminmax()).abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
     if x.device.type == "cpu":  # where the reduction of half precision is slow
         return x.float().square().sum(1).sqrt(), peak
@@ -357,9 +308,9 @@ def _norms_and_peak_by_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _positions(sample_index: int | Tensor, num_samples: int) -> Tensor:
-    """1-based positions n of the samples, float32, (samples,), where the index is."""
+    """1-based positions n of the samples, float32, (samples,), on the device of the index."""
     if isinstance(sample_index, Tensor) and sample_index.ndim:
-        # Not looked into on a GPU, which would have to be waited for.
+        # On a GPU the values are not checked: that would wait for it.
         valid = sample_index.shape == (num_samples,) and (sample_index.is_cuda or int(sample_index.min()) >= 0)
         positions = sample_index
     else:

@@ -21,9 +21,10 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
 from functional.graph import masked_cross_entropy
-from lightning_modules.base.resumable import ResumableModule, gathered, world_size
+from lightning_modules.base.resumable import ResumableModule
 from lightning_modules.parts.graph_encoders import GlobalOperator, GraphEncoder, sparse_features
 from lightning_modules.parts.node_probes import clustering_scores, linear_probe
+from utilities.distributed import gathered, world_size
 
 
 class NodeModule(ResumableModule):

@@ -1,10 +1,9 @@
-"""Base of everything that can be pruned block by block: owns the model and its chain of blocks, decides nothing.
+"""PrunableModule: base of what can be pruned block by block. Owns the model and its chain of blocks; decides nothing.
 
-Without a pruning callback the module trains like any other. A callback arms it by setting `calibration_step`; training
-steps then hand their batch over, and there is no optimizer.
+Without a pruning callback the module trains like any other. A callback arms it with a calibration step; training steps then
+hand their batch over, and there is no optimizer.
 """
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -15,43 +14,57 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_modules.base.resumable import ResumableModule
-from lightning_modules.parts.architectures import Architecture, PrunableLinear, find_blocks, find_linears
+from lightning_modules.parts.architectures import Architecture, PrunableLinear, find_architecture, find_blocks, find_linears
+from utilities.contract import ModelFacts, TellsModelFacts
 from utilities.digest import digest
-
-# What is logged at the end of an epoch comes from torchmetrics, which has added the processes up by then.
-warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
 
 CalibrationStep = Callable[[Any, int], None]
 
 
-class PrunableModule(ResumableModule):
+class PrunableModule(ResumableModule, TellsModelFacts):
     """A model made of a chain of blocks, with its metric, its ordinary training and its way to be saved."""
 
     model: nn.Module
-    architecture: Architecture
     judge = "val/loss"
-    """The logged metric, lower is better, by which a choice among pruned models may be made: never one of test data."""
+    """Logged metric, lower is better, by which pruned models may be compared; never one of test data."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calibration_step: CalibrationStep | None = None
+        self._architecture: Architecture | None = None
+
+    @property
+    @abstractmethod
+    def family(self) -> str:
+        """Key of the model in ARCHITECTURES, whether or not it has an entry."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Entry of the model's family, which only pruning needs.
+
+        Raises:
+            ValueError: If the family has none.
+        """
+        if self._architecture is None:
+            self._architecture = find_architecture(self.family)
+        return self._architecture
 
     @property
     def metric_dtype(self) -> torch.dtype:
-        """Of sums of losses: in float32 they would depend on which process adds what. MPS has nothing wider."""
+        """Dtype of sums of losses: in float32 they would depend on which process adds what. MPS has nothing wider."""
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     @property
     def blocks(self) -> dict[str, nn.Module]:
-        """The chain of blocks in order, by full name in the model."""
+        """Full name -> block, in the order of the chain."""
         return find_blocks(self.model, self.architecture)
 
     def linears(self, block: nn.Module) -> dict[str, PrunableLinear]:
-        """The prunable linears of a block, by their name within it."""
+        """Name within the block -> prunable linear."""
         return find_linears(block, self.architecture)
 
     def attention(self, block: nn.Module) -> nn.Module:
-        """The attention module of a block."""
+        """Attention module of a block."""
         return block.get_submodule(self.architecture.attention)
 
     def arm(self, calibration_step: CalibrationStep) -> None:
@@ -65,12 +78,12 @@ class PrunableModule(ResumableModule):
         self.automatic_optimization = True
 
     def on_fit_start(self) -> None:
-        """In DDP: buffers of these models are constants. Sent before every forward, they would only let processes wait."""
+        """With DDP, keep buffers, which are constants here, from being sent before every forward."""
         if isinstance(wrapped := self.trainer.strategy.model, nn.parallel.DistributedDataParallel):
             wrapped.broadcast_buffers = False
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """The loss, or a calibration step when armed."""
+        """Loss of a batch; when armed, a calibration step."""
         if self.calibration_step is None:
             return self.training_loss(batch, batch_idx)
         self.calibration_step(batch, batch_idx)
@@ -88,16 +101,24 @@ class PrunableModule(ResumableModule):
     def sample_positions(self, batch: Any) -> Tensor:
         """Positions of the samples of a batch in the whole calibration set, (samples,), counted from 0."""
 
+    def model_facts(self) -> ModelFacts:
+        """What data modules may know of the model; nothing here."""
+        return ModelFacts()
+
+    def described(self) -> dict[str, Any]:
+        """Hyperparameters by name, for reports."""
+        return dict(self.hparams)
+
     def identity(self) -> dict[str, str]:
-        """What a pruning run starts from, as digests by name: a resumed run must start from the same."""
+        """Digests of what a pruning run starts from, by name; a resumed run must start from the same."""
         return {"model": digest(self.model.state_dict().items())}
 
     def sum_over_processes(self, value: float) -> float:
-        """The sum of a number over all processes."""
+        """Sum of a number over all processes."""
         return float(self.trainer.strategy.reduce(torch.tensor(float(value), device=self.device), reduce_op="sum"))
 
     def select_samples(self, batch: Any, samples: slice) -> Any:
-        """Some samples of a batch; here one whose tensors all have the samples in front."""
+        """Some samples of a batch whose tensors all have the samples in front."""
         return apply_to_collection(batch, Tensor, lambda tensor: tensor[samples])
 
     @abstractmethod

@@ -12,23 +12,10 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import distributed
+
+from utilities.distributed import gathered
 
 KEY = "random_state"
-
-
-def world_size() -> int:
-    """Number of processes that train together."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def gathered(value: Any) -> list[Any]:
-    """What each process has, in their order; all processes have to ask."""
-    if world_size() == 1:
-        return [value]
-    found = [None] * world_size()
-    distributed.all_gather_object(found, value)
-    return found
 
 
 class ResumableModule(LightningModule):

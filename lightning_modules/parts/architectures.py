@@ -119,8 +119,24 @@ def find_architecture(model_type: str) -> Architecture:
 
 
 def find_blocks(model: nn.Module, architecture: Architecture) -> dict[str, nn.Module]:
-    """The blocks of a model in order, by full name."""
-    return {f"{architecture.blocks}.{i}": block for i, block in enumerate(model.get_submodule(architecture.blocks))}
+    """Full name -> block of a model, in the order of the chain.
+
+    Raises:
+        ValueError: If the table's path leads to no list of modules.
+    """
+    try:
+        blocks = model.get_submodule(architecture.blocks)
+    except AttributeError as error:
+        raise ValueError(
+            f"ARCHITECTURES says that the blocks of {type(model).__name__} are at {architecture.blocks!r}, but {error}. "
+            "Correct `blocks` of its entry."
+        ) from error
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential):
+        raise ValueError(
+            f"ARCHITECTURES says that the blocks of {type(model).__name__} are at {architecture.blocks!r}, but that is a "
+            f"{type(blocks).__name__}, not a list of blocks. Correct `blocks` of its entry."
+        )
+    return {f"{architecture.blocks}.{i}": block for i, block in enumerate(blocks)}
 
 
 def find_linears(block: nn.Module, architecture: Architecture) -> dict[str, PrunableLinear]:

@@ -56,6 +56,26 @@ def make_model(
     return _from_timm(name, pretrained, checkpoint, dict(model_args or {}))
 
 
+def check_given(model: nn.Module, pretrained: bool, checkpoint: str | None) -> None:
+    """Raise a ValueError unless a model in memory is an image classifier, and nothing says how to load it."""
+    if not is_timm(model) and not hasattr(getattr(model, "config", None), "num_labels"):
+        raise ValueError(
+            f"Argument `model_name_or_path` expected a name, a directory, or an image classifier of timm or transformers, but "
+            f"got a {type(model).__name__}."
+        )
+    if not is_timm(model) and not hasattr(model, "image_processor"):
+        raise ValueError(
+            "Argument `model_name_or_path` is a model of transformers in memory, whose image processor is not known. Set "
+            "`model.image_processor`, or give its directory or hub id."
+        )
+    for name, value in (("pretrained", pretrained), ("checkpoint", checkpoint)):
+        if value:
+            raise ValueError(
+                f"Argument `{name}` = {value!r} says how a model is loaded, but `model_name_or_path` is a model in memory. "
+                "Leave it out."
+            )
+
+
 def _from_timm(name: str, pretrained: bool, checkpoint: str | None, model_args: dict[str, Any]) -> nn.Module:
     import timm
 
@@ -215,7 +235,7 @@ def save_model(model: nn.Module, directory: Path, model_args: dict[str, Any]) ->
 def loaded_args(name: str, model_args: dict[str, Any] | None) -> dict[str, Any]:
     """Arguments that a model of timm was made with: those given, or those in the directory that it came from."""
     folder = Path(name).expanduser()
-    return dict(_read_config(folder).get("model_args") or {}) if folder.is_dir() else dict(model_args or {})
+    return dict(_read_config(folder).get("model_args") or {}) if name and folder.is_dir() else dict(model_args or {})
 
 
 def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

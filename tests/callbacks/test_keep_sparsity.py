@@ -11,12 +11,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 
 from callbacks import BlockwisePruning, KeepSparsity, SaveModel
-from callbacks.base.whole_weights import need_whole_weights
 from callbacks.keep_sparsity import linear_weights, share_of, zeros_of
 from lightning_modules import CausalLM
 from tests.helpers.launchers import go
 from tests.helpers.recovery_runs import LEARNING_RATE, Crash, RecoveryRun, loaded, prune_two_of_four, short_windows
 from tests.helpers.tiny import quiet, tiny_images, tiny_vit
+from utilities.distributed import need_whole_weights
 
 
 @pytest.fixture

@@ -209,13 +209,12 @@ def _main(run: Run, rank: int, port: int, fault: Fault | None, log: Path | None)
 
 def _places() -> dict[str, tuple[Any, str]]:
     """Name of a place -> object and attribute that is called there."""
-    import callbacks.blockwise.block_pruner
     import callbacks.blockwise.resume.state
-    import callbacks.blockwise_pruning
+    import callbacks.blockwise.run
     import functional.pruning.solver
-    from callbacks.blockwise.processes import Processes
     from functional.pruning import InputStatistics
     from lightning_modules.parts.block_stream import BlockStream
+    from utilities.distributed import Processes
 
     return {
         "statistics": (InputStatistics, "update"),
@@ -225,8 +224,8 @@ def _places() -> dict[str, tuple[Any, str]]:
         "before a file is written": (callbacks.blockwise.resume.state, "_write"),
         "half a file written": (callbacks.blockwise.resume.state, "_write"),
         "before a file is renamed": (callbacks.blockwise.resume.state.os, "replace"),
-        "model saved": (callbacks.blockwise_pruning, "save_result"),
-        "after the model was saved": (callbacks.blockwise_pruning, "write_json"),
+        "model saved": (callbacks.blockwise.run, "publish"),
+        "after the model was saved": (callbacks.blockwise.run, "write_json"),
         "state removed": (callbacks.blockwise.resume.state.PruningState, "remove"),
     }
 

@@ -1,8 +1,12 @@
-"""Fingerprint of a pruning run: all that its result depends on, by name, as short texts. Two that differ are two runs."""
+"""Fingerprint of a pruning run: everything its result depends on, by name. Two runs with different fingerprints do not mix.
+
+`binding` entries must be equal for a run to go on. `described` entries are what a person set; where a digest differs they say
+why, and by themselves they refuse nothing: the same text may lie under another path.
+"""
 
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,30 +15,80 @@ from lightning.pytorch import Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from callbacks.blockwise.processes import Processes
 from callbacks.blockwise.settings import PruningSettings
 from lightning_modules.base.prunable import PrunableModule
-from utilities.digest import digest
+from utilities.contract import data_of
+from utilities.digest import digest, source_digests
+from utilities.distributed import Processes
 
 PACKAGES = ("torch", "lightning", "transformers", "timm", "d2prune")
+DIGEST_LENGTH = 64
+EXPLAINED_BY = {"model": "model.", "tokenizer": "model.", "calibration": "data.", "rule source": "data."}
+"""Digest -> beginning of the names of the settings that it follows from."""
 
 
-def digests_of(trainer: Trainer, processes: Processes, rule_batches: Iterable[Any]) -> dict[str, str]:
-    """What is read: the calibration data, of which each process reads its own share, and what the update rule has beside it."""
-    return {
-        "calibration": " ".join(processes.gather(digest_of_batches(trainer.train_dataloader))),
-        "rule_source": processes.from_first(digest_of_batches(rule_batches)),
-    }
+@dataclass(frozen=True)
+class Fingerprint:
+    """Entries by name, as short texts."""
+
+    binding: dict[str, str]
+    described: dict[str, str]
+
+    def as_json(self) -> dict[str, dict[str, str]]:
+        """Content for a file."""
+        return asdict(self)
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """What differs in a run that was started with `other`, in words; empty if the two runs are one."""
+        names = [name for name in sorted(self.binding.keys() | other.binding.keys()) if self._differs(other, name)]
+        found = []
+        for name in names:
+            before, now = other.binding.get(name), self.binding.get(name)
+            if len(before or now) < DIGEST_LENGTH:
+                found.append(f"`{name}` was {before or 'absent'} and is {now or 'absent'}")
+            elif name.startswith("source "):
+                found.append(f"the code of {name.removeprefix('source ')} has changed")
+            else:
+                found += self._why(other, name)
+        return list(dict.fromkeys(found))
+
+    def _differs(self, other: "Fingerprint", name: str) -> bool:
+        return self.binding.get(name) != other.binding.get(name)
+
+    def _why(self, other: "Fingerprint", name: str) -> list[str]:
+        """The settings that explain another digest, or that there are none."""
+        prefix = EXPLAINED_BY.get(name, "")
+        settings = sorted(key for key in self.described.keys() | other.described.keys() if key.startswith(prefix))
+        changed = [key for key in settings if self.described.get(key) != other.described.get(key)]
+        if changed:
+            return [f"`{key}` was {other.described.get(key)} and is {self.described.get(key)}" for key in changed]
+        what = {"model": "the weights", "tokenizer": "the tokenizer", "calibration": "the calibration data"}.get(name, name)
+        return [f"{what} differ although the settings are the same: a file has changed"]
 
 
-def circumstances_of(
-    module: PrunableModule, settings: PruningSettings, trainer: Trainer, processes: Processes
-) -> dict[str, str]:
-    """Settings, processes, device and versions."""
-    found = {f"settings.{name}": repr(value) for name, value in asdict(settings).items()}
-    found |= {f"version.{name}": _version(name) for name in PACKAGES} | {"version.python": platform.python_version()}
+def fingerprint_of(
+    trainer: Trainer, module: PrunableModule, settings: PruningSettings, processes: Processes, rule_batches: Iterable[Any]
+) -> Fingerprint:
+    """Fingerprint of this run; the same in all processes, each of which digests its own calibration data.
+
+    Args:
+        trainer: Trainer of the run.
+        module: The module, still dense.
+        settings: Settings of the run.
+        processes: Processes of the run.
+        rule_batches: Windows that the update rule looks at beside the calibration data; in the first process.
+    """
     device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else module.device.type
-    return found | {"processes": str(processes.size), "device": device, "precision": str(trainer.precision)}
+    binding = {name: repr(value) for name, value in settings.as_dict().items()}
+    binding |= {f"version of {name}": _version(name) for name in PACKAGES} | {"version of python": platform.python_version()}
+    binding |= {"number of processes": str(processes.size), "device": device, "trainer.precision": str(trainer.precision)}
+    binding |= {f"source {path}": value for path, value in source_digests().items()}
+    binding |= processes.first_of(module.identity)
+    binding["calibration"] = digest_of_texts(processes.gather(digest_of_batches(trainer.train_dataloader)))
+    binding["rule source"] = processes.from_first(digest_of_batches(rule_batches))
+    described = {f"model.{name}": repr(value) for name, value in module.described().items()}
+    described |= {f"data.{name}": repr(value) for name, value in data_of(trainer).facts().settings.items()}
+    return Fingerprint(binding, described)
 
 
 def digest_of_batches(batches: Iterable[Any]) -> str:
@@ -47,6 +101,11 @@ def digest_of_batches(batches: Iterable[Any]) -> str:
             yield from ((f"{number}.{position}", tensor) for position, tensor in enumerate(found))
 
     return digest(tensors())
+
+
+def digest_of_texts(texts: Iterable[str]) -> str:
+    """Digest of texts in order."""
+    return digest((text, torch.empty(0)) for text in texts)
 
 
 def _version(package: str) -> str:

@@ -1,11 +1,11 @@
-"""PruningState: what a pruning run that dies leaves behind, so that the same command goes on after its last finished block.
+"""PruningState: the finished blocks that a dead run leaves on disk, so that the same command continues after them.
 
-    fingerprint.json     what the run was started with; a run with another is refused
+    fingerprint.json     what the run was started with; a run with another fingerprint is refused
     00007.safetensors    block 7: its pruned weights, its record, the random state, and a SHA-256 of all of it
-    lock                 held while a process uses the directory; the system lets go of it when the process dies
+    lock                 held while a process uses the directory; the system releases it when the process dies
 
-Files are written beside their place, brought to the disk and renamed: there is a whole one or none. The cost of a block is
-that of its weights, not of the model's.
+Files are written beside their place, flushed to disk and renamed: there is a whole one or none. A block costs the size of its
+weights, not of the model's.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from callbacks.blockwise.resume.fingerprint import Fingerprint
 from utilities.digest import digest
 
 log = logging.getLogger(__name__)
@@ -36,18 +37,19 @@ class PruningState:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.expanduser().resolve()
-        self._lock: FileLock | None = None
+        self.is_open = False
+        """Whether the directory is this run's: locked, with its fingerprint."""
+        self._lock = FileLock(self.directory / "lock")
 
-    def open(self, fingerprint: Mapping[str, str]) -> int:
-        """Take the directory for this run and count the blocks that are finished.
+    def open(self, fingerprint: Fingerprint) -> int:
+        """Lock the directory for this run and count the blocks that are finished.
 
-        A file that is damaged is named in a warning; that block and those after it are forgotten.
+        A file that is damaged is named in a warning; that block and those after it are pruned again.
 
         Raises:
-            ValueError: If another process uses the directory, it cannot be written to, or what is in it belongs to a run with
+            ValueError: If another process uses the directory, it cannot be written, or its blocks belong to a run with
                 another fingerprint.
         """
-        self._lock = FileLock(self.directory / "lock")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -62,14 +64,20 @@ class PruningState:
             ) from error
         for partial in self.directory.glob("*.partial"):
             partial.unlink()
-        self._check_fingerprint(dict(fingerprint))
+        self._check_fingerprint(fingerprint)
+        self.is_open = True
         return self._verified()
 
     def write(self, index: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
-        """Keep a finished block: tensors, and what can be said in JSON.
+        """Keep a finished block.
+
+        Args:
+            index: Number of the block over all rounds.
+            tensors: Tensors by name.
+            content: What JSON can hold.
 
         Raises:
-            OSError: If it cannot be written, as on a full disk; what was kept before stays as it is.
+            OSError: If it cannot be written, as on a full disk; what was kept before is unchanged.
         """
         from safetensors.torch import save
 
@@ -106,42 +114,38 @@ class PruningState:
         return tensors, content
 
     def remove(self) -> None:
-        """Forget everything: the run has ended well. Without the fingerprint what is left belongs to no run."""
+        """Delete everything, once the run has ended well; the fingerprint first, since blocks without one belong to no run."""
         (self.directory / FINGERPRINT).unlink(missing_ok=True)
         self.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def close(self) -> None:
-        """Let others have the directory."""
-        if self._lock is not None:
-            self._lock.release()
+        """Release the directory."""
+        self._lock.release()
+        self.is_open = False
 
     def _path(self, index: int) -> Path:
         return self.directory / f"{index:05d}.safetensors"
 
-    def _check_fingerprint(self, fingerprint: dict[str, str]) -> None:
+    def _check_fingerprint(self, fingerprint: Fingerprint) -> None:
         path = self.directory / FINGERPRINT
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            whole = isinstance(known, dict)
+            known = Fingerprint(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            known, whole = fingerprint, not any(self.directory.glob("*.safetensors"))
-        except ValueError:
-            whole = False
-        if not whole:
+            known = None if any(self.directory.glob("*.safetensors")) else fingerprint
+        except (ValueError, TypeError):
+            known = None
+        if known is None:
             log.warning("%s is damaged or missing: all blocks are pruned again.", path)
             self._forget(0)
             known = fingerprint
-        differing = [name for name in sorted(known.keys() | fingerprint.keys()) if known.get(name) != fingerprint.get(name)]
-        if differing:
-            entries = "; ".join(
-                f"{name} was {_short(known.get(name))}, is {_short(fingerprint.get(name))}" for name in differing
-            )
+        if differing := fingerprint.differences(known):
+            self.close()
             raise ValueError(
-                f"{self.directory} holds an unfinished pruning run that was started differently: {entries}. Start it as it "
-                "was, remove that directory to begin anew, or give this run another `output_dir` or `resume: false`."
+                f"{self.directory} holds an unfinished pruning run that was started differently: {'; '.join(differing)}. Start "
+                "it as it was, remove that directory to begin anew, or give this run another `output_dir` or `resume: false`."
             )
-        _write(path, json.dumps(fingerprint, indent=2).encode())
+        _write(path, json.dumps(fingerprint.as_json(), indent=2).encode())
 
     def _verified(self) -> int:
         """Number of blocks from the first on whose files are whole."""
@@ -185,9 +189,3 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-def _short(value: str | None) -> str:
-    if value is None:
-        return "absent"
-    return f"{value[:12]}…" if len(value) == 64 else repr(value)

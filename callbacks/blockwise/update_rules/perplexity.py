@@ -1,25 +1,39 @@
-"""HeldRuns: D²Prune's perplexity rule (Algorithm 1): prune once with each of q, k, v held, keep the best run's weights.
+"""PerplexityRule: prune once with each of q, k and v held, and keep the round with the lowest held-out loss (Algorithm 1).
 
-"Best" is the lowest loss on held-out calibration windows; the paper does not say on which text it measures, and the test text
-would be cheating. Copies of the dense and of the best weights live in CPU memory, so that the model never has to be pruned a
-fourth time.
+The paper does not say on which text it measures; the test text would be cheating, so held-out calibration data decide. Copies
+of the dense and of the best weights wait in CPU memory, so that the model never has to be pruned a fourth time.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from callbacks.blockwise.records import BlockRecord
-from callbacks.blockwise.settings import Plan
-from callbacks.blockwise.update_rules.rules import ROLES
-from lightning_modules.base.prunable import PrunableModule
+from callbacks.blockwise.update_rules.base import UpdateRule
+from lightning_modules.parts.architectures import PrunableLinear
+
+
+class PerplexityRule(UpdateRule):
+    """Prune with each of q, k and v held in every block; the round with the lowest loss on held-out data stays."""
+
+    short = "perplexity"
+
+    @override
+    def rounds(self, roles: list[str]) -> list[str | None]:
+        return list(roles)
+
+    @override
+    def holds(self, linears: Mapping[str, PrunableLinear], round_held: str | None) -> tuple[str, ...]:
+        return (round_held,) if round_held in linears else ()
 
 
 @dataclass
-class Run:
-    """One run: what it held, its metrics, its record of every block, and its weights by full name, on the CPU."""
+class Round:
+    """One round over all blocks: what it held, its metrics, block records, and pruned weights by full name on the CPU."""
 
     held: str
     metrics: dict[str, float]
@@ -27,67 +41,50 @@ class Run:
     weights: dict[str, Tensor] = field(repr=False)
 
 
-class HeldRuns:
-    """Runs with one projection held each.
+class Rounds:
+    """The rounds of a perplexity rule: puts dense weights back before each, and the best round's at the end.
 
     Args:
-        module: The model, still dense.
-        plan: Names the linears that are pruned.
+        weights: Full name -> weight of every pruned linear, (O, I) views into the model, still dense.
+        judge: Metric that is minimised.
     """
 
-    held = ROLES
-
-    @property
-    def judge(self) -> str:
-        """The metric that is minimised."""
-        return self._module.judge
-
-    def __init__(self, module: PrunableModule, plan: Plan) -> None:
-        self._module, self._plan = module, plan
-        self._dense = self._copy()
-        self.best: Run | None = None
+    def __init__(self, weights: Mapping[str, Tensor], judge: str) -> None:
+        self.judge = judge
         self.metrics: dict[str, dict[str, float]] = {}
+        self._weights = dict(weights)
+        self._dense = self._copy()
+        self._best: Round | None = None
 
     def restart(self) -> None:
         """Put the dense weights back."""
         self._write(self._dense)
 
     def add(self, held: str, metrics: dict[str, float], records: list[BlockRecord]) -> None:
-        """Judge the run that the model holds now; its weights are kept if no earlier run was better."""
+        """Judge the round whose weights the model has now, and copy them if no earlier round was better."""
         self.metrics[held] = metrics
-        if self.best is None or self._loss(metrics) < self._loss(self.best.metrics):
-            self.best = Run(held, metrics, records, self._copy())
+        if self._best is None or self._loss(metrics) < self._loss(self._best.metrics):
+            self._best = Round(held, metrics, records, self._copy())
 
-    def finish(self) -> Run:
-        """Write the best run's weights into the model, bit by bit, and give the copies back.
+    def finish(self) -> Round:
+        """Write the best round's weights into the model, bit for bit, and free all copies.
 
         Raises:
-            RuntimeError: If no run had a finite loss.
+            RuntimeError: If no round had a finite loss.
         """
-        best, self.best = self.best, None
+        best, self._best = self._best, None
         if best is None or self._loss(best.metrics) == math.inf:
-            raise RuntimeError(
-                f"None of the runs with {', '.join(self.metrics)} held had a finite {self.judge}: {self.metrics}."
-            )
+            raise RuntimeError(f"No round with {', '.join(self.metrics)} held had a finite {self.judge}: {self.metrics}.")
         self._write(best.weights)
         self._dense = {}
         return best
 
-    def _weights(self) -> dict[str, Tensor]:
-        blocks = self._module.blocks
-        return {
-            f"{block}.{name}": linear.weight
-            for block, names in self._plan.items()
-            for name, linear in self._module.linears(blocks[block]).items()
-            if name in names
-        }
-
     def _copy(self) -> dict[str, Tensor]:
-        return {name: weight.to("cpu", copy=True) for name, weight in self._weights().items()}
+        return {name: weight.to("cpu", copy=True) for name, weight in self._weights.items()}
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
-        for name, weight in self._weights().items():
+        for name, weight in self._weights.items():
             weight.copy_(values[name])
 
     def _loss(self, metrics: dict[str, float]) -> float:

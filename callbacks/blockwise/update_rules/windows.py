@@ -1,6 +1,6 @@
-"""RuleWindows: which windows the attention rule looks at, and how they reach the first process, which alone looks.
+"""RuleWindows: brings the windows whose attention is looked at to the first process, which alone looks.
 
-They are those of `rule_source` or else the first calibration windows, whichever process has them.
+They come from the rule's `source`, or are the first calibration windows, whichever process has them.
 """
 
 from collections.abc import Iterator
@@ -11,66 +11,69 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from callbacks.blockwise.processes import Processes
-from callbacks.blockwise.settings import PruningSettings
-from callbacks.blockwise.update_rules.attention_step import AttentionStep
+from callbacks.blockwise.update_rules.attention import AttentionRule
+from callbacks.blockwise.update_rules.monitor import AttentionMonitor
 from lightning_modules.base.prunable import PrunableModule
+from utilities.contract import data_of
+from utilities.distributed import Processes
 
 
 class RuleWindows:
-    """Feeds an AttentionStep.
+    """Feeds an AttentionMonitor.
 
     Args:
-        trainer: Of the run.
+        trainer: Trainer of the run.
         module: The model.
-        settings: Of the run.
-        processes: Of the run.
+        rule: Says how many windows there are, and of what.
+        processes: Processes of the run.
     """
 
-    def __init__(self, trainer: Trainer, module: PrunableModule, settings: PruningSettings, processes: Processes) -> None:
-        self._trainer, self._module, self._settings, self._processes = trainer, module, settings, processes
-        self._attention: AttentionStep | None = None
+    def __init__(self, trainer: Trainer, module: PrunableModule, rule: AttentionRule, processes: Processes) -> None:
+        self._trainer, self._module, self._rule, self._processes = trainer, module, rule, processes
+        self._attention: AttentionMonitor | None = None
         self._wanted = False
         self._samples: dict[int, Any] = {}
 
-    def start(self, attention: AttentionStep | None, wanted: bool) -> None:
-        """A run begins: `attention` is what is to be fed, in the first process; `wanted` says in all whether it looks."""
+    def start(self, attention: AttentionMonitor | None, wanted: bool) -> None:
+        """Begin a round.
+
+        Args:
+            attention: Is fed, in the first process; None elsewhere.
+            wanted: Whether attention is looked at in this round; the same in all processes.
+        """
         self._attention, self._wanted, self._samples = attention, wanted, {}
         if attention is not None:
             for batch in self.of_source():
-                self._feed(batch, len(self._module.sample_positions(batch)))
+                attention.feed(batch, len(self._module.sample_positions(batch)))
 
     def of_source(self) -> Iterator[Any]:
-        """Batches of `rule_source`; none without it, and in other processes than the first.
+        """Batches of the rule's source; none without one, and none in other processes than the first.
 
         Raises:
             ValueError: If the data module cannot read it.
         """
-        data = self._trainer.datamodule
-        if self._settings.rule_source is None or not self._processes.is_first:
+        if self._rule.source is None or not self._processes.is_first:
             return
-        if not hasattr(data, "rule_dataloader"):
-            raise ValueError(
-                f"Argument `rule_source` needs a data module that reads it, but {type(data).__name__} has no rule_dataloader. "
-                "Leave it out: the rule then looks at calibration data."
-            )
-        for batch in data.rule_dataloader(self._settings.rule_source, self._settings.rule_windows):
+        for batch in data_of(self._trainer).rule_dataloader(self._rule.source, self._rule.windows):
             yield self._trainer.strategy.batch_to_device(batch)
 
     def see(self, batch: Any, positions: Tensor) -> None:
-        """A calibration batch comes by for the first time."""
-        if not self._wanted or self._settings.rule_source is not None:
+        """Take what is wanted of a calibration batch, on its first way through."""
+        if not self._wanted or self._rule.source is not None:
             return
         if self._processes.size == 1:
-            self._feed(batch, len(positions))
+            self._attention.feed(batch, len(positions))
             return
         for sample, position in enumerate(positions.tolist()):
-            if position < self._settings.rule_windows:
+            if position < self._rule.windows:
                 chosen = self._module.select_samples(batch, slice(sample, sample + 1))
                 self._samples[position] = move_data_to_device(chosen, torch.device("cpu"))
 
     def seen_all(self, positions: list[int]) -> None:
-        """All calibration batches have come by; with several processes the windows now go to the first, in their order.
+        """Send the windows of all processes to the first, in their order, once every calibration batch has come by.
+
+        Args:
+            positions: Positions of this process's samples.
 
         Raises:
             ValueError: If two processes have seen the same sample.
@@ -87,8 +90,4 @@ class RuleWindows:
         if self._attention is not None:
             samples = {position: sample for share in shares for position, sample in share.items()}
             for position in sorted(samples):
-                self._feed(self._trainer.strategy.batch_to_device(samples[position]), 1)
-
-    def _feed(self, batch: Any, samples: int) -> None:
-        if self._attention is not None:
-            self._attention.feed(batch, samples)
+                self._attention.feed(self._trainer.strategy.batch_to_device(samples[position]), 1)

@@ -294,7 +294,7 @@ def test_damping_ends_in_an_error():
         ({"pattern": "2of4"}, r"`pattern`.*'2of4'"),
         ({"pattern": "2:7"}, r"2:7 needs rows that fall into groups of 7, but in_features is 10"),
         ({"activation_norm": "l1"}, r"`activation_norm` expected to be rms or official but got 'l1'"),
-        ({"scale": 0.0}, r"`scale` expected to be a positive number but got 0"),
+        ({"scale": 0.0}, r"`scale` expected to be auto or a positive number but got 0"),
         ({"lambda1": math.inf}, r"`lambda1`.*inf"),
         ({"block_size": 0}, r"`block_size`.*0"),
         ({"damping": -1.0}, r"`damping`.*-1"),

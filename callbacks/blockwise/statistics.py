@@ -1,8 +1,8 @@
-"""StatisticsCollector: hooks on the linears of one block that add up their calibration statistics.
+"""StatisticsCollector: hooks on the linears of one block that collect their calibration statistics.
 
-Linears that are given the very same tensor (q/k/v, gate/up) share one InputStatistics, so its Gram matrix is computed once.
-Who shares is seen in the first batch and checked in all others. NaN, Inf and numbers too large are looked for once a block, in
-what the statistics remember of each batch: no batch waits for the GPU.
+Linears that are given the very same tensor (q/k/v, gate/up) are siblings and share one InputStatistics, so the Gram matrix is
+computed once. The first batch shows who the siblings are; all others are checked against it. NaN, Inf and numbers that are too
+large are looked for once a block, in the peaks that the statistics keep of each batch, so no batch waits for the GPU.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,10 +24,10 @@ class StatisticsCollector:
     """Statistics of the inputs and outputs of some linears of one block.
 
     Args:
-        linears: The linears by name.
-        precision: Of Gram matrices.
-        updates: Whether a weight update is to be made of them. If not, the Gram matrix only measures errors, and some
-            `ERROR_TOKENS` of the first samples are enough for it.
+        linears: Name -> linear.
+        precision: Precision of Gram matrices.
+        updates: Whether weights will be updated. If not, the Gram matrix only measures errors, for which `ERROR_TOKENS` of
+            the first samples are enough.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class StatisticsCollector:
         self._leaders: dict[str, str] = {}
         self._inputs: dict[str, InputStatistics] = {}
         self._positions: list[Tensor] = []
-        """Of the samples of each batch."""
+        """Positions of the samples of each batch."""
         self._called: dict[str, list[int]] = {name: [] for name in self.linears}
-        """The batches in which each linear was called."""
+        """Batches in which each linear was called."""
         self._checked = False
 
     def inputs(self, name: str) -> InputStatistics:
@@ -59,7 +59,7 @@ class StatisticsCollector:
         return self._inputs[self.leader(name)]
 
     def leader(self, name: str) -> str:
-        """The first of the linears that read the same tensor as this one.
+        """First of the linears that read the same tensor as this one.
 
         Raises:
             RuntimeError: If the linear was never called.
@@ -68,21 +68,21 @@ class StatisticsCollector:
             raise RuntimeError(f"The linear {name!r} was never called while calibrating, so it cannot be pruned.")
         return self._leaders[name]
 
-    def groups(self) -> dict[str, list[str]]:
-        """Linears that read the same tensor, by the name of the first of them."""
+    def siblings(self) -> dict[str, list[str]]:
+        """Leader -> all linears that read the same tensor, itself included."""
         found: dict[str, list[str]] = {}
         for name, leader in self._leaders.items():
             found.setdefault(leader, []).append(name)
         return found
 
     def check(self, block: str) -> None:
-        """Look at weights and at what each batch brought, once, before anything is pruned.
+        """Check weights and what each batch brought, once, before anything is pruned.
 
         Args:
-            block: Name of the block.
+            block: Name of the block, for errors.
 
         Raises:
-            ValueError: If a weight, an input or an output holds NaN or Inf, or numbers whose squares float32 cannot hold; names
+            ValueError: If a weight, an input or an output holds NaN, Inf or numbers whose squares float32 cannot hold; names
                 the linear and the first such batch of this process.
             RuntimeError: If a linear was never called.
         """
@@ -105,7 +105,7 @@ class StatisticsCollector:
         self._checked = True
 
     def _bad_batches(self) -> list[tuple[int, int, str, str, float]]:
-        """Batch, order of the call, argument, linear and largest magnitude, wherever that has no square in float32; sorted."""
+        """Batch, order of the call, argument, linear and peak, wherever the peak has no square in float32; sorted."""
         seen = [
             (batch, order, argument, name, peak)
             for order, name in enumerate((*self._leaders, *(name for name in self.linears if name not in self._leaders)))
@@ -122,7 +122,7 @@ class StatisticsCollector:
 
     @contextmanager
     def collecting(self, positions: Tensor) -> Iterator[None]:
-        """While open, every call of a linear adds to its statistics.
+        """Within, every call of a linear adds to its statistics.
 
         Args:
             positions: Positions of the samples of this batch in the calibration set, (samples,), on the CPU.
@@ -166,5 +166,5 @@ class StatisticsCollector:
 
 
 def by_sample(x: Tensor, positions: Tensor) -> Tensor:
-    """(samples, tokens, features), also from (samples · tokens, features), the form that OPT gives its MLP."""
+    """View as (samples, tokens, features), also from (samples · tokens, features), the form that OPT gives its MLP."""
     return x.reshape(len(positions), -1, x.shape[-1])

@@ -1,7 +1,7 @@
-"""AttentionStep: what one pruning run does about attention: feeds the probe, lets the rule choose, measures, draws.
+"""AttentionMonitor: follows the attention of the dense and of the pruned model from block to block.
 
-Not a callback: BlockwisePruning says when. Its own part is the wiring between the probe (what attention does), the rule (which
-candidate), the record of a block and TensorBoard.
+It feeds windows to the probe (what attention does), lets the rule choose among candidates, writes measures into the record of
+a block and draws attention maps in TensorBoard. BlockSolver says when.
 """
 
 import time
@@ -14,48 +14,45 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from callbacks.blockwise.records import BlockRecord
-from callbacks.blockwise.settings import PruningSettings
+from callbacks.blockwise.update_rules.attention import AttentionRule, Choice, State, update_share
 from callbacks.blockwise.update_rules.figure import attention_figure
 from callbacks.blockwise.update_rules.probe import AttentionProbe
-from callbacks.blockwise.update_rules.rules import AttentionRule, Choice, State, update_share
 from functional.pruning import PruneResult
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts.architectures import PrunableLinear
 
 
-class AttentionStep:
-    """Attention of one run, block after block: `feed` windows, then per block `enter`, `choose` if there is a choice, `leave`.
+class AttentionMonitor:
+    """Attention of one round: `feed` windows, then per block `enter`, `choose` if there is a choice, `leave`.
 
     Args:
         module: The model, still dense.
-        settings: Of the run.
-        drawn: Indices of the blocks whose attention maps are kept for a figure.
-        forward_context: What the model's forward runs in, such as autocast.
+        rule: Rule that chooses; with other rules, its defaults say how attention is looked at.
+        drawn: Indices of the blocks whose attention maps are drawn.
+        forward_context: Context of the model's forward, such as autocast.
     """
 
     def __init__(
         self,
         module: PrunableModule,
-        settings: PruningSettings,
+        rule: AttentionRule,
         drawn: set[int],
         forward_context: Callable[[], AbstractContextManager],
     ) -> None:
-        self._module, self._settings, self._drawn, self._context = module, settings, drawn, forward_context
-        distributions = "all" if settings.objective == "divergence" else "first"
-        self._probe = AttentionProbe(module, settings.reference, distributions)
-        self._rule = AttentionRule(settings.candidates, settings.objective, settings.rho)
+        self._module, self._rule, self._drawn, self._context = module, rule, drawn, forward_context
+        self._probe = AttentionProbe(module, rule.reference, "all" if rule.objective == "divergence" else "first")
         self._choice: Choice | None = None
         self.seconds = 0.0
         """Time spent on the block that was entered last."""
 
     def feed(self, batch: Any, samples: int) -> None:
-        """Take windows of a batch until there are `rule_windows`: one by one, so that it does not matter how they come."""
-        for sample in range(min(samples, self._settings.rule_windows - self._probe.num_windows)):
+        """Take windows of a batch, one by one so that batching does not matter, until there are as many as the rule wants."""
+        for sample in range(min(samples, self._rule.windows - self._probe.num_windows)):
             with self._context():
                 self._probe.capture(self._module.select_samples(batch, slice(sample, sample + 1)), 1)
 
     def enter(self, index: int) -> None:
-        """Before the weights of block `index` change."""
+        """Measure block `index` before its weights change."""
         self.seconds, self._choice = 0.0, None
         with self._timed():
             self._probe.enter(index)
@@ -63,13 +60,13 @@ class AttentionStep:
     def choose(
         self, linears: Mapping[str, PrunableLinear], options: Mapping[str, Mapping[str, PruneResult]]
     ) -> tuple[State, dict[str, PruneResult]]:
-        """Role -> the state that the rule chose for it, and the result."""
+        """Role -> the state that the rule chose for it, and role -> result."""
         with self._timed():
             self._choice = self._rule.choose(self._probe, linears, options)
         return self._choice.best.state, self._choice.results
 
     def leave(self, index: int, record: BlockRecord, loggers: list[Logger]) -> None:
-        """After block `index` was pruned: measures into its record, attention maps to TensorBoard."""
+        """Measure block `index` after it was pruned: measures into its record, attention maps to TensorBoard."""
         with self._timed():
             record.attention, maps = self._probe.leave(index)
         if self._choice is not None:
@@ -82,12 +79,12 @@ class AttentionStep:
         record.seconds_rule = self.seconds
 
     def pass_by(self, index: int) -> None:
-        """As `leave`, of a block that an earlier run has measured."""
+        """Move on beyond a block that an earlier run has measured."""
         with self._context():
             self._probe.pass_by(index)
 
     def clear(self) -> None:
-        """Give the hidden states back."""
+        """Free the hidden states."""
         self._probe.clear()
         self._choice = None
 

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from functional.pruning import kernels
-from functional.pruning.kernels import by_kernels
+from functional.pruning import dispatch
+from functional.pruning.dispatch import by_kernels
 from functional.pruning.statistics_triton import norms_and_peak
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +55,7 @@ def test_without_a_compiler_the_plain_way_is_taken_and_said_once(caplog, monkeyp
         tried.append(1)
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
 
-    monkeypatch.setattr(kernels, "MISSING", [])
+    monkeypatch.setattr(dispatch, "MISSING", [])
     assert by_kernels(OnGpu(), lambda: "kernel", fails) == "kernel"
     assert by_kernels(torch.ones(1), fails, lambda: "plain") == "plain" and not tried
     with caplog.at_level(logging.WARNING):

@@ -1,0 +1,124 @@
+"""FinishedBlocks: the blocks that an earlier run, or this one, has finished and kept in a PruningState.
+
+Only the first process has the files; the others receive what they hold.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from callbacks.blockwise.block_solver import BlockSolver
+from callbacks.blockwise.records import BlockRecord
+from callbacks.blockwise.resume.fingerprint import Fingerprint
+from callbacks.blockwise.resume.state import PruningState
+from callbacks.blockwise.targets import Targets
+from callbacks.blockwise.update_rules.monitor import AttentionMonitor
+from utilities.distributed import Processes
+
+RNG_STATE = "rng_state"
+"""Name of the random state among the tensors of a finished block."""
+
+
+class FinishedBlocks:
+    """Finished blocks of one run. Without a directory nothing is kept, and every method does nothing.
+
+    Args:
+        processes: Processes of the run.
+        directory: Where blocks are kept, or None.
+    """
+
+    def __init__(self, processes: Processes, directory: Path | None = None) -> None:
+        self.number = 0
+        """Blocks that an earlier run has finished, over all rounds."""
+        self.seconds = 0.0
+        """Time that they took."""
+        self._processes = processes
+        self._state = None if directory is None else PruningState(directory)
+        self._written = 0
+
+    def open(self, fingerprint: Fingerprint, total: int) -> None:
+        """Find what an earlier run has finished.
+
+        Args:
+            fingerprint: Fingerprint of this run.
+            total: Number of blocks over all rounds.
+
+        Raises:
+            ValueError: As `PruningState.open`.
+        """
+        self.number = self._processes.first_of(lambda: self._state.open(fingerprint))
+        if self.number:
+            rank_zero_info(f"An earlier run has finished {self.number} of {total} blocks: continuing after them.")
+
+    def targets(self, make: Callable[[], Targets | None]) -> Targets | None:
+        """Targets of the run that this one continues, which lie beside its first block; else new ones."""
+        if not self.number:
+            return make()
+        _, content = self._processes.in_first(lambda: self._state.read(0)) or ({}, {})
+        return Targets.from_json(self._processes.from_first(content)["targets"])
+
+    def keep(
+        self, number: int, weights: Mapping[str, Tensor], record: BlockRecord, solver: BlockSolver, seconds: float
+    ) -> None:
+        """Write a block that this run has finished.
+
+        Args:
+            number: Number of the block over all rounds.
+            weights: Its pruned weights.
+            record: Its record.
+            solver: Has pruned it.
+            seconds: Time that all blocks so far took.
+        """
+        if self._state is None:
+            return
+        content = {"record": asdict(record), "calibration": self._processes.from_first(solver.calibration), "seconds": seconds}
+        content["targets"] = None if solver.targets is None else solver.targets.as_json()
+        tensors = dict(weights) | {RNG_STATE: torch.get_rng_state()}
+        self._processes.in_first(lambda: self._state.write(number, tensors, content))
+        self._written += 1
+
+    def restore(
+        self,
+        number: int,
+        index: int,
+        name: str,
+        linears: Iterable[str],
+        solver: BlockSolver,
+        attention: AttentionMonitor | None,
+    ) -> BlockRecord:
+        """Give a block the weights that the earlier run has left.
+
+        Args:
+            number: Number of the block over all rounds.
+            index: Index of the block in the model.
+            name: Name of the block.
+            linears: Names of its pruned linears.
+            solver: Writes the weights.
+            attention: Follows attention in this process, if it is looked at.
+        """
+        weights, content = self._processes.in_first(lambda: self._state.read(number)) or ({}, {})
+        content = self._processes.from_first(content)
+        solver.restore(index, name, weights, linears, attention)
+        solver.calibration, self.seconds = content["calibration"], content["seconds"]
+        torch.set_rng_state(self._processes.from_first(weights.get(RNG_STATE)))
+        return BlockRecord.from_dict(content["record"])
+
+    def remove(self) -> None:
+        """Delete the files, once the run has ended well."""
+        if self._state is not None and self._processes.is_first:
+            self._state.remove()
+
+    def leave(self) -> None:
+        """Release the files for the next run, which continues after them."""
+        if self._state is None or not self._processes.is_first or not self._state.is_open:
+            return
+        self._state.close()
+        if self.number + self._written:
+            rank_zero_info(
+                f"{self.number + self._written} finished blocks are kept in {self._state.directory}: the same command "
+                "continues after them."
+            )

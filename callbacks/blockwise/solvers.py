@@ -1,0 +1,42 @@
+"""Solvers of the weight update as a config names them; the mathematics is functional/pruning."""
+
+from typing import Any, Literal
+
+from callbacks.blockwise.choice import Choice, check_integer
+
+SolverName = Literal["obs", "admm"]
+
+
+class Solver(Choice):
+    """How the kept weights of a linear are updated.
+
+    Args:
+        block_size: Columns of a weight that the update handles, and compares, at a time.
+        damping: Share of the mean of the Hessian's diagonal that is added to it, in [0, 1]; grows, with a warning, where the
+            Hessian is not positive definite.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, block_size: int = 128, damping: float = 0.01) -> None:
+        check_integer("block_size", block_size, 1)
+        if not 0 <= damping <= 1:
+            raise ValueError(f"Argument `damping` expected to be in [0, 1] but got {damping}.")
+        self.block_size, self.damping = block_size, damping
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `prune_linear`."""
+        return {"solver": self.short, **self.settings}
+
+
+class ObsSolver(Solver):
+    """Optimal brain surgeon, column by column, as SparseGPT."""
+
+    short = "obs"
+
+
+class AdmmSolver(Solver):
+    """OBS, then ADMM on its mask towards the least squares solution (arXiv 2401.02938), where that lowers a row's error."""
+
+    short = "admm"

@@ -1,0 +1,43 @@
+"""UpdateRule: which of q, k and v keep their remaining weights as they are; D²Prune's dynamic update (§3.2).
+
+    fixed        the same projection in every block
+    outlier      in each block the projection with the largest outlier ratio (Eq. 18-19)
+    perplexity   prune with q, k or v held, keep the round with the lowest loss on held-out data (Algorithm 1)
+    attention    in each block the candidate whose attention is nearest to the dense model's (Eq. 12, or the attention's output)
+
+A held projection is masked by D²-Wanda and its remaining weights stay; all others take the weight update.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from callbacks.blockwise.choice import Choice
+from lightning_modules.parts.architectures import PrunableLinear
+
+UpdateRuleName = Literal["fixed", "outlier", "perplexity", "attention"]
+ROLES = ("q", "k", "v")
+UPDATE_METHOD, HELD_METHOD = "d2_sparsegpt", "d2_wanda"
+
+
+class UpdateRule(Choice):
+    """Base of the update rules of method d2prune."""
+
+    needed: tuple[str, ...] = ROLES
+    """Roles that the model must have."""
+
+    def rounds(self, roles: list[str]) -> list[str | None]:
+        """How often the model is pruned: for each round the one projection that it holds everywhere, None if the rule decides.
+
+        Args:
+            roles: Projections that are pruned somewhere in the model.
+        """
+        return [None]
+
+    def holds(self, linears: Mapping[str, PrunableLinear], round_held: str | None) -> tuple[str, ...]:
+        """Roles that a block holds.
+
+        Args:
+            linears: Role -> dense linear, of those projections of the block that are pruned.
+            round_held: What this round holds.
+        """
+        raise NotImplementedError

@@ -1,0 +1,50 @@
+"""Gram matrices Σ x xᵀ over tokens, in panels of rows from the diagonal to the right: little more than half the products.
+
+Products are float32, or exact products of half precision summed in float32; what is accumulated over batches is float64.
+Letters: T tokens, I inputs.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from functional.pruning.precision import HALF, float32_matmul
+
+PANEL, PANEL_ON_GPU = 256, 2048
+"""Rows of a panel: measured on both."""
+
+
+def add_products(gram: Tensor, tokens: Tensor, precision: Literal["highest", "high"]) -> None:
+    """Add tokensᵀ tokens to a sum, right of the diagonal only.
+
+    Args:
+        gram: (I, I), float64; changed in place. `symmetric` fills the rest in.
+        tokens: (T, I), any floating dtype.
+        precision: Precision of the products, see :mod:`functional.pruning.precision`.
+    """
+    exact_products = tokens.is_cuda and tokens.dtype in HALF and precision == "high"
+    if not exact_products:
+        tokens = tokens.to(torch.float32)
+    features, width = tokens.shape[1], _panel(tokens)
+    with float32_matmul(precision, tokens.device):
+        for start in range(0, features, width):
+            rows, left = gram[start : start + width, start:], tokens[:, start : start + width].T
+            if exact_products:
+                rows += torch.mm(left, tokens[:, start:], out_dtype=torch.float32)
+            else:
+                rows += left @ tokens[:, start:]
+
+
+def symmetric(gram: Tensor) -> Tensor:
+    """Fill in what `add_products` left out below the diagonal; changes and returns `gram`, (I, I)."""
+    width = _panel(gram)
+    for start in range(0, len(gram), width):
+        panel, below = slice(start, start + width), slice(start + width, None)
+        gram[panel, panel] = gram[panel, panel].triu() + gram[panel, panel].triu(1).T
+        gram[below, panel] = gram[panel, below].T
+    return gram
+
+
+def _panel(like: Tensor) -> int:
+    return PANEL_ON_GPU if like.is_cuda else PANEL

@@ -1,0 +1,75 @@
+"""Improve solved weights row by row: undo updates that harm, continue OBS by ADMM where that lowers the error."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from functional.pruning.admm import admm_update
+from functional.pruning.hessian import preconditioned_of
+from functional.pruning.precision import float32_matmul
+from functional.pruning.stack import Stack, energies_of
+from functional.pruning.statistics import InputStatistics
+
+log = logging.getLogger(__name__)
+
+LEAST_GAIN = 1e-4
+"""Relative gain from which a refined row is taken: more than float32 rounding can produce."""
+
+Rows = tuple[list[Tensor], list[Tensor]]
+"""Weights of each part (O, I), and the errors of their rows (O,), float64 on the CPU."""
+
+
+def undo_harmful_updates(
+    pruned: list[Tensor], errors: list[Tensor], stack: Stack, mask: Tensor, inputs: InputStatistics
+) -> Rows:
+    """Where the update leaves a part with a larger error than the mask alone, return its harmed rows to their dense values.
+
+    Args:
+        pruned: Updated weights of each part.
+        errors: Errors of their rows.
+        stack: The dense weights.
+        mask: (ΣO, I), True = kept.
+        inputs: Statistics of x.
+    """
+    masks = stack.split(mask)
+    without = energies_of([dense.masked_fill(kept, 0) for dense, kept in zip(stack.dense, masks, strict=True)], inputs)
+    for i, dense in enumerate(stack.dense):
+        if errors[i].sum() <= without[i].sum():
+            continue
+        harmed = errors[i] > without[i]
+        log.warning("The weight update raises the error: %d of %d rows stay without.", harmed.sum(), len(harmed))
+        kept = dense.masked_fill(~masks[i], 0).to(pruned[i].dtype)
+        pruned[i] = torch.where(harmed.to(dense.device)[:, None], kept, pruned[i])
+        errors[i] = torch.minimum(errors[i], without[i])
+    return pruned, errors
+
+
+def refine_by_admm(
+    pruned: list[Tensor],
+    errors: list[Tensor],
+    stack: Stack,
+    start: Tensor,
+    mask: Tensor,
+    inputs: InputStatistics,
+    damping: float,
+) -> Rows:
+    """Replace rows by those of :func:`admm_update` where these have a lower error.
+
+    Args:
+        pruned: Weights of each part.
+        errors: Errors of their rows.
+        stack: The dense weights.
+        start: OBS solution of the whole stack, (ΣO, I), in the stack's units.
+        mask: (ΣO, I), True = kept.
+        inputs: Statistics of x.
+        damping: Share of the Hessian's mean diagonal that is added to it.
+    """
+    with float32_matmul("highest", mask.device):
+        refined = stack.in_own_units(admm_update(stack.scaled, start, mask, preconditioned_of(inputs, damping)))
+    refined = [new.to(old.dtype) for new, old in zip(refined, pruned, strict=True)]
+    for i, (new, found) in enumerate(zip(refined, energies_of(stack.differences(refined), inputs), strict=True)):
+        better = found < (1 - LEAST_GAIN) * errors[i]  # False where a row has left the range of its dtype: that is NaN
+        pruned[i] = torch.where(better.to(new.device)[:, None], new, pruned[i])
+        errors[i] = torch.where(better, found, errors[i])
+    return pruned, errors

@@ -1,0 +1,128 @@
+"""Directories and files that appear whole or not at all, whatever happens to the process that writes them."""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
+
+MIB = 2**20
+
+
+class OutputDirectory:
+    """A directory that one run at a time replaces as a whole.
+
+    Beside the target lie `.<name>.lock`, held from `open` to `close` (the system lets go of it when the process dies), and
+    while the result is being written `.<name>.partial`, with the new directory and, between two renames, the old one.
+
+    Args:
+        path: The target; need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().resolve()  # a link stays a link
+        self._scratch = self.path.with_name(f".{self.path.name}.partial")
+        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+
+    def open(self) -> None:
+        """Lock the directory for this run, and clear up what a dead run left.
+
+        Raises:
+            ValueError: If its parent cannot be written or another run uses the directory.
+        """
+        check_writable(self.path)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"Argument `output_dir` = {str(self.path)!r} is in use by another run. Wait for it, or choose another "
+                "directory."
+            ) from error
+        self._clear_scratch()
+
+    def publish(self, write: Callable[[Path], None]) -> None:
+        """Replace the directory by what `write` puts into an empty one; on an error it stays as it was and nothing is left.
+
+        Raises:
+            OSError: If it cannot be written, as on a full disk; the message names the directory.
+        """
+        new, old = self._scratch / "new", self._scratch / "old"
+        try:
+            new.mkdir(parents=True)
+            write(new)
+            if self.path.exists():
+                os.replace(self.path, old)
+            os.replace(new, self.path)
+        except OSError as error:
+            self._clear_scratch()
+            raise OSError(
+                f"{self.path} could not be written ({error.strerror or error}); what was there is unchanged. Make room and "
+                "start the same command again."
+            ) from error
+        except BaseException:
+            self._clear_scratch()
+            raise
+        shutil.rmtree(self._scratch)
+
+    def close(self) -> None:
+        """Let other runs have the directory."""
+        self._lock.release()
+
+    def _clear_scratch(self) -> None:
+        """Remove a half-written directory; a directory that was moved aside and never replaced goes back to its place."""
+        old = self._scratch / "old"
+        if old.exists() and not self.path.exists():
+            os.replace(old, self.path)
+            log.warning("A run died while it replaced %s: the earlier directory is back in its place.", self.path)
+        if self._scratch.exists():
+            shutil.rmtree(self._scratch)
+
+
+def check_writable(path: Path) -> None:
+    """Make the parent of `path` and raise a ValueError if no file can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"Argument `output_dir` = {str(path)!r} cannot be written ({error.strerror}). Choose another directory, or make "
+            f"{str(path.parent)!r} writable."
+        ) from error
+
+
+def check_space(directory: Path, needed: int, what: str) -> None:
+    """Raise a ValueError if a disk has less than `needed` bytes free.
+
+    Args:
+        directory: On that disk; its nearest existing parent counts.
+        needed: Bytes.
+        what: What they are for, in the error.
+    """
+    found = next(path for path in (directory, *directory.parents) if path.exists())
+    free = shutil.disk_usage(found).free
+    if free < needed:
+        raise ValueError(
+            f"{what} needs {needed / MIB:,.0f} MiB in {str(directory)!r}, but the disk has {free / MIB:,.0f} MiB free. Make "
+            "room, or choose another `output_dir`."
+        )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write beside the target and rename: a reader finds the old file or the new one, never a part."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move every file of a directory into another one on the same disk, replacing files of the same name."""
+    for file in sorted(source.iterdir()):
+        os.replace(file, target / file.name)

@@ -1,0 +1,61 @@
+"""What runs tell their reader: versions and hardware, TensorBoard scalars, one table on the terminal."""
+
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from utilities.digest import source_digest
+
+GIB = 2**30
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, digest of this project's sources, and hardware: what has to stand beside every number."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {name: version(name) for name in ("lightning", "transformers")},
+        "sources": source_digest(),
+        "hardware": gpu or f"{os.cpu_count()} CPU cores ({platform.machine()})",
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: allocated on the GPU since the last reset, or resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def python_command() -> str:
+    """This interpreter as a user in the working directory would type it."""
+    executable = Path(sys.executable)
+    return str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)
+
+
+def log_scalars(loggers: list[Any], values: dict[str, float], step: int) -> None:
+    """Log to each of Lightning's loggers at a step of our own; with manual optimisation the trainer's step stays at 0."""
+    for logger in loggers:
+        logger.log_metrics(values, step=step)
+
+
+def print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    """Print a table without borders, as wide as its longest row, so that commands in it can be copied whole."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.width = max(console.width, sum(max(map(len, column)) for column in zip(*rows, strict=True)) + 4)
+    console.print()
+    console.print(table, soft_wrap=True)
