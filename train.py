@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 SUBCOMMANDS = {
     "fit": "prune a model, or train one",
@@ -43,14 +44,29 @@ if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):
     sys.exit()
 
 # Only now, and hence E402: these take seconds, and `--help` alone has been answered without them.
-from lightning.pytorch.cli import LightningCLI  # noqa: E402
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: E402
 
+from utilities.command_line import explain  # noqa: E402
+from utilities.failures import failures_in_one_sentence  # noqa: E402
+from utilities.quiet import quiet  # noqa: E402
 from utilities.safe_load import brief, weights_only  # noqa: E402
 
 
+class Parser(LightningArgumentParser):
+    """LightningArgumentParser whose errors are one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say which setting is wrong, and exit with 2; attempts that jsonargparse makes for itself fail as it wants."""
+        if not self.exit_on_error:
+            return super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        options = [option for action in parser._actions for option in action.option_strings]
+        self.exit(2, f"error: {explain(message, options)}\n")
+
+
 class CLI(LightningCLI):
-    """LightningCLI with subclass mode for model and data; the model's path is also where data finds its tokenizer."""
+    """LightningCLI with subclass mode for model and data."""
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's, which reads a checkpoint before anything else does, with an error that says which."""
@@ -96,12 +112,19 @@ class CLI(LightningCLI):
 
 
 def main(args: list[str] | None = None, run: bool = True) -> CLI:
-    """Run one command; `args` instead of the process's own, and `run=False` to stop once everything is instantiated."""
+    """Run one command.
+
+    Args:
+        args: Words of the command line; the process's own when None.
+        run: False stops once everything is instantiated.
+    """
+    quiet()
     try:
         with weights_only():  # whatever `--weights_only` says: a checkpoint needs no objects, and theirs could run anything
             return CLI(
                 args=args,
                 run=run,
+                parser_class=Parser,
                 seed_everything_default=0,
                 trainer_defaults={
                     "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "logs"}}
@@ -117,7 +140,7 @@ def main(args: list[str] | None = None, run: bool = True) -> CLI:
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Leave a run that SIGTERM has ended with 143, as the shell names it; Lightning's exception would be a 0, success."""
+    """Leave a run that SIGTERM has ended with 143, as a shell names it; Lightning's exception would exit with 0, success."""
     try:
         yield
     except SIGTERMException:
@@ -125,5 +148,5 @@ def exit_codes() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    with exit_codes():
+    with exit_codes(), failures_in_one_sentence():
         main()

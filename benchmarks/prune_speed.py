@@ -21,7 +21,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from callbacks.blockwise.batch_size import windows_at_a_time
 from lightning.pytorch import Trainer, seed_everything
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
@@ -30,6 +29,7 @@ from benchmarks.cuda_graphs import wait
 from benchmarks.plain_pruning import plain_block
 from benchmarks.quality import ENVIRONMENT, append, environment, plain_wikitext
 from callbacks import BlockwisePruning
+from callbacks.blockwise.placement import windows_at_a_time
 from datamodules import TextDataModule
 from datamodules.text import Windows
 from lightning_modules import CausalLM

@@ -1,29 +1,30 @@
-"""When something happens: callbacks of a Trainer."""
+"""Callbacks of a Trainer, each imported on first use: what a config names, and the choices that their settings are made of."""
 
 from importlib import import_module
 
 _HOME = {
+    "AdmmSolver": "blockwise.solvers",
     "AttentionImages": "attention_images",
+    "AttentionRule": "blockwise.update_rules",
     "BlockProgressBar": "blockwise.progress",
     "BlockwisePruning": "blockwise_pruning",
+    "Diagnostics": "blockwise.run",
+    "ErrorAllocation": "blockwise.allocations",
     "EvaluateTasks": "evaluate_tasks",
     "ExportOnnx": "export_onnx",
+    "FixedRule": "blockwise.update_rules",
     "GraphMonitor": "graph_monitor",
     "KeepSparsity": "keep_sparsity",
     "LoRA": "lora",
+    "ObsSolver": "blockwise.solvers",
+    "OutlierRule": "blockwise.update_rules",
+    "OwlAllocation": "blockwise.allocations",
+    "PerplexityRule": "blockwise.update_rules",
     "SaveModel": "save_model",
+    "Score": "blockwise.settings",
+    "UniformAllocation": "blockwise.allocations",
 }
-__all__ = [
-    "AttentionImages",
-    "BlockProgressBar",
-    "BlockwisePruning",
-    "EvaluateTasks",
-    "ExportOnnx",
-    "GraphMonitor",
-    "KeepSparsity",
-    "LoRA",
-    "SaveModel",
-]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):

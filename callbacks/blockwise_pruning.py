@@ -116,7 +116,7 @@ class BlockwisePruning(Callback):
             None if solver is None else chosen("solver", solver, Solver),
             chosen("allocation", allocation, Allocation),
             precision,
-            [] if ignore is None else ignore,
+            () if ignore is None else ignore,
         )
         self.output_dir, self.resume, self.offload = output_dir, resume, offload
         self.diagnostics = diagnostics or Diagnostics()
@@ -125,6 +125,8 @@ class BlockwisePruning(Callback):
         """Records of the pruned blocks, once the run has ended."""
         self.metrics: dict[str, dict[str, float]] = {}
         """Metrics of the dense and of the pruned model, once the run has ended."""
+        self.output_path: Path | None = None
+        """Directory of the pruned model, once the run has ended."""
         self._run: PruningRun | None = None
         self._output: OutputDirectory | None = None
         self._placement: Placement | None = None
@@ -223,14 +225,14 @@ class BlockwisePruning(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
         self._run.finish()
-        self.records, self.metrics = self._run.records, self._run.metrics
+        self.records, self.metrics, self.output_path = self._run.records, self._run.metrics, self._output.path
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
         log_dir = trainer.log_dir  # every process has to ask for it
         if self._processes.is_first:
-            title, path, seconds = self.settings.title, self._output.path, self._run.seconds
-            print_summary(trainer, title, self.metrics, self.records, path, seconds, log_dir)
+            shown = self.metrics, self.records, self.output_path, self._run.seconds
+            print_summary(trainer, self.settings.title, *shown, log_dir)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: PrunableModule, exception: BaseException) -> None:

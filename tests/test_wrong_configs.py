@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[1]
 VIT = {"img_size": 8, "patch_size": 2, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 10}
 PRUNE = "--trainer.callbacks."
 NO_CALLBACKS = ["--trainer.callbacks", "null"]
+OUTLIER, OBS = [PRUNE + "update_rule", "OutlierRule"], [PRUNE + "solver", "ObsSolver"]
+ATTENTION = [PRUNE + "update_rule", "AttentionRule"]
+DIVERGENCE = [*ATTENTION, PRUNE + "update_rule.objective", "divergence"]
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args", "ignore:.*Jsonargparse", "ignore:.*is deprecated")
 
 
@@ -93,22 +96,35 @@ PRUNING = [
     ),
     ("llama", [PRUNE + "method", "sparse"], r"\"method\":[\s\S]*'d2prune', 'magnitude'.*Got value: sparse"),
     ("llama", [PRUNE + "method", "wanda", PRUNE + "update_rule", "outlier"], "`update_rule` = 'outlier' belongs.*Leave it out"),
-    ("llama", [PRUNE + "update_rule", "outlier", PRUNE + "non_updated", "q"], "`non_updated` = 'q' belongs.*Leave one of them"),
-    ("llama", [PRUNE + "damping", "3"], r"`damping` expected to be in \[0, 1\] but got 3.0"),
-    ("llama", [PRUNE + "block_size", "0"], "`block_size` expected to be a positive number of columns but got 0"),
+    (
+        "llama",
+        [PRUNE + "non_updated", "q"],
+        r"`trainer.callbacks.non_updated` has moved: .*update_rule.held \(FixedRule\)` now",
+    ),
+    ("llama", [*OUTLIER, PRUNE + "update_rule.held", "q"], "`trainer.callbacks.update_rule.held` belongs to FixedRule: give"),
+    ("llama", [*OBS, PRUNE + "solver.damping", "3"], r"`damping` expected to be in \[0, 1\] but got 3.0"),
+    ("llama", [*OBS, PRUNE + "solver.block_size", "0"], "`block_size` expected to be an integer of at least 1 but got 0"),
     ("llama", [PRUNE + "scale", "-1"], "`scale` expected to be a positive number but got -1"),
-    ("llama", [PRUNE + "lambda1", ".nan"], "`lambda1` expected to be a finite number but got nan"),
-    ("llama", [PRUNE + "lambda2", ".inf"], "`lambda2` expected to be a finite number but got inf"),
-    ("llama", [PRUNE + "rho", "-1"], "`rho` expected to be a number of at least 0 but got -1"),
-    ("llama", [PRUNE + "rule_windows", "0"], "`rule_windows` expected to be a positive integer but got 0"),
-    ("llama", [PRUNE + "attention_maps", "[9]"], r"`attention_maps` expected to name some of 3 blocks, got \[9\]"),
+    ("llama", [PRUNE + "score.lambda1", ".nan"], "`score.lambda1` expected to be a finite number but got nan"),
+    ("llama", [PRUNE + "score.lambda2", ".inf"], "`score.lambda2` expected to be a finite number but got inf"),
+    ("llama", [*DIVERGENCE, PRUNE + "update_rule.rho", "-1"], "`rho` expected to be a number of at least 0 but got -1"),
+    ("llama", [*ATTENTION, PRUNE + "update_rule.windows", "0"], "`windows` expected to be an integer of at least 1 but got 0"),
+    (
+        "llama",
+        [PRUNE + "diagnostics.attention_maps", "[9]"],
+        r"`diagnostics.attention_maps` expected to name some of 3 blocks but got \[9\]",
+    ),
     (
         "llama",
         [PRUNE + "ignore", "[head]"],
         "`ignore`: 'head' matches no linear. Names look like 'model.layers.0.self_attn.q_proj'",
     ),
     ("llama", [PRUNE + "ignore", "['*']"], r"`ignore` = \['\*'\] leaves no linear to prune"),
-    ("llama", [PRUNE + "rule_source", "nowhere.txt"], "`rule_source`: .*'nowhere.txt' does not exist.*Accepted are"),
+    (
+        "llama",
+        [*ATTENTION, PRUNE + "update_rule.source", "nowhere.txt"],
+        "`update_rule.source`: .*'nowhere.txt' does not exist.*Accepted are",
+    ),
     ("llama", [PRUNE + "output_dir", "theirs"], "`output_dir` = '.*theirs' exists and holds no pruning.json.*Choose another"),
     ("llama", [PRUNE + "output_dir", "file/x"], r"`output_dir` = '.*file/x' cannot be written \(File exists\). Choose another"),
     ("llama", [PRUNE + "output_dir", "/proc/x"], r"`output_dir` = '/proc/x' cannot be written .*make '/proc' writable"),

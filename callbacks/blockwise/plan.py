@@ -63,7 +63,7 @@ def _methods(
     return {name: HELD_METHOD if name in names else UPDATE_METHOD for name in linears}
 
 
-def _matching(globs: list[str], full_name: str) -> list[str]:
+def _matching(globs: tuple[str, ...], full_name: str) -> list[str]:
     return [glob for glob in globs if fnmatchcase(full_name, glob)]
 
 
@@ -85,13 +85,13 @@ def _check_ignored(settings: PruningSettings, module: PrunableModule, plan: Plan
             "and patterns are globs such as '*.down_proj'."
         )
     if not any(plan.values()):
-        raise ValueError(f"Argument `ignore` = {settings.ignore} leaves no linear to prune.")
+        raise ValueError(f"Argument `ignore` = {list(settings.ignore)} leaves no linear to prune.")
     left, rule = pruned_roles(module, plan), settings.update_rule
     missing = set(rule.needed) - set(left) if isinstance(rule, FixedRule) else not left
     if missing and not isinstance(rule, AttentionRule):  # which has nothing to choose then
         raise ValueError(
             f"Argument `update_rule` = {rule!r} decides about {', '.join(rule.needed)}, but `ignore` = "
-            f"{settings.ignore} leaves {', '.join(left) or 'none of them'} to prune. Use FixedRule with `held: none`, or "
+            f"{list(settings.ignore)} leaves {', '.join(left) or 'none of them'} to prune. Use FixedRule with `held: none`, or "
             "ignore less."
         )
 

@@ -1,8 +1,11 @@
 """PruningSettings: what the result of a pruning run depends on, checked at once; settings that do not apply are refused."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal, get_args
+
+from typing_extensions import Self
 
 from callbacks.blockwise.allocations import Allocation, UniformAllocation
 from callbacks.blockwise.choice import check_one_of
@@ -61,22 +64,22 @@ class PruningSettings:
     update_rule: UpdateRule
     solver: Solver
     allocation: Allocation
-    precision: Precision = "auto"
-    ignore: list[str] = field(default_factory=list)
+    precision: Precision
+    ignore: tuple[str, ...]
 
     @classmethod
     def of(
         cls,
-        method: Method,
-        sparsity: float | None,
-        pattern: str | None,
-        score: Score | None,
-        update_rule: UpdateRule | None,
-        solver: Solver | None,
-        allocation: Allocation,
-        precision: Precision,
-        ignore: list[str],
-    ) -> "PruningSettings":
+        method: Method = "d2prune",
+        sparsity: float | None = None,
+        pattern: str | None = None,
+        score: Score | None = None,
+        update_rule: UpdateRule | None = None,
+        solver: Solver | None = None,
+        allocation: Allocation | None = None,
+        precision: Precision = "auto",
+        ignore: Sequence[str] = (),
+    ) -> Self:
         """Settings with None replaced by the default of the method; what the method has no use for is refused."""
         check_one_of("method", method, get_args(Method))
         if score is not None and method not in DUAL:
@@ -86,7 +89,10 @@ class PruningSettings:
         if solver is not None and method not in WITH_UPDATE:
             raise _does_not_apply("solver", "methods with a weight update", method, "d2prune, sparsegpt or d2_sparsegpt")
         rule = update_rule or (AttentionRule() if method == "d2prune" else FixedRule("none"))
-        return cls(method, sparsity, pattern, score or Score(), rule, solver or ObsSolver(), allocation, precision, ignore)
+        if isinstance(ignore, str):
+            raise ValueError(f"Argument `ignore` expected to be a list of globs but got {ignore!r}.")
+        defaults = score or Score(), rule, solver or ObsSolver(), allocation or UniformAllocation()
+        return cls(method, sparsity, pattern, *defaults, precision, tuple(ignore))
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.pattern is None):
@@ -104,8 +110,6 @@ class PruningSettings:
             )
         parse_pattern(self.pattern)
         check_precision(self.precision)
-        if isinstance(self.ignore, str) or not all(isinstance(glob, str) for glob in self.ignore):
-            raise ValueError(f"Argument `ignore` expected to be a list of globs but got {self.ignore!r}.")
 
     @property
     def updates(self) -> bool:

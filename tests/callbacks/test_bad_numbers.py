@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from callbacks import BlockwisePruning
-from callbacks.blockwise.collector import StatisticsCollector
 from callbacks.blockwise.settings import PruningSettings
 from callbacks.blockwise.solve import solve
+from callbacks.blockwise.statistics import StatisticsCollector
 from lightning_modules import CausalLM
 from lightning_modules.parts.architectures import PrunableLinear
 from tests.callbacks.test_blockwise_pruning import fit
@@ -107,7 +107,7 @@ def collected(batches, weight=None):
 
 def test_the_check_is_made_by_every_first_solve_and_again_after_more_batches():
     x = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
-    settings = PruningSettings(method="wanda", sparsity=0.5)
+    settings = PruningSettings.of(method="wanda", sparsity=0.5)
     collector = collected([x, x])
     assert solve(settings, collector, "block", ["b"], "wanda")["b"].weight.isfinite().all()
     collector = collected([x, x, x * math.nan, x * math.inf])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from callbacks import AttentionRule, Diagnostics, Score
 from tests.helpers.launchers import PLACES, Fault, PruningRun, VisionRun, finish, go, start, tiny
 
 
@@ -72,8 +73,8 @@ def test_one_of_two_processes_killed(seed, tiny_run, whole, tmp_path):
     [
         {"update_rule": "perplexity", "sparsity": 0.5},
         {"update_rule": "outlier", "pattern": "2:4"},
-        {"objective": "divergence", "log_attention": True, "sparsity": 0.6},
-        {"method": "sparsegpt", "sparsity": 0.5, "log_attention": True},
+        {"update_rule": AttentionRule(objective="divergence"), "sparsity": 0.6},
+        {"method": "sparsegpt", "sparsity": 0.5, "diagnostics": Diagnostics(attention=True)},
         {"method": "wanda", "sparsity": 0.5, "ignore": ["*.1.*"]},
     ],
     ids=str,
@@ -186,12 +187,11 @@ def test_started_differently(tiny_run, whole, tmp_path):
     assert go(run, {0: Fault("model saved")}) == [-signal.SIGKILL]
     kept = {path.name: path.read_bytes() for path in run.state.glob("*")}
     changes = {
-        "settings.lambda1 was '1.0', is '2.0'; settings.sparsity was '0.5', is '0.25'": {
-            "settings": {"sparsity": 0.25, "lambda1": 2.0}
-        },
-        "calibration was": {"data": {"num_calibration": 12}},
-        "model was": {"model": model},
-        "processes was '1', is '2'": {"processes": 2},
+        "`sparsity` was 0.5 and is 0.25": {"settings": {"sparsity": 0.25}},
+        "`score` was {'lambda1': 1.0, ": {"settings": {"sparsity": 0.5, "score": Score(lambda1=2.0)}},
+        "`data.num_calibration` was 13 and is 12": {"data": {"num_calibration": 12}},
+        f"`model.model_name_or_path` was '{tiny_run.model}' and is '{model}'": {"model": model},
+        "`number of processes` was 1 and is 2": {"processes": 2},
     }
     for words, change in changes.items():
         log.unlink(missing_ok=True)
@@ -210,7 +210,7 @@ def test_two_runs_in_one_directory(tiny_run, whole, tmp_path):
     while not (run.state / "00000.safetensors").exists():
         time.sleep(0.05)
     assert go(run, log=log) == [1]
-    assert f"Another pruning run is using {run.state}" in log.read_text()
+    assert f"`output_dir` = '{run.output}' is in use by another run" in log.read_text()
     end = time.monotonic() + 60
     while first[0].is_alive() and time.monotonic() < end:  # it stops itself sooner or later
         os.kill(first[0].pid, signal.SIGCONT)

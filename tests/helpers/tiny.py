@@ -46,10 +46,9 @@ def tiny_vit():
     import torch
 
     from lightning_modules.base.prunable import PrunableModule
-    from lightning_modules.parts.architectures import VISION_TRANSFORMER
 
     class TinyViT(PrunableModule):
-        architecture = VISION_TRANSFORMER
+        family = "vision_transformer"
 
         def __init__(self):
             super().__init__()

@@ -85,7 +85,7 @@ def test_an_unknown_architecture_lists_the_known_ones(tmp_path):
     with pytest.raises(
         ValueError, match=r"'gpt2' is not in ARCHITECTURES, which has deit, llama, mistral, opt, qwen2, qwen3.*paths of the"
     ):
-        CausalLM(str(tmp_path)).configure_model()
+        CausalLM(str(tmp_path)).architecture_of_saved()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

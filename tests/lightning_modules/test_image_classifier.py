@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from callbacks import AttentionImages, BlockwisePruning, SaveModel
+from callbacks import AttentionImages, AttentionRule, BlockwisePruning, FixedRule, OutlierRule, SaveModel
 from lightning_modules import ImageClassifier
 from lightning_modules.parts.vision_models import denormalised
 from tests.helpers.tiny import tiny_images
@@ -146,7 +146,7 @@ def test_what_is_saved_loads_here_and_in_timm(name, tmp_path):
 @pytest.mark.parametrize("kind", ["ViT", "DeiT"])
 def test_models_of_transformers_prune_and_load_again(kind, tmp_path):
     module = ImageClassifier(save_transformers(tmp_path / "dense", kind))
-    callback = BlockwisePruning(sparsity=0.5, output_dir=str(tmp_path / "pruned"), rule_windows=3)
+    callback = BlockwisePruning(sparsity=0.5, output_dir=str(tmp_path / "pruned"), update_rule=AttentionRule(windows=3))
     quiet(tmp_path, callbacks=[callback]).fit(module, loader(), loader(10, 7))
     assert module.data_config["input_size"] == (3, 16, 16) and module.data_config["crop_pct"] == 0.8
     again = ImageClassifier(str(tmp_path / "pruned"))
@@ -181,7 +181,7 @@ def fused_from(separate, name):
     return fused
 
 
-@pytest.mark.parametrize("rule", [{"update_rule": "attention"}, {"non_updated": "k"}, {"update_rule": "outlier"}])
+@pytest.mark.parametrize("rule", [AttentionRule(), FixedRule("k"), OutlierRule()])
 def test_fused_and_separate_projections_give_the_same_weights(rule, tmp_path):
     separate = ImageClassifier(save_transformers(tmp_path / "dense", "ViT"))
     separate.configure_model()
@@ -192,7 +192,7 @@ def test_fused_and_separate_projections_give_the_same_weights(rule, tmp_path):
         torch.testing.assert_close(fused(images), separate.eval()(images), rtol=1e-4, atol=1e-5)
     records = []
     for module, name in ((separate, "s"), (fused, "f")):
-        callback = BlockwisePruning(sparsity=0.5, output_dir=str(tmp_path / name), rule_windows=4, **rule)
+        callback = BlockwisePruning(sparsity=0.5, output_dir=str(tmp_path / name), update_rule=rule)
         quiet(tmp_path, callbacks=[callback]).fit(module, loader())
         records.append(callback.records)
     assert [record.choice for record in records[0]] == [record.choice for record in records[1]]
@@ -206,7 +206,7 @@ def test_fused_and_separate_projections_give_the_same_weights(rule, tmp_path):
 @pytest.mark.parametrize("rule", ["attention", "outlier", "perplexity", "fixed"])
 def test_every_rule_prunes_and_validates(name, rule, tmp_path):
     module = classifier(name)
-    callback = BlockwisePruning(pattern="2:4", update_rule=rule, output_dir=str(tmp_path / "pruned"), rule_windows=2)
+    callback = BlockwisePruning(pattern="2:4", update_rule=rule, output_dir=str(tmp_path / "pruned"))
     quiet(tmp_path, callbacks=[callback]).fit(module, loader(), [loader(10, 7), loader(12, 9)])
     assert set(callback.metrics["pruned"]) == {
         f"{split}/{name}" for split in ("val", "heldout") for name in ("loss", "top1", "top5")

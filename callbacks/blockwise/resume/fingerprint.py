@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from typing_extensions import Self
 
 from callbacks.blockwise.settings import PruningSettings
 from lightning_modules.base.prunable import PrunableModule
@@ -38,7 +39,19 @@ class Fingerprint:
         """Content for a file."""
         return asdict(self)
 
-    def differences(self, other: "Fingerprint") -> list[str]:
+    @classmethod
+    def from_json(cls, content: Any) -> Self:
+        """From the content of a file.
+
+        Raises:
+            ValueError: If it is not what `as_json` returns.
+        """
+        parts = [content.get(name) for name in ("binding", "described")] if isinstance(content, dict) else [None]
+        if not all(isinstance(part, dict) and all(isinstance(value, str) for value in part.values()) for part in parts):
+            raise ValueError("This is not the fingerprint of a pruning run.")
+        return cls(*parts)
+
+    def differences(self, other: Self) -> list[str]:
         """What differs in a run that was started with `other`, in words; empty if the two runs are one."""
         names = [name for name in sorted(self.binding.keys() | other.binding.keys()) if self._differs(other, name)]
         found = []
@@ -52,10 +65,10 @@ class Fingerprint:
                 found += self._why(other, name)
         return list(dict.fromkeys(found))
 
-    def _differs(self, other: "Fingerprint", name: str) -> bool:
+    def _differs(self, other: Self, name: str) -> bool:
         return self.binding.get(name) != other.binding.get(name)
 
-    def _why(self, other: "Fingerprint", name: str) -> list[str]:
+    def _why(self, other: Self, name: str) -> list[str]:
         """The settings that explain another digest, or that there are none."""
         prefix = EXPLAINED_BY.get(name, "")
         settings = sorted(key for key in self.described.keys() | other.described.keys() if key.startswith(prefix))

@@ -130,10 +130,10 @@ class PruningState:
     def _check_fingerprint(self, fingerprint: Fingerprint) -> None:
         path = self.directory / FINGERPRINT
         try:
-            known = Fingerprint(**json.loads(path.read_text(encoding="utf-8")))
+            known = Fingerprint.from_json(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             known = None if any(self.directory.glob("*.safetensors")) else fingerprint
-        except (ValueError, TypeError):
+        except ValueError:
             known = None
         if known is None:
             log.warning("%s is damaged or missing: all blocks are pruned again.", path)

@@ -7,9 +7,8 @@ import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 
-from callbacks import BlockwisePruning
-from callbacks.blockwise.batch_size import DEFAULT, windows_at_a_time
-from callbacks.blockwise.placement import Offload
+from callbacks import BlockwisePruning, FixedRule
+from callbacks.blockwise.placement import DEFAULT_WINDOWS, Placement, windows_at_a_time
 from datamodules import TextDataModule
 from lightning_modules import CausalLM
 
@@ -27,7 +26,7 @@ def prune(model, text, folder, batch_size=2, **settings):
     return load_file(folder / "model.safetensors"), callback, module
 
 
-@pytest.mark.parametrize("settings", [{"non_updated": "v"}, {}, {"update_rule": "perplexity"}, {"method": "wanda"}])
+@pytest.mark.parametrize("settings", [{"update_rule": FixedRule("v")}, {}, {"update_rule": "perplexity"}, {"method": "wanda"}])
 def test_offload_changes_no_bit(tiny_model, text_file, tmp_path, settings):
     found = [
         prune(tiny_model("llama"), text_file, tmp_path / str(offload), offload=offload, **settings) for offload in (True, False)
@@ -43,7 +42,7 @@ def test_only_the_blocks_that_are_held_are_on_the_device(tiny_model, monkeypatch
     module = CausalLM(tiny_model("llama"))
     module.configure_model()
     strategy = SimpleNamespace(root_device=torch.device("meta"))
-    offload = Offload(module, SimpleNamespace(strategy=strategy), enabled=True)
+    offload = Placement(module, SimpleNamespace(strategy=strategy), offload=True)
     strategy.model_to_device()
     devices = [next(block.parameters()).device.type for block in module.blocks.values()]
     assert devices == ["cpu"] * 3 and module.model.lm_head.weight.device.type == "meta" and module.device.type == "meta"
@@ -59,7 +58,7 @@ def test_only_the_blocks_that_are_held_are_on_the_device(tiny_model, monkeypatch
 def test_windows_at_a_time(tiny_model, monkeypatch):
     module = CausalLM(tiny_model("llama"))
     module.configure_model()
-    assert windows_at_a_time(module, 16, 100, torch.device("cpu")) == DEFAULT
+    assert windows_at_a_time(module, 16, 100, torch.device("cpu")) == DEFAULT_WINDOWS
     assert windows_at_a_time(module, 16, 3, torch.device("cpu")) == 3
     memory = SimpleNamespace(total_memory=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
@@ -75,9 +74,9 @@ def test_windows_at_a_time(tiny_model, monkeypatch):
 
 
 def test_auto_batch_size_of_a_run(tiny_model, text_file, tmp_path):
-    weights, _, _ = prune(tiny_model("llama"), text_file, tmp_path / "auto", "auto", non_updated="v")
+    weights, _, _ = prune(tiny_model("llama"), text_file, tmp_path / "auto", "auto", update_rule=FixedRule("v"))
     if not ON_GPU:  # as many windows as there are, of at most 8
-        six, _, _ = prune(tiny_model("llama"), text_file, tmp_path / "six", 6, non_updated="v")
+        six, _, _ = prune(tiny_model("llama"), text_file, tmp_path / "six", 6, update_rule=FixedRule("v"))
         assert all(torch.equal(weights[name], six[name]) for name in six)
     assert weights
     with pytest.raises(ValueError, match="`batch_size`"):

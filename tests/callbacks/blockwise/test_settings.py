@@ -1,29 +1,125 @@
-"""Settings of update rules that contradict one another or mean nothing fail when they are written."""
+"""Settings of BlockwisePruning: every pair of choice and setting is accepted or refused, as the table says, when written."""
+
+import inspect
 
 import pytest
 
-from callbacks import BlockwisePruning
+from callbacks import (
+    AdmmSolver,
+    AttentionRule,
+    BlockwisePruning,
+    Diagnostics,
+    ErrorAllocation,
+    FixedRule,
+    ObsSolver,
+    OutlierRule,
+    OwlAllocation,
+    PerplexityRule,
+    Score,
+    UniformAllocation,
+)
+
+UPDATING = ("d2prune", "sparsegpt", "d2_sparsegpt")
+APPLIES = {
+    "score": ("d2prune", "d2_wanda", "d2_sparsegpt"),
+    "update_rule": ("d2prune",),
+    "solver": UPDATING,
+    "allocation": ("d2prune", "magnitude", "wanda", "sparsegpt", "d2_wanda", "d2_sparsegpt"),
+}
+"""Setting -> methods that have a use for it."""
+VALUES = {"score": [Score(lambda1=2.0)], "update_rule": ["outlier", FixedRule("none")], "solver": ["obs", AdmmSolver()]}
+VALUES["allocation"] = ["owl", ErrorAllocation()]
+CHOICES = {
+    AttentionRule: {"candidates": "all", "objective": "divergence", "reference": "block", "windows": 2, "source": "x.txt"},
+    FixedRule: {"held": "k"},
+    OutlierRule: {},
+    PerplexityRule: {},
+    ObsSolver: {"block_size": 64, "damping": 0.1},
+    AdmmSolver: {"block_size": 64, "damping": 0.1},
+    UniformAllocation: {},
+    OwlAllocation: {"threshold": 3.0, "spread": 0.05},
+    ErrorAllocation: {},
+}
+"""Choice -> its settings, other than the defaults."""
+ALL_SETTINGS = {name: value for settings in CHOICES.values() for name, value in settings.items()} | {"rho": 2.0}
+
+
+@pytest.mark.parametrize("method", APPLIES["allocation"])
+@pytest.mark.parametrize("setting", APPLIES)
+def test_what_a_method_has_no_use_for_is_refused(method, setting):
+    for value in VALUES[setting]:
+        if method in APPLIES[setting]:
+            BlockwisePruning(method=method, sparsity=0.5, **{setting: value})
+        else:
+            with pytest.raises(
+                ValueError, match=rf"`{setting}` belongs to .*, but `method` is '{method}'. Leave it out, or use"
+            ):
+                BlockwisePruning(method=method, sparsity=0.5, **{setting: value})
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("setting", ALL_SETTINGS)
+def test_a_choice_takes_its_own_settings_only(choice, setting):
+    accepted = inspect.signature(choice).parameters
+    if setting == "rho" and choice is AttentionRule:
+        assert choice(objective="divergence", rho=2.0).rho == 2.0
+    elif setting in accepted:
+        assert getattr(choice(**{setting: ALL_SETTINGS[setting]}), setting) == ALL_SETTINGS[setting]
+    else:
+        with pytest.raises(TypeError, match=f"{setting}|takes no arguments"):
+            choice(**{setting: ALL_SETTINGS[setting]})
+
+
+@pytest.mark.parametrize("allocation", ["owl", "error"])
+def test_a_pattern_leaves_nothing_to_allocate(allocation):
+    with pytest.raises(
+        ValueError, match=r"`allocation` = .* gives blocks different shares of zeros, but with `pattern` = '2:4'"
+    ):
+        BlockwisePruning(pattern="2:4", allocation=allocation)
+    BlockwisePruning(pattern="2:4", allocation="uniform")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("make", "message"),
     [
         (
-            {"update_rule": "entropy"},
-            "`update_rule` expected to be one of fixed, outlier, .* but got 'entropy'",
+            lambda: BlockwisePruning(sparsity=0.5, update_rule="entropy"),
+            r"`update_rule` expected to be one of .* but got 'entropy'",
         ),
+        (lambda: BlockwisePruning(sparsity=0.5, update_rule=ObsSolver()), r"`update_rule` expected .* but got ObsSolver"),
+        (lambda: BlockwisePruning(sparsity=0.5, allocation="lamp"), "`allocation` expected to be one of uniform .* got 'lamp'"),
+        (lambda: BlockwisePruning(sparsity=0.5, ignore="head"), "`ignore` expected to be a list of globs but got 'head'"),
+        (lambda: BlockwisePruning(sparsity=0.5, precision="low"), "`precision` expected to be auto, highest or high but got"),
+        (lambda: AttentionRule(candidates="pairs"), "`candidates` expected to be one of single, all, partial but got 'pairs'"),
+        (lambda: AttentionRule(objective="kl"), "`objective` expected to be one of output, divergence but got 'kl'"),
+        (lambda: AttentionRule(reference="dense"), "`reference` expected to be one of model, block but got 'dense'"),
+        (lambda: AttentionRule(windows=0), "`windows` expected to be an integer of at least 1 but got 0"),
+        (lambda: AttentionRule(windows=True), "`windows` expected to be an integer of at least 1 but got True"),
         (
-            {"update_rule": "attention", "non_updated": "v"},
-            "`non_updated` = 'v' belongs to update_rule fixed, but",
+            lambda: AttentionRule(rho=2.0),
+            "`rho` = 2.0 weighs the KL term of `objective: divergence`, but `objective` is 'output'",
         ),
-        ({"method": "wanda", "update_rule": "outlier"}, "`update_rule` = 'outlier' belongs to method d2prune"),
-        ({"candidates": "pairs"}, "`candidates` expected to be one of single, all, partial but got 'pairs'"),
-        ({"objective": "kl"}, "`objective` expected to be one of output, divergence but got 'kl'"),
-        ({"reference": "dense"}, "`reference` expected to be one of model, block but got 'dense'"),
-        ({"rule_windows": 0}, "`rule_windows` expected to be a positive integer but got 0"),
-        ({"rho": -1.0}, "`rho` expected to be a number of at least 0 but got -1"),
+        (lambda: AttentionRule(objective="divergence", rho=-1.0), "`rho` expected to be a number of at least 0 but got -1"),
+        (lambda: FixedRule("o"), "`held` expected to be one of q, k, v, none, all but got 'o'"),
+        (lambda: ObsSolver(block_size=0), "`block_size` expected to be an integer of at least 1 but got 0"),
+        (lambda: AdmmSolver(damping=2.0), r"`damping` expected to be in \[0, 1\] but got 2.0"),
+        (lambda: OwlAllocation(threshold=0.0), "`threshold` expected to be a positive number but got 0"),
+        (lambda: OwlAllocation(spread=float("nan")), "`spread` expected to be a positive number but got nan"),
+        (lambda: Score(lambda1=float("nan")), "`score.lambda1` expected to be a finite number but got nan"),
+        (lambda: Score(scale=-1.0), "`scale` expected to be auto or a positive number but got -1"),
+        (lambda: Score(activation_norm="l2"), "`activation_norm` expected to be rms or official but got 'l2'"),
+        (
+            lambda: BlockwisePruning(sparsity=0.5, method="wanda", diagnostics=Diagnostics(attention_maps=[0])),
+            r"`diagnostics.attention_maps` = \[0\] needs attention to be measured",
+        ),
     ],
 )
-def test_wrong_settings_fail_when_written(arguments, message):
+def test_wrong_settings_fail_when_written(make, message):
     with pytest.raises(ValueError, match=message):
-        BlockwisePruning(sparsity=0.5, **arguments)
+        make()
+
+
+def test_choices_are_equal_by_their_settings():
+    assert AttentionRule(windows=3) == AttentionRule(windows=3) != AttentionRule(windows=4)
+    assert repr(FixedRule("k")) == "FixedRule(held='k')"
+    assert OwlAllocation(3.0).as_dict() == {"class_path": "OwlAllocation", "init_args": {"threshold": 3.0, "spread": 0.08}}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from callbacks import BlockwisePruning
+from callbacks import FixedRule
 from tests.helpers.launchers import PruningRun, go, tiny
 
 
@@ -26,23 +26,8 @@ def errors_of(run):
 @pytest.mark.parametrize("target", [{"sparsity": 0.6}, {"pattern": "2:4"}], ids=str)
 def test_admm_lowers_errors_of_updated_linears_only(target, run_of):
     """In the first block, whose inputs are the same; v is held."""
-    runs = [run_of(non_updated="v", solver=solver, **target) for solver in ("obs", "admm")]
+    runs = [run_of(update_rule=FixedRule("v"), solver=solver, **target) for solver in ("obs", "admm")]
     assert [go(run) for run in runs] == [[0], [0]]
     obs, admm = (errors_of(run)[0] for run in runs)
     for name, error in obs.items():
         assert admm[name] == error if "v_proj" in name else admm[name] < error, name
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"sparsity": 0.5, "solver": "als"}, "`solver` expected to be obs or admm but got 'als'"),
-        (
-            {"sparsity": 0.5, "solver": "admm", "method": "wanda"},
-            "`solver` = 'admm' belongs to methods with a weight update.*wanda",
-        ),
-    ],
-)
-def test_wrong_settings(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        BlockwisePruning(**arguments)

@@ -11,14 +11,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import BlockwisePruning
+from callbacks import BlockwisePruning, ErrorAllocation, FixedRule, OwlAllocation
 from datamodules import TextDataModule
 from functional.pruning import zeros_wanted
 from functional.pruning.allocation import owl_sparsities
 from lightning_modules import CausalLM
 from tests.helpers.launchers import Fault, PruningRun, VisionRun, go, tiny
 
-KINDS = ("owl", "error")
+KINDS = {"owl": OwlAllocation(2.0), "error": ErrorAllocation()}
 
 
 def fit(directory, text_file, folder, logger=False, progress=False, **settings):
@@ -79,12 +79,12 @@ def naive_norms(directory, data, unit=False):
         {"sparsity": 0.55, "method": "magnitude"},
         {"sparsity": 0.7, "update_rule": "perplexity"},
         {"sparsity": 0.6, "update_rule": "outlier"},
-        {"sparsity": 0.5, "non_updated": "k", "ignore": ["*.down_proj"]},
+        {"sparsity": 0.5, "update_rule": FixedRule("k"), "ignore": ["*.down_proj"]},
     ],
     ids=str,
 )
 def test_the_sum_of_zeros_is_exact(kind, settings, tiny_model, text_file, tmp_path):
-    module, _, callback = fit(tiny_model("llama"), text_file, tmp_path, allocation=kind, owl_threshold=2.0, **settings)
+    module, _, callback = fit(tiny_model("llama"), text_file, tmp_path, allocation=KINDS[kind], **settings)
     counts = zeros_of(module, "down_proj" if "ignore" in settings else "")
     weights = sum(weights for _, weights in counts)
     assert sum(zeros for zeros, _ in counts) == zeros_wanted(weights, settings["sparsity"])
@@ -95,9 +95,7 @@ def test_the_sum_of_zeros_is_exact(kind, settings, tiny_model, text_file, tmp_pa
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["opt", "qwen3"])
 def test_whole_rows_leave_less_than_one_column_of_a_linear(kind, family, tiny_model, text_file, tmp_path):
-    module, _, _ = fit(
-        tiny_model(family), text_file, tmp_path, sparsity=0.57, method="wanda", allocation=kind, owl_threshold=2.0
-    )
+    module, _, _ = fit(tiny_model(family), text_file, tmp_path, sparsity=0.57, method="wanda", allocation=KINDS[kind])
     counts = zeros_of(module)
     missing = zeros_wanted(sum(weights for _, weights in counts), 0.57) - sum(zeros for zeros, _ in counts)
     smallest = min(x.out_features for block in module.blocks.values() for x in module.linears(block).values())
@@ -110,7 +108,7 @@ def test_whole_rows_leave_less_than_one_column_of_a_linear(kind, family, tiny_mo
 def test_owl_is_that_of_the_dense_model(tiny_model, text_file, tmp_path):
     """Outlier ratios and shares from whole forward passes, written out."""
     directory = tiny_model("qwen2")
-    _, data, callback = fit(directory, text_file, tmp_path, sparsity=0.6, allocation="owl", owl_threshold=3.0, owl_range=0.1)
+    _, data, callback = fit(directory, text_file, tmp_path, sparsity=0.6, allocation=OwlAllocation(3.0, 0.1))
     module, norms = naive_norms(directory, data)
     ratios, sizes = [], []
     for block_name, block in module.blocks.items():
@@ -142,14 +140,14 @@ def test_expected_error_is_that_of_the_masks(tiny_model, text_file, tmp_path):
 
 def test_everything_says_what_the_targets_are(tiny_model, text_file, tmp_path, capsys):
     logger = TensorBoardLogger(tmp_path, name="run")
-    settings = {"sparsity": 0.6, "allocation": "owl", "owl_threshold": 2.0}
+    settings = {"sparsity": 0.6, "allocation": OwlAllocation(2.0)}
     _, _, callback = fit(tiny_model("llama"), text_file, tmp_path, logger, progress=True, **settings)
     shares = [record.allocation["sparsity"] for record in callback.records]
     printed = capsys.readouterr().out
     assert f"target={shares[-1]:.4f}" in printed and f"{min(shares):.2%} to {max(shares):.2%} of a block" in printed
     report = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
     assert [block["allocation"]["sparsity"] for block in report["blocks"]] == shares
-    assert report["settings"]["allocation"] == "owl" and report["settings"]["owl_threshold"] == 2.0
+    assert report["settings"]["allocation"]["init_args"]["threshold"] == 2.0
     events = EventAccumulator(logger.log_dir).Reload()
     for tag in ("allocation/sparsity", "allocation/outlier_ratio"):
         assert [event.step for event in events.Scalars(tag)] == [0, 1, 2]
@@ -194,7 +192,7 @@ def tiny_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("allocation")
     model, text = tiny(folder)
     data = {"num_calibration": 8, "num_heldout": 4}
-    return PruningRun(model, text, str(folder / "pruned"), settings={"sparsity": 0.6, "owl_threshold": 2.0}, data=data)
+    return PruningRun(model, text, str(folder / "pruned"), settings={"sparsity": 0.6}, data=data)
 
 
 def report_of(run):
@@ -219,9 +217,9 @@ def test_a_resumed_run_reads_its_targets(tiny_run, tmp_path):
     settings = tiny_run.settings | {"allocation": "owl"}
     run = replace(tiny_run, settings=settings, output=str(tmp_path / "pruned"))
     log = tmp_path / "log"
-    assert go(run, {0: Fault("model saved")}, log)[0] < 0 and "go through the dense model once" in log.read_text()
+    assert go(run, {0: Fault("model saved")}, log)[0] < 0 and "one pass of the calibration data" in log.read_text()
     log.unlink()
-    assert go(run, log=log) == [0] and "go through the dense model once" not in log.read_text()
+    assert go(run, log=log) == [0] and "one pass of the calibration data" not in log.read_text()
 
 
 def test_vision_transformer_with_fused_projections(tmp_path):
@@ -242,14 +240,7 @@ def test_vision_transformer_with_fused_projections(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sparsity": 0.5, "allocation": "besa"}, "`allocation` expected to be one of uniform, owl, error but got 'besa'"),
-        (
-            {"pattern": "2:4", "allocation": "owl"},
-            "`allocation` = 'owl' gives blocks different .* with `pattern` = '2:4' all have",
-        ),
-        ({"sparsity": 0.5, "owl_threshold": 0.0}, "`owl_threshold` expected to be a positive number but got 0"),
-        ({"sparsity": 0.5, "owl_range": float("nan")}, "`owl_range` expected to be a positive number but got nan"),
-        ({"sparsity": 0.95, "allocation": "owl"}, r"`owl_range` expected to be at most 0.05 at a sparsity of 0.95.*got 0.08"),
+        ({"sparsity": 0.95, "allocation": "owl"}, r"`allocation.spread` expected to be at most 0.05 at a .* 0.95.*got 0.08"),
     ],
 )
 def test_wrong_settings(arguments, message):

@@ -9,12 +9,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from callbacks.blockwise.resume.fingerprint import Fingerprint
 from callbacks.blockwise.resume.state import PruningState
 
-FINGERPRINT = {"model": "a" * 64, "settings.sparsity": "0.5"}
+BINDING = {"model": "a" * 64, "sparsity": "0.5", "source functional/x.py": "c" * 64}
+DESCRIBED = {"model.model_name_or_path": "'x'", "data.seq_len": "16"}
+FINGERPRINT = Fingerprint(BINDING, DESCRIBED)
 TENSORS = {"q": torch.arange(6, dtype=torch.float32).view(2, 3), "rng_state": torch.arange(8, dtype=torch.uint8)}
 CONTENT = {"record": {"name": "layers.0", "error": float("nan")}, "seconds": 1.5}
-quick = settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def test_what_is_written_is_read(dtype, tmp_path):
 
 
 def test_opened_again(state):
-    assert state.open(dict(reversed(FINGERPRINT.items()))) == 3
+    assert state.open(Fingerprint(dict(reversed(BINDING.items())), {})) == 3
 
 
 def test_a_gap_ends_what_counts(state):
@@ -77,7 +80,7 @@ def test_any_bytes_in_place_of_the_fingerprint(state, content):
     (state.directory / "fingerprint.json").write_bytes(content)
     try:
         assert state.open(FINGERPRINT) == 0  # nothing is trusted without it
-        assert json.loads((state.directory / "fingerprint.json").read_text()) == FINGERPRINT
+        assert json.loads((state.directory / "fingerprint.json").read_text()) == FINGERPRINT.as_json()
     finally:
         state.close()
         for index in range(3):
@@ -93,18 +96,29 @@ def mutations(draw, whole: bytes) -> bytes:
 
 def test_another_fingerprint(state):
     before = {path.name: path.read_bytes() for path in state.directory.iterdir()}
-    other = {"model": "b" * 64, "settings.sparsity": "0.5", "version.torch": "3"}
-    with pytest.raises(
-        ValueError, match=r"model was aaaaaaaaaaaa…, is bbbbbbbbbbbb…; version\.torch was absent, is '3'"
-    ) as raised:
+    other = Fingerprint(
+        {"model": "b" * 64, "sparsity": "0.5", "version of torch": "3", "source functional/x.py": "d" * 64},
+        {"model.model_name_or_path": "'y'", "data.seq_len": "32"},
+    )
+    with pytest.raises(ValueError, match="was started differently") as raised:
         state.open(other)
-    assert str(state.directory) in str(raised.value) and "sparsity" not in str(raised.value)
+    told = str(raised.value)
+    assert "`model.model_name_or_path` was 'x' and is 'y'" in told and "`version of torch` was absent and is 3" in told
+    assert "the code of functional/x.py has changed" in told and str(state.directory) in told
+    assert "sparsity" not in told and "seq_len" not in told and "aaaa" not in told and not state.is_open
     assert {path.name: path.read_bytes() for path in state.directory.iterdir()} == before
+
+
+def test_a_file_that_has_changed_under_the_same_settings():
+    changed = Fingerprint(BINDING | {"model": "b" * 64}, DESCRIBED)
+    assert changed.differences(FINGERPRINT) == ["the weights differ although the settings are the same: a file has changed"]
+    assert Fingerprint(BINDING, DESCRIBED | {"data.seq_len": "32"}).differences(FINGERPRINT) == []  # the same data all the same
 
 
 def test_a_directory_in_use(state):
     script = (
         "from pathlib import Path; from callbacks.blockwise.resume.state import PruningState; "
+        "from callbacks.blockwise.resume.fingerprint import Fingerprint; "
         f"PruningState(Path({str(state.directory)!r})).open({FINGERPRINT!r})"
     )
     state.open(FINGERPRINT)

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks.blockwise.update_rules.rules import ROLES
+from callbacks import FixedRule
+from callbacks.blockwise.update_rules import ROLES
 from datamodules import TextDataModule
 from tests.helpers.rule_cases import SEQ_LEN, on_models
 
@@ -17,7 +18,7 @@ from tests.helpers.rule_cases import SEQ_LEN, on_models
 def test_perplexity_rule_ends_with_its_best_run_bit_by_bit(case):
     alone, losses = {}, {}
     for role in ROLES:
-        module, callback = case.fit(non_updated=role)
+        module, callback = case.fit(update_rule=FixedRule(role))
         alone[role], losses[role] = module.model.state_dict(), callback.metrics["pruned"]["val/loss"]
     module, callback = case.fit(update_rule="perplexity")
     best = min(losses, key=losses.get)
@@ -25,8 +26,8 @@ def test_perplexity_rule_ends_with_its_best_run_bit_by_bit(case):
     assert all(torch.equal(value, alone[best][name]) for name, value in module.model.state_dict().items())
     assert callback.metrics["pruned"]["val/loss"] == losses[best]
     assert {record.choice for record in callback.records} == {best} and len(callback.records) == 3
-    report = json.loads((callback._output / "pruning.json").read_text())
-    assert report["settings"]["update_rule"] == "perplexity" and report["settings"]["non_updated"] == best
+    report = json.loads((callback.output_path / "pruning.json").read_text())
+    assert report["settings"]["update_rule"]["class_path"] == "PerplexityRule" and report["settings"]["held"] == best
 
 
 @on_models("llama")

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from tests.helpers.rule_cases import RULE_WINDOWS, attention_outputs, attention_probabilities, divergence_by_hand, on_models
+from callbacks import Diagnostics, FixedRule
+from tests.helpers.rule_cases import attention_outputs, attention_probabilities, divergence_by_hand, on_models
 
 
 @on_models("llama", "vit")
 def test_measures_are_those_of_the_whole_models(case):
     """KL and RMSE of the last run by whole forward passes of the dense and the pruned model."""
-    module, callback = case.fit(log_attention=True, non_updated="v", rule_windows=RULE_WINDOWS)
-    dense, samples = case.module(), case.samples()[:RULE_WINDOWS]
+    module, callback = case.fit(diagnostics=Diagnostics(attention=True), update_rule=FixedRule("v"))
+    dense, samples = case.module(), case.samples()[:4]  # the default number of windows
     module.eval()
     for index, record in enumerate(callback.records):
         one, other = (attention_outputs(m, index, samples) for m in (module, dense))

@@ -7,14 +7,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import BlockwisePruning
-from callbacks.blockwise.update_rules.rules import ROLES
+from callbacks import BlockwisePruning, Diagnostics
+from callbacks.blockwise.update_rules import ROLES
 from tests.helpers.rule_cases import on_models
 
 
 @on_models("llama")
 def test_record_and_tensorboard(case):
-    case.fit(logger=TensorBoardLogger(case.tmp_path, name="run"), attention_maps=[1])
+    case.fit(logger=TensorBoardLogger(case.tmp_path, name="run"), diagnostics=Diagnostics(attention_maps=[1]))
     report = json.loads((case.tmp_path / "run" / "version_0" / "pruned" / "pruning.json").read_text())
     events = EventAccumulator(str(case.tmp_path / "run" / "version_0"), size_guidance={"images": 0}).Reload()
     measures = ["rmse", "relative_error", "kl"]
@@ -31,7 +31,7 @@ def test_record_and_tensorboard(case):
         assert block["choice"] == best["name"]
         # what was measured once the whole block was pruned is what the rule saw of its choice
         assert block["attention"]["relative_error"] != pytest.approx(best["output_error"], rel=1e-6)
-    assert report["settings"]["rule_windows"] == 4 and "heads" not in report
+    assert report["settings"]["update_rule"]["init_args"]["windows"] == 4 and "heads" not in report
 
 
 @on_models("llama")
@@ -55,5 +55,5 @@ def test_other_precisions(case, precision):
 
 @on_models("llama")
 def test_wrong_blocks_of_attention_maps(case):
-    with pytest.raises(ValueError, match=r"`attention_maps` expected to name some of 3 blocks, got \[3\]"):
-        case.fit(attention_maps=[3])
+    with pytest.raises(ValueError, match=r"`diagnostics.attention_maps` expected to name some of 3 blocks but got \[3\]"):
+        case.fit(diagnostics=Diagnostics(attention_maps=[3]))

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from callbacks.blockwise.update_rules.rules import ROLES, SHARES, descend
+from callbacks import AttentionRule
+from callbacks.blockwise.update_rules import ROLES
+from callbacks.blockwise.update_rules.attention import SHARES, descend
 from functional.pruning import InputStatistics, OutputStatistics, prune_linear
 from functional.pruning.attention import outlier_ratio
 from tests.helpers.rule_cases import RULE_WINDOWS, attention_outputs, divergence_by_hand, on_models
@@ -120,9 +122,7 @@ def follow(module, linears, projections, options, picked, pairs):
 @on_models()
 @pytest.mark.parametrize("reference", ["model", "block"])
 def test_attention_rule_picks_what_an_exhaustive_search_picks(case, reference):
-    module, callback = case.fit(
-        update_rule="attention", candidates="all", objective="output", reference=reference, rule_windows=RULE_WINDOWS
-    )
+    module, callback = case.fit(update_rule=AttentionRule("all", "output", reference, windows=RULE_WINDOWS))
     by_hand, chosen = search_by_hand(case, callback.records, "all", "output", reference)
     for one, other in zip(module.model.parameters(), by_hand.model.parameters(), strict=True):
         assert ((one == 0) == (other == 0)).float().mean() > 0.99
@@ -137,16 +137,15 @@ def test_attention_rule_picks_what_an_exhaustive_search_picks(case, reference):
 @pytest.mark.parametrize("rho", [0.5, 20.0])
 def test_divergence_objective_is_equation_12(case, rho):
     _, callback = case.fit(
-        update_rule="attention", candidates="single", objective="divergence", rho=rho, reference="block",
-        rule_windows=RULE_WINDOWS,
+        update_rule=AttentionRule("single", "divergence", "block", rho, RULE_WINDOWS),
     )  # fmt: skip
     search_by_hand(case, callback.records, "single", "divergence", "block", rho)
 
 
 @on_models("llama", "vit")
 def test_partial_candidates_are_a_descent(case):
-    _, callback = case.fit(rule_windows=RULE_WINDOWS)  # the default rule
-    assert callback.settings.rule == "attention"
+    _, callback = case.fit(update_rule=AttentionRule(windows=RULE_WINDOWS))
+    assert callback.settings.update_rule == AttentionRule(windows=RULE_WINDOWS)
     _, chosen = search_by_hand(case, callback.records, "partial", "output", "model")
     assert len({state for states in chosen for state in states}) > 1, "a case in which nothing is chosen shows nothing"
 

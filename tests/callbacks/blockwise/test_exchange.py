@@ -9,10 +9,19 @@ import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import load
 
-from callbacks.blockwise.collector import StatisticsCollector
-from callbacks.blockwise.processes import Processes, owners_of, processes_of
+from callbacks import AttentionRule, Diagnostics, FixedRule, Score
+from callbacks.blockwise.exchange import owners_of, processes_of
+from callbacks.blockwise.statistics import StatisticsCollector
 from lightning_modules.parts.architectures import PrunableLinear
 from tests.helpers.launchers import PruningRun, VisionRun, go, quiet_trainer, tiny
+from utilities.distributed import Processes
+
+OFFICIAL = {
+    "sparsity": 0.5,
+    "update_rule": FixedRule("k"),
+    "score": Score(activation_norm="official"),
+    "diagnostics": Diagnostics(histograms=True),
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +57,11 @@ def report_of(run: PruningRun) -> dict:
     ("family", "processes", "settings", "data"),
     [
         ("llama", 2, {"sparsity": 0.5}, {}),
-        ("llama", 3, {"pattern": "2:4", "candidates": "all", "objective": "divergence", "log_attention": True}, {}),
+        ("llama", 3, {"pattern": "2:4", "update_rule": AttentionRule("all", "divergence")}, {}),
         ("llama", 2, {"sparsity": 0.5, "update_rule": "perplexity"}, {"num_calibration": 7, "batch_size": 1}),
-        ("llama", 2, {"sparsity": 0.5, "rule_windows": 12}, {"batch_size": 4}),  # more than the first process has
-        ("opt", 2, {"sparsity": 0.5, "non_updated": "k", "activation_norm": "official", "log_histograms": True}, {}),
+        # More windows than the first process has:
+        ("llama", 2, {"sparsity": 0.5, "update_rule": AttentionRule(windows=12)}, {"batch_size": 4}),
+        ("opt", 2, OFFICIAL, {}),
         ("opt", 4, {"method": "wanda", "sparsity": 0.5, "ignore": ["*.fc2"]}, {"num_calibration": 5, "num_heldout": 4}),
     ],
 )
@@ -78,7 +88,7 @@ def test_same_result_as_one_process(family, processes, settings, data, models, o
         assert block["attention"].keys() == same["attention"].keys()
 
 
-@pytest.mark.parametrize("settings", [{"sparsity": 0.5}, {"pattern": "2:4", "non_updated": "none"}])
+@pytest.mark.parametrize("settings", [{"sparsity": 0.5}, {"pattern": "2:4", "update_rule": FixedRule("none")}])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_the_same_batches_give_the_same_bits(family, settings, models, one_process, tmp_path):
     """However they are shared out: sums are float64, so that their order leaves no trace in float32."""
@@ -129,9 +139,9 @@ class OneFails(PruningRun):
     def work(self):
         import os
 
-        import callbacks.blockwise.block_pruner
+        import callbacks.blockwise.block_solver
 
-        original, calls = callbacks.blockwise.block_pruner.solve, []
+        original, calls = callbacks.blockwise.block_solver.solve, []
 
         def solve(*args):
             calls.append(args)
@@ -139,7 +149,7 @@ class OneFails(PruningRun):
                 raise ValueError("this Hessian is not to my taste")
             return original(*args)
 
-        callbacks.blockwise.block_pruner.solve = solve
+        callbacks.blockwise.block_solver.solve = solve
         super().work()
 
 
@@ -176,7 +186,7 @@ class OtherWeights(PruningRun):
 def test_processes_that_start_from_other_weights_are_found_out(models, tmp_path):
     log = tmp_path / "log"
     assert go(OtherWeights(*models["llama"], str(tmp_path / "pruned"), processes=2), log=log) == [1, 1]
-    assert "The model: the processes 1 of 2 hold other bits than process 0" in log.read_text()
+    assert "The model: processes 1 of 2 hold other bits than process 0" in log.read_text()
 
 
 @dataclass(frozen=True)
@@ -252,7 +262,7 @@ def test_owners_share_the_work():
     with collector.collecting(torch.tensor([0, 1])):
         for name, linear in linears.items():
             linear.module({"o": x * 2, "gate": (y := x + 1), "up": y if name == "up" else x, "down": wide}.get(name, x))
-    groups = collector.groups()
+    groups = collector.siblings()
     assert {leader: names for leader, names in groups.items()} != {}
     owners = owners_of(collector, 2)
     assert owners["q"] == owners["k"] == owners["v"] and owners["down"] == 0  # most work, so first, to the first

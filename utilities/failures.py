@@ -1,0 +1,57 @@
+"""Failures of a run told in one sentence, once for all processes; the traceback is there for whoever asks for it.
+
+python train.py … --debug        or the environment variable D2PRUNE_DEBUG=1
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from utilities.command_line import one_line
+from utilities.distributed import ProcessFailedError
+
+DEBUG = "D2PRUNE_DEBUG"
+EXPLAINED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError, NotImplementedError)
+"""Errors whose message says what to do. Others are defects, of which the traceback says most."""
+PATIENCE = timedelta(seconds=5)
+"""How long a process waits for the first one's store before it speaks for itself."""
+
+
+@contextmanager
+def failures_in_one_sentence() -> Iterator[None]:
+    """Print an error of the block as one sentence on stderr and exit with 1; with `--debug` let it pass.
+
+    `--debug` is taken off the command line, and handed on to processes that this one starts.
+    """
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        os.environ[DEBUG] = "1"
+    try:
+        yield
+    except EXPLAINED as error:
+        if os.environ.get(DEBUG):
+            raise
+        message = one_line(str(error)) or type(error).__name__
+        if not isinstance(error, ProcessFailedError) and _is_first_to_say(message):
+            print(f"error: {message}\n(`--debug` shows where.)", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def _is_first_to_say(message: str) -> bool:
+    """Whether no other process of this run has said so.
+
+    Processes that are connected ask the store of the first one. Before that all read the same files and settings, and one
+    process of each machine speaks for all.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    key = f"said:{hashlib.sha256(message.encode()).hexdigest()}"
+    with suppress(Exception):  # the first process may be gone, with its store; then better twice than not at all
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
+        return store.add(key, 1) == 1
+    return True
