@@ -47,7 +47,7 @@ if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: E402
 
-from utilities.command_line import explain  # noqa: E402
+from utilities.command_line import explain, explained  # noqa: E402
 from utilities.failures import failures_in_one_sentence  # noqa: E402
 from utilities.quiet import quiet  # noqa: E402
 from utilities.safe_load import brief, weights_only  # noqa: E402
@@ -108,7 +108,7 @@ class CLI(LightningCLI):
         except ValueError as error:
             if error.__cause__ is None:
                 raise
-            raise error.__cause__ from None  # what our class said, without every type and setting that jsonargparse lists
+            raise explained(error.__cause__) from None  # what our class said, without every type that jsonargparse tried
 
 
 def main(args: list[str] | None = None, run: bool = True) -> CLI:

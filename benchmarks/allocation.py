@@ -23,7 +23,7 @@ from benchmarks.deit import MODEL, DecodedImages
 from benchmarks.markdown import read, spread
 from benchmarks.markdown import table as markdown_table
 from benchmarks.quality import ENVIRONMENT, SMOLLM2, append, environment, finished, plain_wikitext
-from callbacks import BlockwisePruning
+from callbacks import BlockwisePruning, Diagnostics
 from datamodules import TextDataModule
 from lightning_modules import CausalLM, ImageClassifier
 from lightning_modules.base.prunable import PrunableModule
@@ -51,7 +51,9 @@ def prune(module: PrunableModule, data: LightningDataModule, dense: dict, row: d
     module.model.load_state_dict(dense)
     target = {"pattern": row["target"]} if ":" in row["target"] else {"sparsity": float(row["target"])}
     settings = {name: row[name] for name in ("method", "allocation", "solver")}
-    callback = BlockwisePruning(**target, **settings, attention_maps=[], output_dir=str(scratch / "pruned"))
+    callback = BlockwisePruning(
+        **target, **settings, diagnostics=Diagnostics(attention_maps=[]), output_dir=str(scratch / "pruned")
+    )
     limit = math.ceil(row["heldout"] / IMAGES) if (row["task"], row["test_samples"]) == ("deit", 0) else 1.0
     quiet_trainer(scratch, callbacks=[callback], limit_val_batches=limit).fit(module, data)
     records, metrics = callback.records, callback.metrics["pruned"]

@@ -13,28 +13,27 @@ import argparse
 import itertools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from benchmarks.quality import ENVIRONMENT, append, environment, finished
-from callbacks import BlockwisePruning
+from callbacks import AttentionRule, BlockwisePruning, Diagnostics, FixedRule, Score
 from datamodules import ImageDataModule
 from lightning_modules import ImageClassifier
 
 MODEL = {"img_size": 64, "patch_size": 8, "num_classes": 200}
 METHODS = {name: {"method": name} for name in ("magnitude", "wanda", "sparsegpt", "d2_sparsegpt")} | {
-    "d2prune, q held": {"non_updated": "q"},
-    "d2prune, k held": {"non_updated": "k"},
-    "d2prune, v held": {"non_updated": "v"},
+    **{f"d2prune, {role} held": {"update_rule": FixedRule(role)} for role in "qkv"},
     "d2prune, outlier": {"update_rule": "outlier"},
     "d2prune, perplexity": {"update_rule": "perplexity"},
-    "d2prune, attention": {"update_rule": "attention"},
+    "d2prune, attention": {},
     "d2prune, attention, block reference": {"reference": "block"},
     "d2prune, attention, 4 candidates, block reference": {"candidates": "single", "reference": "block"},
     "d2prune, attention, Eq. 12": {"candidates": "single", "objective": "divergence", "reference": "block"},
 }
-"""Name of a row -> arguments of BlockwisePruning."""
+"""Name of a row -> arguments of BlockwisePruning; of rows with the attention rule, those of AttentionRule."""
 
 STUDY = [
     {"lambda1": lambda1, "lambda2": lambda2, "scale": scale, "activation_norm": norm}
@@ -78,15 +77,23 @@ class DecodedImages(ImageDataModule):
         return [DataLoader(batches, batch_size=None) for batches in self.kept["val"]]
 
 
+def settings_of(row: dict) -> dict[str, Any]:
+    """Arguments of BlockwisePruning for a row; attention is measured wherever the rule goes over the blocks once."""
+    settings, name = dict(METHODS[row["row"]]), row["row"]
+    if name.startswith("d2prune, attention"):
+        settings = {"update_rule": AttentionRule(**settings, windows=row["rule_windows"])}
+    if settings.get("method", "d2prune").startswith("d2"):
+        settings["score"] = Score(**{key: row[key] for key in ("lambda1", "lambda2", "scale", "activation_norm")})
+    if name not in ("d2prune, perplexity", "magnitude"):
+        settings["diagnostics"] = Diagnostics(attention=True, attention_maps=[])
+    return settings
+
+
 def measure(module: ImageClassifier, data: ImageDataModule, row: dict, dense: dict, scratch: Path) -> dict:
     """Restore the dense weights, prune as the row says, validate."""
     module.model.load_state_dict(dense)
     target = {"pattern": row["target"]} if ":" in row["target"] else {"sparsity": float(row["target"])}
-    settings = {name: row[name] for name in DEFAULTS if row[name] != ""}
-    callback = BlockwisePruning(
-        **target, **METHODS[row["row"]], **settings, attention_maps=[], output_dir=str(scratch / "pruned"),
-        log_attention=row["row"] not in ("d2prune, perplexity", "magnitude"),
-    )  # fmt: skip
+    callback = BlockwisePruning(**target, **settings_of(row), output_dir=str(scratch / "pruned"))
     trainer = Trainer(
         callbacks=[callback], devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=scratch,

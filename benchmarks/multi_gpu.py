@@ -103,7 +103,10 @@ def pruning(options: argparse.Namespace, config: str, model: str, source: str, d
     return command("fit", config, devices, "--model.model_name_or_path", model, *data, *sizes, *more)
 
 
-RULES = {"v held": ("--trainer.callbacks.non_updated", "v"), "attention rule": ()}
+RULES = {
+    "v held": ("--trainer.callbacks.update_rule", "FixedRule", "--trainer.callbacks.update_rule.held", "v"),
+    "attention rule": (),
+}
 
 
 def llama(options: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 from benchmarks.cuda_graphs import wait
 from benchmarks.plain_pruning import plain_block
 from benchmarks.quality import ENVIRONMENT, append, environment, plain_wikitext
-from callbacks import BlockwisePruning
+from callbacks import BlockwisePruning, FixedRule
 from callbacks.blockwise.placement import windows_at_a_time
 from datamodules import TextDataModule
 from datamodules.text import Windows
@@ -44,7 +44,7 @@ SHAPES = {
                                 num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
     "opt-125m": OPTConfig(),
 }  # fmt: skip
-V_HELD = {"method": "d2prune", "non_updated": "v"}
+V_HELD = {"method": "d2prune", "update_rule": FixedRule("v")}
 V_HELD_24 = V_HELD | {"sparsity": None, "pattern": "2:4"}
 VARIANTS = {
     "d2prune, v held": V_HELD,

@@ -23,7 +23,7 @@ import torch
 import transformers
 from lightning.pytorch import Trainer, seed_everything
 
-from callbacks import BlockwisePruning
+from callbacks import BlockwisePruning, FixedRule, Score
 from datamodules import TextDataModule
 from lightning_modules import CausalLM
 
@@ -90,9 +90,12 @@ def measure(module: CausalLM, data: TextDataModule, run: dict, dense: dict[str, 
         (heldout,) = trainer.validate(module, data, verbose=False)
         return {"heldout_perplexity": round(heldout["val/perplexity"], 4)}
     target = {"pattern": run["target"]} if ":" in run["target"] else {"sparsity": float(run["target"])}
-    settings = {name: run[name] for name in ("method", "activation_norm", "scale", "lambda1", "lambda2")}
-    held = run["non_updated"] if run["method"] == "d2prune" else None
-    callback = BlockwisePruning(**target, **settings, non_updated=held, output_dir=str(scratch / "pruned"))
+    settings = {"method": run["method"]}
+    if run["method"].startswith("d2"):
+        settings["score"] = Score(**{name: run[name] for name in ("activation_norm", "scale", "lambda1", "lambda2")})
+    if run["method"] == "d2prune":
+        settings["update_rule"] = FixedRule(run["non_updated"])
+    callback = BlockwisePruning(**target, **settings, output_dir=str(scratch / "pruned"))
     trainer = Trainer(callbacks=[callback], devices=1, **options)
     trainer.fit(module, data)
     records = callback.records

@@ -20,24 +20,24 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from benchmarks.quality import ENVIRONMENT, SMOLLM2, append, environment, finished, plain_wikitext, test_perplexity
-from callbacks import BlockwisePruning
+from callbacks import AttentionRule, BlockwisePruning, Diagnostics, FixedRule
 from datamodules import TextDataModule
 from lightning_modules import CausalLM
 
-FIXED = {f"{held} held": {"non_updated": held} for held in ("none", "q", "k", "v", "all")}
+FIXED = {f"{held} held": {"update_rule": FixedRule(held)} for held in ("none", "q", "k", "v", "all")}
 RULES = FIXED | {
     "outlier": {"update_rule": "outlier"},
     "perplexity": {"update_rule": "perplexity"},
-    "attention": {"update_rule": "attention"},
-    "attention, 16 windows": {"rule_windows": 16},
+    "attention": {},
+    "attention, 16 windows": {"windows": 16},
     "attention, block reference": {"reference": "block"},
     "attention, 8 subsets": {"candidates": "all"},
     "attention, 8 subsets, block reference": {"candidates": "all", "reference": "block"},
     "attention, 4 candidates": {"candidates": "single"},
     "attention, Eq. 12": {"candidates": "single", "objective": "divergence", "reference": "block"},
-    "attention, windows of source code": {"rule_source": "code"},
+    "attention, windows of source code": {"source": "code"},
 }
-"""Name of a row -> arguments of BlockwisePruning."""
+"""Name of a row -> arguments of BlockwisePruning; of rows with the attention rule, those of AttentionRule."""
 
 SHOWN = ("none held", "q held", "k held", "v held", "outlier", "perplexity", "attention")
 KEYS = ("model", "dtype", "rule", "target", "calibration", "seq_len", "samples", "seed")
@@ -62,10 +62,13 @@ def measure(module: CausalLM, data: TextDataModule, row: dict, dense: dict[str, 
     module.model.load_state_dict(dense)
     target = {"pattern": row["target"]} if ":" in row["target"] else {"sparsity": float(row["target"])}
     settings = dict(RULES[row["rule"]])
-    if settings.get("rule_source") == "code":
-        settings["rule_source"] = source_code(scratch)
+    if settings.get("source") == "code":
+        settings["source"] = source_code(scratch)
+    if row["rule"].startswith("attention"):
+        settings = {"update_rule": AttentionRule(**settings)}
     looked_at = row["rule"] != "perplexity"  # measured for its best run by the fixed rules
-    callback = BlockwisePruning(**target, **settings, log_attention=looked_at, output_dir=str(scratch / "pruned"))
+    diagnostics = Diagnostics(attention=looked_at)
+    callback = BlockwisePruning(**target, **settings, diagnostics=diagnostics, output_dir=str(scratch / "pruned"))
     trainer = Trainer(
         callbacks=[callback], devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=scratch,

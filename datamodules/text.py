@@ -140,9 +140,10 @@ class TextDataModule(LightningDataModule, CalibrationData):
             self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         if self._tokenizer is None:
             self._tokenizer = self._find_tokenizer()
-        for part, (windows, origin) in self._cut(missing).items():
-            self._windows[part] = windows
-            rank_zero_info(f"Text, {part}: {len(windows)} windows, {windows.numel():,} tokens, of {origin}")
+        cut = self._cut(missing)
+        self._windows |= {part: windows for part, (windows, _) in cut.items()}
+        parts = [f"{part} {len(windows)} windows of {origin}" for part, (windows, origin) in cut.items()]
+        rank_zero_info(f"Text, {self.hparams.seq_len} tokens a window: {'; '.join(parts)}")
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
         """That of the settings, or the model's."""

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
 
+WRAPPED = ("Parser key", "Does not validate against any of the Union subtypes")
+"""Beginnings of messages that are trees."""
 LONGEST = 1000
 """Characters of an error."""
 LISTED = 40
@@ -43,8 +45,13 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         return "Give a subcommand: fit, validate, test or predict. `python train.py --help` says what they do."
     if "arguments are required" in message and ".model" in message:
         return "No model is given. Give a config file, such as `--config configs/quickstart.yaml`, or `--model`."
-    found = _follow(_tree(message), "") if message.startswith("Parser key") else None
+    found = _follow(_tree(message), "") if message.startswith(WRAPPED) else None
     return found or f"{one_line(message).rstrip('.')}."
+
+
+def explained(error: BaseException) -> BaseException:
+    """An error of a class that jsonargparse made; in one sentence where jsonargparse has wrapped it."""
+    return ValueError(explain(str(error))) if str(error).startswith(WRAPPED) else error
 
 
 def one_line(text: str) -> str:
@@ -99,13 +106,17 @@ def _leaf(text: str, path: str, owner: str) -> str | None:
         return f"Argument `{path}` expected {_in_words(match[1])} but got {match[2]!r}."
     if match := re.match(r"module '([^']+)' has no attribute '([^']+)'; it has (.*)", text):
         return f"Argument `{path}`: {match[1]} has no {match[2]!r}.{_similar(match[2], match[3].split(', '))}"
+    if text.startswith("Argument `"):
+        return text
     if re.match(r"(No module named|Unexpected import|Problem)", text):
         return f"Argument `{path}`: {one_line(text)}."
     return None
 
 
 def _of_union(node: Node, errors: Node, path: str) -> str | None:
-    """A value that is of none of several types."""
+    """A value that is of none of several types, or that the class among them refuses."""
+    if refused := next((child.text for child in errors.children if child.text.startswith("Argument `")), None):
+        return refused
     types = [child.text.removeprefix("Expected a ") for child in errors.children if child.text.startswith("Expected a ")]
     texts = [child.text for child in node.children if child.text.startswith("Given value: ")]
     given = texts[0].removeprefix("Given value: ") if texts else ""

@@ -11,12 +11,13 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from utilities.command_line import one_line
 from utilities.distributed import ProcessFailedError
 
 DEBUG = "D2PRUNE_DEBUG"
-EXPLAINED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError, NotImplementedError)
+EXPLAINED = (MisconfigurationException, ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 """Errors whose message says what to do. Others are defects, of which the traceback says most."""
 PATIENCE = timedelta(seconds=5)
 """How long a process waits for the first one's store before it speaks for itself."""
@@ -38,7 +39,7 @@ def failures_in_one_sentence() -> Iterator[None]:
             raise
         message = one_line(str(error)) or type(error).__name__
         if not isinstance(error, ProcessFailedError) and _is_first_to_say(message):
-            print(f"error: {message}\n(`--debug` shows where.)", file=sys.stderr, flush=True)
+            print(f"error: {message} (`--debug` shows where.)", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

@@ -20,8 +20,25 @@ MESSAGES = (
     r"You called `self\.log.*but have no logger configured",
 )
 """Beginnings of warnings, as regular expressions."""
-TIPS = ("💡", "GPU available: ", "TPU available: ", "HPU available: ", "LOCAL_RANK: ", "`Trainer.fit` stopped: ")
+TIPS = (
+    "💡",
+    "GPU available: ",
+    "TPU available: ",
+    "HPU available: ",
+    "LOCAL_RANK: ",
+    "Seed set to ",
+    "Initializing distributed: ",
+    "[rank: ",
+    "`Trainer.fit` stopped: ",
+)
 """Beginnings of log records of Lightning: advertisements, and what the closing table says better."""
+
+
+LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+)
 
 
 class _WithoutTips(logging.Filter):
@@ -36,5 +53,5 @@ def quiet() -> None:
     """Install the filters; calling it again changes nothing."""
     for message in MESSAGES:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    for name in LOGGERS:
         logging.getLogger(name).addFilter(_FILTER)

@@ -284,7 +284,7 @@ def test_a_model_without_the_projection(tiny_model, text_file, tmp_path):
     module = CausalLM(tiny_model("llama"))
     module.configure_model()
     module._architecture = replace(module.architecture, projections={"o": "self_attn.o_proj"})
-    with pytest.raises(ValueError, match=r"`update_rule` = FixedRule\(held='k'\\): this model has no projection k, only o"):
+    with pytest.raises(ValueError, match=r"`update_rule` = FixedRule\(held='k'\): this model has no projection k, only o"):
         fit(tiny_model("llama"), text_file, tmp_path, BlockwisePruning(sparsity=0.5, update_rule=FixedRule("k")), module=module)
 
 

@@ -188,7 +188,7 @@ def test_started_differently(tiny_run, whole, tmp_path):
     kept = {path.name: path.read_bytes() for path in run.state.glob("*")}
     changes = {
         "`sparsity` was 0.5 and is 0.25": {"settings": {"sparsity": 0.25}},
-        "`score` was {'lambda1': 1.0, ": {"settings": {"sparsity": 0.5, "score": Score(lambda1=2.0)}},
+        "`score.lambda1` was 1.0 and is 2.0": {"settings": {"sparsity": 0.5, "score": Score(lambda1=2.0)}},
         "`data.num_calibration` was 13 and is 12": {"data": {"num_calibration": 12}},
         f"`model.model_name_or_path` was '{tiny_run.model}' and is '{model}'": {"model": model},
         "`number of processes` was 1 and is 2": {"processes": 2},

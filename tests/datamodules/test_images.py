@@ -14,14 +14,15 @@ from torch.utils.data import RandomSampler, SequentialSampler
 
 from datamodules import ImageDataModule
 from datamodules.image_sources import UnreadableImage
-from tests.helpers.coloured_images import SIZE, attach, identities, joined, make, ready, truncate, write_folder
+from tests.helpers.coloured_images import SIZE, attach, identities, joined, make, pruning, ready, truncate, write_folder
 from tests.helpers.tiny import quiet
+from utilities.contract import ModelFacts, TellsModelFacts
 
 # Calibration and held-out images
 
 
 def test_calibration_images_are_spread_evenly_over_classes_and_disjoint_from_heldout(root):
-    data = ready(root, num_calibration=10, num_heldout=6)
+    data = pruning(root, num_calibration=10, num_heldout=6)
     calibration, heldout = data.calibration_dataloader(), data.val_dataloader()[1]
     assert Counter(label for label, _ in identities(heldout)) == {0: 2, 1: 2, 2: 2}
     counts = Counter(label for label, _ in identities(calibration))
@@ -35,7 +36,7 @@ def test_calibration_images_are_spread_evenly_over_classes_and_disjoint_from_hel
 
 
 def test_all_training_images_can_be_drawn_but_no_more(root):
-    data = ready(root, num_calibration=20, num_heldout=4)
+    data = pruning(root, num_calibration=20, num_heldout=4)
     drawn = identities(data.calibration_dataloader()) + identities(data.val_dataloader()[1])
     assert sorted(drawn) == [(label, number) for label, count in enumerate((9, 12, 3)) for number in range(count)]
     data = ready(root, num_calibration=21, num_heldout=4)
@@ -43,12 +44,12 @@ def test_all_training_images_can_be_drawn_but_no_more(root):
     with pytest.raises(ValueError, match=r"`num_calibration` = 21 and `num_heldout` = 4 expected at most 24 images together"):
         data.calibration_dataloader()
     with pytest.raises(ValueError, match="expected at most 24"):
-        ready(root, num_heldout=25).val_dataloader()
+        pruning(root, num_heldout=25).val_dataloader()
 
 
 def test_draws_depend_on_the_seed_alone(root):
-    def drawn(part, seed=1, stage="fit", **options):
-        data = ready(root, stage, **{"seed": seed, "num_heldout": 3, **options})
+    def drawn(part, seed=1, **options):
+        data = pruning(root, **{"seed": seed, "num_heldout": 3, **options})
         torch.manual_seed(len(options))
         state = torch.get_rng_state()
         loader = data.calibration_dataloader() if part == "calibration" else data.val_dataloader()[1]
@@ -57,7 +58,7 @@ def test_draws_depend_on_the_seed_alone(root):
 
     calibration, heldout = drawn("calibration"), drawn("heldout")
     assert drawn("calibration") == calibration != drawn("calibration", seed=2)
-    assert drawn("heldout", stage="validate") == heldout != drawn("heldout", seed=2)
+    assert drawn("heldout") == heldout != drawn("heldout", seed=2)
     assert drawn("heldout", num_calibration=9) == heldout  # of another size, it leaves the other part alone
     assert drawn("calibration", num_heldout=0) == calibration
     assert drawn("calibration", num_calibration=3) == calibration[:3]
@@ -103,7 +104,7 @@ def test_skip_replaces_calibration_and_heldout_images(root, caplog):
         truncate(root / "train" / "cat" / f"{number:03}.png")
     for number in range(6):
         truncate(root / "train" / "ant" / f"{number:03}.png")
-    data = ready(root, on_corrupt="skip", num_calibration=10, num_heldout=3)
+    data = pruning(root, on_corrupt="skip", num_calibration=10, num_heldout=3)
     with caplog.at_level("INFO"):
         loaders = data.val_dataloader()[1], data.calibration_dataloader()
     heldout, calibration = (identities(loader) for loader in loaders)
@@ -144,21 +145,21 @@ def test_training_is_shuffled_by_the_global_seed_and_whole(root):
     assert isinstance(loader.sampler, RandomSampler)
 
 
-def test_an_armed_module_gets_calibration_images(root):
-    data = attach(ready(root, mean=None, std=None, augmentation={"hflip": 1.0}), armed=True)
+def test_a_pruning_run_gets_calibration_images(root):
+    data = attach(pruning(root, mean=None, std=None, augmentation={"hflip": 1.0}))
     loader = data.train_dataloader()
     assert isinstance(loader.sampler, SequentialSampler) and not loader.drop_last
     assert [len(batch["index"]) for batch in loader] == [4, 2]
     first, again = joined(loader), joined(data.train_dataloader())
     assert all(torch.equal(first[key], again[key]) for key in first)
-    data.trainer.lightning_module.calibration_step = None
+    data.end_calibration()
     assert len(joined(data.train_dataloader())["index"]) == 24
 
 
 def test_workers_change_nothing(root):
     parts = []
     for number in (0, 2):
-        data = ready(root, num_workers=number, batch_size=2, num_heldout=3)
+        data = pruning(root, num_workers=number, batch_size=2, num_heldout=3)
         parts.append([joined(loader) for loader in (*data.val_dataloader(), data.calibration_dataloader())])
     for alone, two in zip(*parts, strict=True):
         assert all(torch.equal(alone[key], two[key]) for key in alone)
@@ -184,7 +185,7 @@ def test_rule_images(root, tmp_path):
     with pytest.raises(ValueError, match="rule images expected to be 6 but only 5"):
         data.rule_dataloader(both[0], 6)
     with pytest.raises(
-        ValueError, match=r"Argument `rule_source` expected a folder with .png .jpg .jpeg files but got '/nowhere'"
+        ValueError, match=r"Argument `update_rule.source` expected a folder with .png .jpg .jpeg files but got '/nowhere'"
     ):
         data.rule_dataloader("/nowhere", 1)
 
@@ -215,7 +216,7 @@ def test_setup_scans_what_a_stage_needs_once(root, monkeypatch):
     assert found == ["val", "train"]
     found.clear()
     ready(root, "validate", num_heldout=1)
-    assert found == ["train", "val"]
+    assert found == ["val"]  # images are held out for a pruning run only
     with pytest.raises(ValueError, match="`stage` expected one of fit, validate, predict but got 'test'"):
         data.setup("test")
 
@@ -243,15 +244,18 @@ def test_wrong_arguments(options, message):
 # With Lightning
 
 
-class Learner(LightningModule):
+class Learner(LightningModule, TellsModelFacts):
     """Keeps the sizes of the batches that it is given."""
 
-    calibration_step = None
     automatic_optimization = False
 
-    def configure_model(self):  # after `setup` of the data module, as in ImageClassifier
-        self.num_classes, self.seen = 10, {"train": [], "val": [], "heldout": []}
-        self.data_config = {"input_size": (3, SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+    def __init__(self):
+        super().__init__()
+        self.seen = {"train": [], "val": [], "heldout": []}
+
+    def model_facts(self):
+        config = {"input_size": (3, SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+        return ModelFacts(num_classes=10, image_config=config)
 
     def training_step(self, batch, batch_idx):
         self.seen["train"].append(len(batch["label"]))
@@ -263,13 +267,14 @@ class Learner(LightningModule):
         return None
 
 
-@pytest.mark.parametrize("armed", [False, True])
-def test_a_trainer_runs_it(tmp_path, armed):
-    module = Learner()
-    module.calibration_step = print if armed else None
-    quiet(tmp_path).fit(module, ImageDataModule(num_calibration=70, num_heldout=30, batch_size=64))
-    assert sum(module.seen["train"]) == (70 if armed else 1438)
-    assert sum(module.seen["val"]) == 359 and sum(module.seen["heldout"]) == 30
+@pytest.mark.parametrize("prunes", [False, True])
+def test_a_trainer_runs_it(tmp_path, prunes):
+    module, data = Learner(), ImageDataModule(num_calibration=70, num_heldout=30, batch_size=64)
+    if prunes:
+        data.begin_calibration(None)
+    quiet(tmp_path).fit(module, data)
+    assert sum(module.seen["train"]) == (70 if prunes else 1438)
+    assert sum(module.seen["val"]) == 359 and sum(module.seen["heldout"]) == (30 if prunes else 0)
 
 
 @pytest.mark.filterwarnings(r"ignore:\s*(By default only one Jsonargparse|.* was deprecated in v4\.49)")

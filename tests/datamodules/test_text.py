@@ -204,9 +204,12 @@ def test_each_part_is_announced_once(make, caplog):
         data.setup("validate")
         data.setup("fit")
     lines = [record.message for record in caplog.records if record.message.startswith("Text, ")]
-    assert len(lines) == 2
-    assert re.match(r"Text, calibration: 12 windows, 192 tokens, of [\d,]{6,} calibration tokens$", lines[0])
-    assert re.match(r"Text, heldout: 3 windows, 48 tokens, of [\d,]+ held-out tokens \(\d of \d+ documents\)$", lines[1])
+    assert len(lines) == 1
+    assert re.match(
+        r"Text, 16 tokens a window: calibration 12 windows of [\d,]{6,} calibration tokens; "
+        r"heldout 3 windows of [\d,]+ held-out tokens \(\d of \d+ documents\)$",
+        lines[0],
+    )
 
 
 # Seeds
@@ -310,10 +313,14 @@ def test_too_few_documents_to_hold_some_out(make, marked):
 
 def test_tokenizers_that_cannot_be_loaded(make, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"`tokenizer` is null\. Give a hub id, a local directory, a \.gguf file"):
+    with pytest.raises(
+        ValueError, match=r"`tokenizer` is null, and the model names none. Give a hub id, a local directory, a \.gguf file"
+    ):
         make(tokenizer=None).setup("fit")
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0")
-    for path in [str(tmp_path), str(tmp_path / "cut.gguf"), "no-such-owner/model"]:
+    with pytest.raises(ValueError, match=r"the directory '.*' holds no tokenizer \(tokenizer.json or tokenizer.model\)"):
+        load_tokenizer(str(tmp_path))
+    for path in [str(tmp_path / "cut.gguf"), "no-such-owner/model"]:
         with pytest.raises(ValueError, match=r"(?s)`tokenizer`: none could be loaded from '.*Give a hub id"):
             load_tokenizer(path)
     with pytest.raises(ValueError, match=r"`stage` must be one of fit, validate, test, predict, got 'train'"):

@@ -8,9 +8,20 @@ import torch
 from PIL import Image
 
 from datamodules import ImageDataModule
+from utilities.contract import ModelFacts, TellsModelFacts
 
 SIZE = 8
 PLAIN = {"image_size": SIZE, "crop_pct": 1.0, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+
+
+class Told(TellsModelFacts):
+    """Tells the facts that it was given."""
+
+    def __init__(self, facts):
+        self._facts = facts
+
+    def model_facts(self):
+        return self._facts
 
 
 def colour(label, number):
@@ -35,11 +46,17 @@ def ready(root, stage="fit", **options):
     return data
 
 
-def attach(data, num_classes=3, armed=False, **config):
-    """A trainer whose module has what data modules ask for."""
+def pruning(root, **options):
+    """As it is while a run prunes: with calibration and held-out images."""
+    data = ready(root, **options)
+    data.begin_calibration(None)
+    return data
+
+
+def attach(data, num_classes=3, **config):
+    """A trainer whose module tells what data modules ask for."""
     config = {"input_size": (3, SIZE, SIZE), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.5, 1.0), **config}
-    module = SimpleNamespace(num_classes=num_classes, calibration_step=print if armed else None, data_config=config)
-    data.trainer = SimpleNamespace(lightning_module=module)
+    data.trainer = SimpleNamespace(lightning_module=Told(ModelFacts(num_classes=num_classes, image_config=config)))
     return data
 
 

@@ -79,13 +79,18 @@ def test_predict_writes_continuations(tiny_model, text_file, tmp_path):
     assert all(1 <= len(text.split()) <= 5 for batch in texts for text in batch)
 
 
-def test_an_unknown_architecture_lists_the_known_ones(tmp_path):
+def test_an_unknown_architecture_lists_the_known_ones_when_it_is_to_be_pruned(tmp_path):
     config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=8, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(
         ValueError, match=r"'gpt2' is not in ARCHITECTURES, which has deit, llama, mistral, opt, qwen2, qwen3.*paths of the"
     ):
-        CausalLM(str(tmp_path)).architecture_of_saved()
+        module = CausalLM(str(tmp_path))
+        module.arm(print)
+        module.configure_model()
+    module.disarm()
+    module.configure_model()
+    assert module.family == "gpt2"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -277,7 +277,9 @@ def test_pictures_undo_the_normalisation():
 )
 def test_wrong_models(arguments, message):
     with pytest.raises(ValueError, match=message):
-        ImageClassifier(**arguments).configure_model()
+        module = ImageClassifier(**arguments)
+        module.arm(print)
+        module.configure_model()
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):
@@ -304,4 +306,8 @@ def test_predict_gives_the_most_probable_classes(tmp_path, capsys):
     with torch.no_grad():
         scores = nn.functional.softmax(module.model.eval()(next(iter(loader(5, 1)))["image"]), -1)
     assert torch.equal(results[0]["classes"][:, 0], scores.argmax(-1)) and results[0]["classes"].shape == (5, 5)
-    assert "[4] " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "[3] " in printed and "[4] " not in printed  # the first few; the file has all
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(5))
+    assert [row["classes"] for row in rows] == results[0]["classes"].tolist()

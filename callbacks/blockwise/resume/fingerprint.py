@@ -5,7 +5,7 @@ why, and by themselves they refuse nothing: the same text may lie under another 
 """
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -23,9 +23,13 @@ from utilities.digest import digest, source_digests
 from utilities.distributed import Processes
 
 PACKAGES = ("torch", "lightning", "transformers", "timm", "d2prune")
-DIGEST_LENGTH = 64
-EXPLAINED_BY = {"model": "model.", "tokenizer": "model.", "calibration": "data.", "rule source": "data."}
-"""Digest -> beginning of the names of the settings that it follows from."""
+EXPLAINED_BY = {
+    "model": ("model.", "the weights"),
+    "tokenizer": ("model.", "the tokenizer"),
+    "calibration": ("data.", "the calibration data"),
+    "rule source": ("data.", "the windows of the update rule"),
+}
+"""Digest -> beginning of the names of the settings that it follows from, and what it is a digest of."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,12 @@ class Fingerprint:
         found = []
         for name in names:
             before, now = other.binding.get(name), self.binding.get(name)
-            if len(before or now) < DIGEST_LENGTH:
-                found.append(f"`{name}` was {before or 'absent'} and is {now or 'absent'}")
-            elif name.startswith("source "):
+            if name.startswith("source "):
                 found.append(f"the code of {name.removeprefix('source ')} has changed")
-            else:
+            elif name in EXPLAINED_BY:
                 found += self._why(other, name)
+            else:
+                found.append(f"`{name}` was {before or 'absent'} and is {now or 'absent'}")
         return list(dict.fromkeys(found))
 
     def _differs(self, other: Self, name: str) -> bool:
@@ -70,13 +74,12 @@ class Fingerprint:
 
     def _why(self, other: Self, name: str) -> list[str]:
         """The settings that explain another digest, or that there are none."""
-        prefix = EXPLAINED_BY.get(name, "")
+        prefix, what = EXPLAINED_BY[name]
         settings = sorted(key for key in self.described.keys() | other.described.keys() if key.startswith(prefix))
         changed = [key for key in settings if self.described.get(key) != other.described.get(key)]
         if changed:
             return [f"`{key}` was {other.described.get(key)} and is {self.described.get(key)}" for key in changed]
-        what = {"model": "the weights", "tokenizer": "the tokenizer", "calibration": "the calibration data"}.get(name, name)
-        return [f"{what} differ although the settings are the same: a file has changed"]
+        return [f"{what} changed although the settings are the same: a file has other content"]
 
 
 def fingerprint_of(
@@ -92,7 +95,7 @@ def fingerprint_of(
         rule_batches: Windows that the update rule looks at beside the calibration data; in the first process.
     """
     device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else module.device.type
-    binding = {name: repr(value) for name, value in settings.as_dict().items()}
+    binding = dict(flattened(settings.as_dict()))
     binding |= {f"version of {name}": _version(name) for name in PACKAGES} | {"version of python": platform.python_version()}
     binding |= {"number of processes": str(processes.size), "device": device, "trainer.precision": str(trainer.precision)}
     binding |= {f"source {path}": value for path, value in source_digests().items()}
@@ -102,6 +105,15 @@ def fingerprint_of(
     described = {f"model.{name}": repr(value) for name, value in module.described().items()}
     described |= {f"data.{name}": repr(value) for name, value in data_of(trainer).facts().settings.items()}
     return Fingerprint(binding, described)
+
+
+def flattened(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Name and value of each setting, as a command line has them: `score.lambda1`, `update_rule.candidates`."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from flattened(value, prefix if name == "init_args" else f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}".removesuffix(".class_path"), repr(value)
 
 
 def digest_of_batches(batches: Iterable[Any]) -> str:

@@ -64,7 +64,11 @@ class PruningState:
             ) from error
         for partial in self.directory.glob("*.partial"):
             partial.unlink()
-        self._check_fingerprint(fingerprint)
+        try:
+            self._check_fingerprint(fingerprint)
+        except BaseException:
+            self.close()
+            raise
         self.is_open = True
         return self._verified()
 
@@ -138,14 +142,24 @@ class PruningState:
         if known is None:
             log.warning("%s is damaged or missing: all blocks are pruned again.", path)
             self._forget(0)
+            path.unlink(missing_ok=True)
             known = fingerprint
         if differing := fingerprint.differences(known):
-            self.close()
             raise ValueError(
                 f"{self.directory} holds an unfinished pruning run that was started differently: {'; '.join(differing)}. Start "
                 "it as it was, remove that directory to begin anew, or give this run another `output_dir` or `resume: false`."
             )
-        _write(path, json.dumps(fingerprint.as_json(), indent=2).encode())
+        if known != fingerprint or not path.exists():
+            self._write_fingerprint(fingerprint)
+
+    def _write_fingerprint(self, fingerprint: Fingerprint) -> None:
+        try:
+            _write(self.directory / FINGERPRINT, json.dumps(fingerprint.as_json(), indent=2).encode())
+        except OSError as error:
+            raise OSError(
+                f"Finished blocks cannot be kept in {self.directory} ({error.strerror or error}). Make room there and start the "
+                "same command again, or give `resume: false`, which keeps nothing."
+            ) from error
 
     def _verified(self) -> int:
         """Number of blocks from the first on whose files are whole."""

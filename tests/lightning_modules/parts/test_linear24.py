@@ -21,7 +21,7 @@ from lightning_modules.parts import linear24
 from lightning_modules.parts.linear24 import Linear24, compress_linears, try_kernels
 from tests.helpers.tiny import FAMILIES, make_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
