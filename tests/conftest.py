@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; read when they are defined
 

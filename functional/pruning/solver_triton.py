@@ -54,8 +54,9 @@ def _sweep_kernel(
     else:  # the smallest kept entry of a part is that number `num_zeros` of a stable order: ties lose from the left
         score = tl.load(chosen_ptr + in_block, mask=inside, other=0.0)
         part = (row - first_row) // rows_of_part
-        entry = part.to(tl.int64) * rows_of_part * width + num_zeros
-        there = (row < rows) & (num_zeros < rows_of_part * width)  # else none is kept
+        begin = part.to(tl.int64) * rows_of_part * width
+        entry = begin + num_zeros
+        there = (row < rows) & (entry < begin + rows_of_part * width)  # else none is kept
         least = tl.load(value_ptr + entry, mask=there, other=float("inf"))[:, None]
         place = tl.load(index_ptr + entry, mask=there, other=0)[:, None]
         own = (row - first_row - part * rows_of_part)[:, None].to(tl.int64) * width + column[None, :]

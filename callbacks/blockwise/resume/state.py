@@ -157,8 +157,8 @@ class PruningState:
             _write(self.directory / FINGERPRINT, json.dumps(fingerprint.as_json(), indent=2).encode())
         except OSError as error:
             raise OSError(
-                f"Finished blocks cannot be kept in {self.directory} ({error.strerror or error}). Make room there and start the "
-                "same command again, or give `resume: false`, which keeps nothing."
+                f"Finished blocks cannot be kept in {self.directory} ({error.strerror or error}). Make room there and start "
+                "the same command again, or give `resume: false`, which keeps nothing."
             ) from error
 
     def _verified(self) -> int:
