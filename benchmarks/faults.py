@@ -10,6 +10,7 @@ happened to. The tests use the same functions (tests/callbacks/test_resume.py).
 import argparse
 import csv
 import fnmatch
+import json
 import random
 import shutil
 import signal
@@ -21,7 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import environment
-from tests.helpers.launchers import PLACES, Fault, PruningRun, finish, go, start, tiny
+from tests.helpers.launchers import BETWEEN_RENAMES, PLACES, Fault, PruningRun, finish, go, start, tiny
+from utilities.digest import ROOT, SOURCES
+
+DISK_FOR_BLOCKS_ONLY = (60_000, 90_000)
+"""Bytes that a file may have so that finished blocks fit and the model does not."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +67,83 @@ class Trial:
         return ("the same bits" if self.run.weights == expected else "other bits"), kept
 
 
+@dataclass(frozen=True)
+class FullDiskAtTheEnd(Trial):
+    """The disk is full when the model is written, twice: nothing is left but the finished blocks."""
+
+    def go(self, expected: bytes, seconds: float, draw: random.Random) -> tuple[str, int]:
+        for _ in range(2):
+            if finish(start(self.run, self.faults)) != [1]:
+                return "no error", 0
+            if self.run.weights is not None or list(
+                Path(self.run.output).parent.glob(f".{Path(self.run.output).name}.partial")
+            ):
+                return "a part was left behind", 0
+        return super().go(expected, seconds, draw)
+
+
+@dataclass(frozen=True)
+class BetweenRenames(Trial):
+    """A run that replaces an earlier model dies between two renames; the next start, of another run, puts that model back."""
+
+    def go(self, expected: bytes, seconds: float, draw: random.Random) -> tuple[str, int]:
+        if go(replace(self.run, settings={"sparsity": 0.25})) != [0]:
+            return "the earlier run failed", 0
+        earlier = self.run.weights
+        if go(self.run, self.faults) != [-signal.SIGKILL] or self.run.weights is not None:
+            return "it did not die between the renames", 0
+        refused = go(replace(self.run, settings={"sparsity": 0.75}))  # the finished blocks belong to another run
+        if refused != [1] or self.run.weights != earlier:
+            return "the earlier model is lost", 0
+        return super().go(expected, seconds, draw)
+
+
+@dataclass(frozen=True)
+class TwoRuns(Trial):
+    """Two runs into one directory, without resume: one is refused, and report and weights are those of the other."""
+
+    def go(self, expected: bytes, seconds: float, draw: random.Random) -> tuple[str, int]:
+        runs = [replace(self.run, settings={"sparsity": share, "resume": False}) for share in (0.5, 0.6)]
+        first = start(runs[0])
+        first[0].join(draw.random() * 0.5 * seconds)
+        codes = go(runs[1]), finish(first)
+        report = json.loads((Path(self.run.output) / "pruning.json").read_text(encoding="utf-8"))
+        sparsity = report["settings"]["sparsity"]
+        if [0] not in codes or abs(report["sparsity"] - sparsity) > 1e-3:
+            return f"codes {codes}, report of {sparsity}", 0
+        alone = replace(runs[sparsity == 0.6], output=f"{self.run.output}-alone")
+        same = go(alone) == [0] and alone.weights == self.run.weights
+        shutil.rmtree(alone.output)
+        if not same:
+            return "report and weights of different runs", 0
+        return ("one refused, the other whole" if sorted(codes) == [[0], [1]] else "one after the other, the last whole"), 0
+
+
+@dataclass(frozen=True)
+class ChangedSource(Trial):
+    """A killed run is started again from a checkout in which a source has changed: refused; as it was, it goes on."""
+
+    def go(self, expected: bytes, seconds: float, draw: random.Random) -> tuple[str, int]:
+        files = sorted(path for package in SOURCES for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py")
+        changed = str(draw.choice(files).relative_to(ROOT))
+        if set(go(self.run, self.faults)) == {0}:
+            return "nothing was killed", 0
+        kept = len(list(self.run.state.glob("*.safetensors")))
+        if go(replace(self.run, changed_source=changed)) != [1] or self.run.weights is not None:
+            return "a mixture of two sources", kept
+        again = go(self.run)
+        return ("refused, then the same bits" if again == [0] and self.run.weights == expected else "other bits"), kept
+
+
 def trials(run: PruningRun, seeds: int, folder: Path) -> list[tuple[Trial, random.Random]]:
     """Every fault of the tiny model, `seeds` times."""
     found = []
     for seed in range(seeds):
 
-        def add(name: str, seed: int = seed, processes: int = 1, **options: Any) -> None:
+        def add(name: str, kind: type[Trial] = Trial, seed: int = seed, processes: int = 1, **options: Any) -> None:
             output = str(folder / f"{len(found)}")
-            found.append(
-                (Trial(name, replace(run, output=output, processes=processes), **options), random.Random(f"{name}{seed}"))
-            )
+            trial = kind(name, replace(run, output=output, processes=processes), **options)
+            found.append((trial, random.Random(f"{name}{seed}")))
 
         for place, times in PLACES.items():
             count = random.Random(f"{place}{seed}").randint(1, times)
@@ -85,6 +157,11 @@ def trials(run: PruningRun, seeds: int, folder: Path) -> list[tuple[Trial, rando
         for name, number in (("SIGTERM", signal.SIGTERM), ("Ctrl-C", signal.SIGINT)):
             add(name, faults={0: Fault("statistics", random.Random(f"{name}{seed}").randint(1, 60), number)})
         add("disk full", faults={0: Fault("disk", 12_000 + 1000 * seed)})
+        size = random.Random(seed).randint(*DISK_FOR_BLOCKS_ONLY)
+        add("disk full when the model is written", kind=FullDiskAtTheEnd, faults={0: Fault("disk", size)})
+        add("SIGKILL between the two renames of the result", kind=BetweenRenames, faults={0: Fault(BETWEEN_RENAMES)})
+        add("two runs into one directory", kind=TwoRuns)
+        add("a source changed after the kill", kind=ChangedSource, faults={0: Fault("before a file is renamed", 2 + seed % 3)})
         for name, damage in DAMAGES.items():
             add(f"kept block: {name}", faults={0: Fault("model saved")}, damage=damage)
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +60,11 @@ class OutputDirectory:
             write(new)
             if self.path.exists():
                 os.replace(self.path, old)
-            os.replace(new, self.path)
-        except OSError as error:
+            put_in_place(new, self.path)
+        except (OSError, SafetensorError) as error:  # what safetensors makes of a full disk
             self._clear_scratch()
             raise OSError(
-                f"{self.path} could not be written ({error.strerror or error}); what was there is unchanged. Make room and "
+                f"{self.path} could not be written ({getattr(error, 'strerror', None) or error}); what was there is unchanged. Make room and "
                 "start the same command again."
             ) from error
         except BaseException:
@@ -83,6 +84,11 @@ class OutputDirectory:
             log.warning("A run died while it replaced %s: the earlier directory is back in its place.", self.path)
         if self._scratch.exists():
             shutil.rmtree(self._scratch)
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Give a finished directory its name."""
+    os.replace(new, path)
 
 
 def check_writable(path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from callbacks import AttentionRule, Diagnostics, Score
-from tests.helpers.launchers import PLACES, Fault, PruningRun, VisionRun, finish, go, start, tiny
+from tests.helpers.launchers import BETWEEN_RENAMES, PLACES, Fault, PruningRun, VisionRun, finish, go, start, tiny
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,39 @@ def test_asked_to_stop(signum, place, tiny_run, whole, tmp_path):
     assert go(run) == [0] and run.weights == whole(run)
 
 
+def test_disk_full_when_the_model_is_written(tiny_run, whole, tmp_path):
+    """No part is left, however often it is tried; the blocks are, and with room the same command ends."""
+    run, log = replace(tiny_run, output=str(tmp_path / "pruned")), tmp_path / "log"
+    for _ in range(2):
+        log.unlink(missing_ok=True)
+        assert go(run, {0: Fault("disk", 70_000)}, log) == [1]
+        assert f"{run.output} could not be written (" in log.read_text()
+        assert "File too large" in log.read_text()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".pruned.lock", "log", "pruned.state"]
+        assert len(list(run.state.glob("*.safetensors"))) == 3 and f"kept in {run.state}" in log.read_text()
+    assert go(run) == [0] and run.weights == whole(run)
+
+
+def test_killed_between_the_renames(tiny_run, whole, tmp_path):
+    """The next start, whatever it is, puts the earlier model back and says so."""
+    run, log = replace(tiny_run, output=str(tmp_path / "pruned")), tmp_path / "log"
+    assert go(replace(run, settings={"sparsity": 0.25})) == [0]
+    earlier = run.weights
+    assert go(run, {0: Fault(BETWEEN_RENAMES)}) == [-signal.SIGKILL] and run.weights is None
+    assert go(replace(run, settings={"sparsity": 0.75}), log=log) == [1]
+    assert run.weights == earlier and "the earlier directory is back in its place" in log.read_text()
+    assert go(run) == [0] and run.weights == whole(run)
+
+
+def test_a_changed_source_is_another_run(tiny_run, whole, tmp_path):
+    run, log = replace(tiny_run, output=str(tmp_path / "pruned")), tmp_path / "log"
+    assert go(run, {0: Fault("model saved")}) == [-signal.SIGKILL]
+    assert go(replace(run, changed_source="functional/pruning/solver.py"), log=log) == [1]
+    assert "the code of functional/pruning/solver.py has changed" in log.read_text()
+    assert "kept in" not in log.read_text().rpartition("Traceback")[2]  # nothing is promised of a run that was refused
+    assert go(run) == [0] and run.weights == whole(run)
+
+
 @pytest.mark.parametrize("room", [12_000, 30_000])
 def test_disk_full(room, tiny_run, whole, tmp_path):
     run, log = replace(tiny_run, output=str(tmp_path / "pruned")), tmp_path / "log"
@@ -216,6 +249,21 @@ def test_two_runs_in_one_directory(tiny_run, whole, tmp_path):
         os.kill(first[0].pid, signal.SIGCONT)
         time.sleep(0.05)
     assert finish(first) == [0] and run.weights == whole(run)
+
+
+def test_two_runs_without_resume_do_not_mix(tiny_run, tmp_path):
+    run, log = replace(tiny_run, output=str(tmp_path / "pruned")), tmp_path / "log"
+    runs = [replace(run, settings={"sparsity": share, "resume": False}) for share in (0.5, 0.6)]
+    first = start(runs[0], {0: Fault("model saved", 1, signal.SIGSTOP)})
+    while not (tmp_path / ".pruned.lock").exists():
+        time.sleep(0.05)
+    assert go(runs[1], log=log) == [1] and "is in use by another run" in log.read_text()
+    while first[0].is_alive():
+        os.kill(first[0].pid, signal.SIGCONT)
+        time.sleep(0.05)
+    report = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
+    assert finish(first) == [0] and report["settings"]["sparsity"] == 0.5
+    assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_without_resume_nothing_is_kept(tiny_run, whole, tmp_path):

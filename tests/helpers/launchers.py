@@ -27,10 +27,10 @@ GRACE = 20.0
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a process of a run: a signal when a place is reached for the n-th time, or a full disk.
+    """A fault in a process of a run: a signal when a place is reached for the n-th time, or a full disk.
 
     Attributes:
-        place: A name of `PLACES`, or disk.
+        place: A name of `PLACES`, `BETWEEN_RENAMES`, or disk.
         count: The n-th time; with disk the number of bytes that a file may have.
         signal: That the process sends itself.
     """
@@ -52,6 +52,7 @@ class PruningRun:
         nodes: The processes are said to be on so many machines.
         settings: Arguments of BlockwisePruning.
         data: Arguments of TextDataModule.
+        changed_source: Path of a source below the project's root that has another content for this run; empty for none.
     """
 
     model: str
@@ -61,13 +62,16 @@ class PruningRun:
     nodes: int = 1
     settings: Mapping[str, Any] = field(default_factory=lambda: {"sparsity": 0.5})
     data: Mapping[str, Any] = field(default_factory=dict)
+    changed_source: str = ""
 
     def work(self) -> None:
-        """What each of the processes does."""
+        """Prune, in each of the processes."""
         from callbacks.blockwise_pruning import BlockwisePruning
         from datamodules.text import TextDataModule
         from lightning_modules.causal_lm import CausalLM
 
+        if self.changed_source:
+            _change_source(self.changed_source, Path(self.output).parent)
         settings = {"resume": True, "output_dir": self.output} | dict(self.settings)
         trainer = quiet_trainer(self, Path(self.output).parent, callbacks=[BlockwisePruning(**settings)])
         trainer.fit(CausalLM(self.model), datamodule=TextDataModule(self.model, source=self.text, **self.sizes))
@@ -207,11 +211,27 @@ def _main(run: Run, rank: int, port: int, fault: Fault | None, log: Path | None)
         run.work()
 
 
+def _change_source(path: str, folder: Path) -> None:
+    """Let this process find the project's sources in a copy in which one file has another line."""
+    import shutil
+
+    from utilities import digest
+
+    copy = folder / "changed"
+    shutil.rmtree(copy, ignore_errors=True)
+    for package in digest.SOURCES:
+        shutil.copytree(digest.ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / path).open("a", encoding="utf-8") as file:
+        file.write("# another line\n")
+    digest.ROOT = copy
+
+
 def _places() -> dict[str, tuple[Any, str]]:
     """Name of a place -> object and attribute that is called there."""
     import callbacks.blockwise.resume.state
     import callbacks.blockwise.run
     import functional.pruning.solver
+    import utilities.files
     from functional.pruning import InputStatistics
     from lightning_modules.parts.block_stream import BlockStream
     from utilities.distributed import Processes
@@ -224,6 +244,7 @@ def _places() -> dict[str, tuple[Any, str]]:
         "before a file is written": (callbacks.blockwise.resume.state, "_write"),
         "half a file written": (callbacks.blockwise.resume.state, "_write"),
         "before a file is renamed": (callbacks.blockwise.resume.state.os, "replace"),
+        BETWEEN_RENAMES: (utilities.files, "put_in_place"),
         "model saved": (callbacks.blockwise.run, "publish"),
         "after the model was saved": (callbacks.blockwise.run, "write_json"),
         "state removed": (callbacks.blockwise.resume.state.PruningState, "remove"),
@@ -242,6 +263,10 @@ PLACES = {
     "state removed": 1,
 }
 """Places of a run of the tiny model, and how often it comes by, at most."""
+
+
+BETWEEN_RENAMES = "between the two renames"
+"""Place of a run that replaces an earlier model: that is aside, and the new one not yet in its place."""
 
 
 def _arm(fault: Fault) -> None:
