@@ -2,9 +2,11 @@
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # of the processes that tests start
+
 from types import SimpleNamespace
 
 import pytest
