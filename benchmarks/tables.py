@@ -1,4 +1,4 @@
-"""Write the tables of both README.md from the files in results/, between their <!-- name --> and <!-- /name --> marks.
+"""Write the tables of README.md and docs/ from the files in results/, between their <!-- name --> and <!-- /name --> marks.
 
 python -m benchmarks.tables
 """
@@ -11,6 +11,7 @@ from benchmarks import allocation, graph_tables, recovery, speed_tables
 from benchmarks.markdown import ROOT, read, spread, table
 
 METHODS = ("magnitude", "wanda", "d2_wanda", "sparsegpt", "d2_sparsegpt")
+TARGETS = ("0.5", "0.6", "0.7", "2:4")
 TEXTS = {"wikitext2-valid": "WikiText-2 valid", "pydoc": "Python docs"}
 RULES = ("none held", "q held", "k held", "v held", "outlier", "perplexity", "attention")
 
@@ -23,8 +24,18 @@ def shown(value: str) -> str:
 
 def quality() -> str:
     """Perplexity on WikiText-2 test by method and target, one half of the columns for each calibration text."""
+    header = ["calibrated on", *(f"{name}, {target}" for name in TEXTS.values() for target in TARGETS)]
+    return _qualities(header, tuple(TEXTS))
+
+
+def headline() -> str:
+    """The half of `quality` that is calibrated on the test text's own kind."""
+    return _qualities(["method", "50 %", "60 %", "70 %", "2:4"], ("wikitext2-valid",))
+
+
+def _qualities(header: list[str], texts: tuple[str, ...]) -> str:
+    """Perplexity on WikiText-2 test by method, a column for each calibration text and target."""
     rows = read("smollm2_quality.csv")
-    targets = ["0.5", "0.6", "0.7", "2:4"]
     value = {(r["method"], r["target"], r["calibration"]): r["test_perplexity"] for r in rows if r["non_updated"] == "none"}
     value |= {
         ("d2prune", r["target"], r["calibration"]): r["test_perplexity"]
@@ -32,10 +43,9 @@ def quality() -> str:
         if (r["rule"], r["seed"]) == ("attention", rows[0]["seed"])
     }
     lines = [
-        [method, *(shown(value[method, target, text]) for text in TEXTS for target in targets)]
+        [method, *(shown(value[method, target, text]) for text in texts for target in TARGETS)]
         for method in (*METHODS, "d2prune")
     ]
-    header = ["calibrated on", *(f"{name}, {target}" for name in TEXTS.values() for target in targets)]
     return f"{table(header, lines)}\n\n{setting(rows[0], shown(value['dense', '0.0', 'pydoc']))}, seed {rows[0]['seed']}."
 
 
@@ -127,7 +137,8 @@ def defaults() -> str:
 def activation() -> str:
     """Held-out perplexity with and without the activation term, and the geometric mean.
 
-    WikiText-2 only: what the rows of pydoc held out was in part contained in what they calibrated on (results/README.md).
+    WikiText-2 only: what the rows of pydoc held out was in part contained in what they calibrated on
+    (docs/notes/language-models.md).
     """
     rows = [row for row in read("smollm2_quality.csv") if row["calibration"] == "wikitext2-valid"]
     lines, header = [], []
@@ -140,9 +151,16 @@ def activation() -> str:
     return table(header, lines)
 
 
-TABLES = {"quality": quality, "rules": rules, "activation": activation, "deit": deit, "defaults": defaults}
+TABLES = {
+    "headline": headline,
+    "quality": quality,
+    "rules": rules,
+    "activation": activation,
+    "deit": deit,
+    "defaults": defaults,
+}
 TABLES |= graph_tables.TABLES | speed_tables.TABLES | {"recovery": recovery.table, "allocation": allocation.table}
-TEXTS_WITH_TABLES = (ROOT / "README.md", ROOT / "results" / "README.md")
+TEXTS_WITH_TABLES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
 def filled(text: str) -> str:
@@ -154,5 +172,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for readme in TEXTS_WITH_TABLES:
-        readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in TEXTS_WITH_TABLES:
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

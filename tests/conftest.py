@@ -1,7 +1,6 @@
 """Tiny models and text, made and saved once a session."""
 
 import os
-
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -63,9 +63,10 @@ class OutputDirectory:
             put_in_place(new, self.path)
         except (OSError, SafetensorError) as error:  # what safetensors makes of a full disk
             self._clear_scratch()
+            reason = getattr(error, "strerror", None) or error
             raise OSError(
-                f"{self.path} could not be written ({getattr(error, 'strerror', None) or error}); what was there is unchanged. Make room and "
-                "start the same command again."
+                f"{self.path} could not be written ({reason}); what was there is unchanged. Make room and start the same "
+                "command again."
             ) from error
         except BaseException:
             self._clear_scratch()

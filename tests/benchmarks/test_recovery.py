@@ -1,4 +1,4 @@
-"""benchmarks/recovery.py on a tiny model, and the README's table."""
+"""benchmarks/recovery.py on a tiny model, and the table of docs/recovery.md."""
 
 import csv
 import sys
@@ -34,9 +34,9 @@ def test_rows_of_a_tiny_model(tiny_model, text_file, tmp_path, monkeypatch):
         assert float(row["heldout_perplexity"]) < pruned and float(row["test_perplexity"]) > 1
 
 
-def test_the_table_of_the_readme_is_that_of_the_rows():
+def test_the_table_of_the_docs_is_that_of_the_rows():
     marked = f"<!-- recovery -->\n\n{recovery.table()}\n\n<!-- /recovery -->"
-    assert marked in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert marked in (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("row", recovery.read("recovery.csv"), ids=lambda row: f"{row['target']}, {row['recovery']}")
