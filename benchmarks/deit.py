@@ -4,7 +4,7 @@
 
 Calibration images come from the folder `calib` (training images); as many as `--heldout` others of it judge settings and the
 perplexity rule, and the validation images are only reported. `--study` runs the choice of λ, s and the number of images that
-the attention rule looks at; README.md's defaults come from its held-out columns. Images are decoded once and kept.
+the attention rule looks at; the defaults come from its held-out columns. Images are decoded once and kept.
 Rows are appended as they come and not run again if they are there; `--shard 0/8` lets several processes share the work and
 the file, whose seconds are then no timings (column `processes`).
 """

@@ -1,4 +1,4 @@
-"""Draw the figures of README.md from the files in results/.
+"""Draw the figures of README.md and docs/ from the files in results/.
 
 python -m benchmarks.figures
 """

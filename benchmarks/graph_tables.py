@@ -1,4 +1,4 @@
-"""Tables of README.md about graphs, from results/csg2l*.csv (python -m benchmarks.tables)."""
+"""Tables of the docs about graphs, from results/csg2l*.csv (python -m benchmarks.tables)."""
 
 import json
 import math

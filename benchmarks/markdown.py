@@ -1,4 +1,4 @@
-"""Rows of results files, and tables of README.md made of them (tables.py, graph_tables.py)."""
+"""Rows of results files, and tables of README.md and docs/ made of them (tables.py, graph_tables.py)."""
 
 import csv
 import statistics

@@ -41,7 +41,7 @@ TEXTS = {"pydoc": "Python docs", "wikitext2": "WikiText-2"}
 
 
 def table() -> str:
-    """Perplexity by target and recovery, a table for each text, for README.md."""
+    """Perplexity by target and recovery, a table for each text."""
     rows = read("recovery.csv")
     return "\n\n".join(_of_text([row for row in rows if row["source"] == text], name) for text, name in TEXTS.items())
 

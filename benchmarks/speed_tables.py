@@ -1,4 +1,4 @@
-"""Tables of results/README.md on time: prune_speed.csv, multi_gpu.csv, csg2l_scaling.csv."""
+"""Tables of the docs on time: prune_speed.csv, multi_gpu.csv, csg2l_scaling.csv."""
 
 from benchmarks.markdown import read, table
 

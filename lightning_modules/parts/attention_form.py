@@ -1,4 +1,4 @@
-"""How a model computes attention: eagerly, where probabilities exist as a tensor, or fused, where they do not.
+"""How a model computes attention: in its own form, as it was loaded, or eagerly, where probabilities exist as a tensor.
 
 Transformers reads the choice from the config that a model's modules share, timm from a flag of each attention module. Both
 are put back afterwards, also after an error.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-AttentionForm = Literal["eager", "fused"]
+AttentionForm = Literal["eager", "own"]
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def attention_form(module: nn.Module, form: AttentionForm) -> Iterator[None]:
     """Within, the attention modules in `module`, a whole model or one of its parts, compute in one form.
 
     Blocks whose arguments were captured in eager form hold explicit masks, and can then be run in either form. The other
-    way round they cannot: a fused implementation is given no mask where the causal one is implied.
+    way round they cannot: sdpa is given no mask where the causal one is implied.
 
     Raises:
         ValueError: If there is no attention whose form could be set.
@@ -36,15 +36,22 @@ def attention_form(module: nn.Module, form: AttentionForm) -> Iterator[None]:
     flags = [(attention, attention.fused_attn) for attention in flagged]
     try:
         for config, _ in before:
-            config._attn_implementation = "eager" if form == "eager" else "sdpa"
-        for attention, _ in flags:
-            attention.fused_attn = form == "fused"
+            config._attn_implementation = "eager" if form == "eager" else _own_implementation(config)
+        for attention, fused in flags:
+            attention.fused_attn = fused and form == "own"
         yield
     finally:
         for config, implementation in before:
             config._attn_implementation = implementation
         for attention, fused in flags:
             attention.fused_attn = fused
+
+
+def _own_implementation(config: Any) -> str:
+    """The model's own implementation, or one that gives the same and reads explicit masks: flash and flex attention do not."""
+    if config._attn_implementation in ("eager", "sdpa"):
+        return config._attn_implementation
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # which has no soft cap (Gemma-2)
 
 
 class _Softmaxes(TorchDispatchMode):
@@ -62,8 +69,8 @@ class _Softmaxes(TorchDispatchMode):
 
 
 def run_attention(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """Output of an attention module after its output projection, (samples, tokens, features), in fused form."""
-    with attention_form(attention, "fused"):
+    """Output of an attention module after its output projection, (samples, tokens, features), in the model's own form."""
+    with attention_form(attention, "own"):
         return _first(attention(*args, **kwargs))
 
 

@@ -20,7 +20,7 @@ from functional.sparse24 import (
 class Linear24(nn.Module):
     """``nn.Linear`` with a compressed 2:4 weight: 9/16 of its bytes at 16 bit, 17/32 at 32 bit.
 
-    Up to 16 tokens on a GPU are multiplied from the compressed form, by a weight of 16 bit (times: results/README.md). More
+    Up to 16 tokens on a GPU are multiplied from the compressed form, by a weight of 16 bit (times: docs/speed.md). More
     tokens, and those of another dtype than the weight's, as autocast makes them, are multiplied by the dense weight, made for
     the call and given back: slower than dense, and many times slower on a CPU or of a weight of 32 bit, for which there is no
     kernel. After `prepare_prefill`, more tokens inside a CUDA graph or torch.compile go through cuSPARSELt; that form takes

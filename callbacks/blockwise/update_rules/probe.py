@@ -122,7 +122,7 @@ class AttentionProbe:
     def pass_by(self, index: int) -> None:
         """Move the pruned stream beyond block `index`, which must be pruned by now, without a look at it."""
         self._windows = []
-        with attention_form(self._blocks[index], "fused"):
+        with attention_form(self._blocks[index], "own"):
             for key in range(len(self._pruned)):
                 self._pruned.advance(key, index)
 
@@ -153,7 +153,7 @@ class AttentionProbe:
         attention = self._attention(index)
         handle = attention.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
         try:
-            with attention_form(self._blocks[index], "fused"):
+            with attention_form(self._blocks[index], "own"):
                 hidden = stream.run(key, index)
         finally:
             handle.remove()
