@@ -49,9 +49,9 @@ def attention_form(module: nn.Module, form: AttentionForm) -> Iterator[None]:
 
 def _own_implementation(config: Any) -> str:
     """The model's own implementation, or one that gives the same and reads explicit masks: flash and flex attention do not."""
-    if config._attn_implementation in ("eager", "sdpa"):
-        return config._attn_implementation
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # which has no soft cap (Gemma-2)
+    # Of the scores of Gemma-2, which sdpa refuses, or ignores in transformers 5.10.
+    soft_cap = getattr(config, "attn_logit_softcapping", None)
+    return "eager" if config._attn_implementation == "eager" or soft_cap else "sdpa"
 
 
 class _Softmaxes(TorchDispatchMode):

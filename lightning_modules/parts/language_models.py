@@ -39,7 +39,7 @@ def load_model(path: str, dtype: str, attn_implementation: str | None) -> nn.Mod
         attn_implementation: As in transformers; its own choice when None.
 
     Raises:
-        ValueError: If the model cannot be loaded.
+        ValueError: If the model cannot be loaded, or sdpa is asked for where it would leave out the soft cap of its scores.
     """
     from transformers import AutoModelForCausalLM
 
@@ -52,7 +52,9 @@ def load_model(path: str, dtype: str, attn_implementation: str | None) -> nn.Mod
         has_adapters(name)
         options["use_safetensors"] = True  # on the hub, OPT has pickled weights only: of these, tensors and nothing else
     with _loading(path):
-        return AutoModelForCausalLM.from_pretrained(name, **arguments, **options, weights_only=True)
+        model = AutoModelForCausalLM.from_pretrained(name, **arguments, **options, weights_only=True)
+    _keep_soft_cap(model, attn_implementation)
+    return model
 
 
 def load_tokenizer(path: str) -> Any | None:
@@ -71,6 +73,19 @@ def load_tokenizer(path: str) -> Any | None:
         return None
     with _loading(path):
         return AutoTokenizer.from_pretrained(name, **arguments)
+
+
+def _keep_soft_cap(model: nn.Module, attn_implementation: str | None) -> None:
+    """Compute Gemma-2 eagerly: sdpa has no soft cap, which newer transformers refuses and 5.10 ignores without a word."""
+    config = model.config
+    if not getattr(config, "attn_logit_softcapping", None) or config._attn_implementation != "sdpa":
+        return
+    if attn_implementation is not None:
+        raise ValueError(
+            f"Argument `attn_implementation` = {attn_implementation!r} leaves out the soft cap of the attention scores that "
+            f"{type(model).__name__} has. Give eager, or leave it out."
+        )
+    model.set_attn_implementation("eager")
 
 
 @contextmanager

@@ -3,6 +3,27 @@
 FAMILIES = ("opt", "llama", "mistral", "qwen2", "qwen3")
 VOCABULARY = 96
 
+_MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 8}
+FURTHER_FAMILIES = {
+    "cohere": {"use_qk_norm": True},
+    "cohere2": _MIXED,
+    "ernie4_5": {},
+    "exaone4": _MIXED,
+    "gemma": {"head_dim": 16},
+    "gemma2": _MIXED | {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": _MIXED | {"query_pre_attn_scalar": 8},
+    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "hunyuan_v1_dense": {},
+    "ministral3": {"rope_parameters": _YARN | {"llama_4_scaling_beta": 0.1}},
+    "olmo2": {},
+    "olmo3": _MIXED,
+    "seed_oss": {"head_dim": 16},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "stablelm": {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
+}
+"""Further families of the table, which only their own tests go through -> what sets them apart from LLaMA."""
+
 
 def tiny_config(family: str):
     """A configuration of two heads more queries than keys (GQA) where the family has it, of three blocks."""
@@ -24,7 +45,24 @@ def tiny_config(family: str):
         return transformers.MistralConfig(**grouped, sliding_window=6)
     if family == "qwen2":  # the last block attends in a window, the others do not
         return transformers.Qwen2Config(**grouped, use_sliding_window=True, sliding_window=6, max_window_layers=2)
+    if family in FURTHER_FAMILIES:
+        special = {"head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1} | FURTHER_FAMILIES[family]
+        return transformers.CONFIG_MAPPING[family](**grouped, **special)
     return transformers.Qwen3Config(**grouped, head_dim=16, tie_word_embeddings=True)
+
+
+def make_model(family: str):
+    """A random model whose weights are so large that attention and MLP matter beside the residual."""
+    import torch
+    import transformers
+
+    torch.manual_seed([*FAMILIES, *FURTHER_FAMILIES].index(family))  # whichever test asks first
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    return model
 
 
 def make_tokenizer(family: str):

@@ -83,7 +83,7 @@ def test_an_unknown_architecture_lists_the_known_ones_when_it_is_to_be_pruned(tm
     config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=8, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"'gpt2' is not in ARCHITECTURES, which has deit, llama, mistral, opt, qwen2, qwen3.*paths of the"
+        ValueError, match=r"'gpt2' is not in ARCHITECTURES, which has cohere.*, llama, .* opt, qwen2, qwen3.*paths of the"
     ):
         module = CausalLM(str(tmp_path))
         module.arm(print)
@@ -91,6 +91,20 @@ def test_an_unknown_architecture_lists_the_known_ones_when_it_is_to_be_pruned(tm
     module.disarm()
     module.configure_model()
     assert module.family == "gpt2"
+
+
+def test_a_family_outside_the_table_is_validated(tiny_model, text_file, tmp_path):
+    """Only pruning needs the table."""
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path / "gpt2")
+    data = TextDataModule(tokenizer=tiny_model("llama"), source=text_file, seq_len=24, num_calibration=1, num_heldout=3)
+    (metrics,) = quiet_trainer(tmp_path).validate(CausalLM(str(tmp_path / "gpt2")), data, verbose=False)
+    with torch.no_grad():
+        losses = [
+            model(input_ids=ids[None], labels=ids[None]).loss for batch in data.val_dataloader() for ids in batch["input_ids"]
+        ]
+    assert len(losses) == 3 and metrics["val/loss"] == pytest.approx(sum(losses).item() / 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""Attention in eager and fused form: the same output, the model's own probabilities, and every setting put back."""
+"""Attention in eager form and in the model's own: one output, the model's own probabilities, and every setting put back."""
 
 import pytest
 import torch
@@ -7,41 +7,46 @@ from torch import nn
 from lightning_modules import CausalLM
 from lightning_modules.parts.attention_form import attention_form, run_attention, run_attention_eagerly
 from lightning_modules.parts.block_stream import BlockStream
-from tests.helpers.tiny import FAMILIES, VOCABULARY, tiny_images, tiny_vit
+from tests.helpers.tiny import FAMILIES, FURTHER_FAMILIES, VOCABULARY, make_model, tiny_images, tiny_vit
 
 
-def make(family, tiny_model):
-    """Module in eval mode and a batch."""
+def make(family, tiny_model, folder=None, implementation=None):
+    """Module in eval mode and a batch; of a further family saved in `folder`."""
     if family == "vit":
         images = torch.utils.data.default_collate(tiny_images(3, 0))
         return tiny_vit().eval(), images
-    module = CausalLM(tiny_model(family))
+    if family in FURTHER_FAMILIES:
+        make_model(family).save_pretrained(folder)
+    module = CausalLM(str(folder) if family in FURTHER_FAMILIES else tiny_model(family), attn_implementation=implementation)
     module.configure_model()
     ids = torch.randint(2, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(1))
     return module.eval(), {"input_ids": ids}
 
 
 def calls_of(module, batch):
-    """Arguments of every attention module, captured as the probe does: in eager form, blocks then run fused."""
+    """Arguments of every attention module, captured as the probe does: in eager form, blocks then run in their own."""
     blocks, calls = list(module.blocks.values()), []
     stream = BlockStream(blocks)
     with attention_form(module.model, "eager"):
         stream.capture(0, lambda: module.calibration_forward(batch))
     for index, block in enumerate(blocks):
         hook = module.attention(block).register_forward_pre_hook(lambda _, a, k: calls.append((a, k)), with_kwargs=True)
-        with attention_form(block, "fused"):
+        with attention_form(block, "own"):
             stream.advance(0, index)
         hook.remove()
     return blocks, calls, stream.hidden(0)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "vit"])
-def test_both_forms_agree_and_probabilities_are_the_models_own(family, tiny_model):
-    module, batch = make(family, tiny_model)
+CASES = [(family, None) for family in (*FAMILIES, "vit", "gemma2", "gemma3_text")] + [("gemma2", "eager"), ("llama", "eager")]
+
+
+@pytest.mark.parametrize(("family", "implementation"), CASES)
+def test_both_forms_agree_and_probabilities_are_the_models_own(family, implementation, tiny_model, tmp_path):
+    module, batch = make(family, tiny_model, tmp_path, implementation)
     outputs = []
     hooks = [module.attention(b).register_forward_hook(lambda _, a, out: outputs.append(out)) for b in module.blocks.values()]
     with torch.no_grad():
-        module.calibration_forward(batch)  # as the model is loaded: fused
+        module.calibration_forward(batch)  # as the model is loaded
         expected = [out[0] if isinstance(out, tuple) else out for out in outputs]
         probabilities = own_probabilities(module, batch)
     for hook in hooks:
@@ -49,10 +54,10 @@ def test_both_forms_agree_and_probabilities_are_the_models_own(family, tiny_mode
     blocks, calls, _ = calls_of(module, batch)
     for block, call, output, own in zip(blocks, calls, expected, probabilities, strict=True):
         with torch.no_grad():
-            fused = run_attention(module.attention(block), *call)
+            own_form = run_attention(module.attention(block), *call)
             eager, probability = run_attention_eagerly(module.attention(block), *call)
         scale = output.abs().max().item()
-        torch.testing.assert_close(fused, output, rtol=1e-4, atol=1e-4 * scale)
+        torch.testing.assert_close(own_form, output, rtol=1e-4, atol=1e-4 * scale)
         torch.testing.assert_close(eager, output, rtol=1e-4, atol=1e-4 * scale)
         torch.testing.assert_close(probability, own, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(probability.sum(-1), torch.ones(probability.shape[:-1]))
@@ -61,9 +66,10 @@ def test_both_forms_agree_and_probabilities_are_the_models_own(family, tiny_mode
 def own_probabilities(module, batch):
     """Of every block, by means that share nothing with ours: transformers returns them, timm's are computed by hand."""
     if "image" not in batch:
+        before = module.model.config._attn_implementation
         module.model.set_attn_implementation("eager")
         result = module.model(input_ids=batch["input_ids"], use_cache=False, output_attentions=True).attentions
-        module.model.set_attn_implementation("sdpa")
+        module.model.set_attn_implementation(before)
         future = torch.ones(20, 20, dtype=torch.bool).triu(1)
         assert all((p[..., future] == 0).all() for p in result)
         return result
@@ -80,7 +86,7 @@ def own_probabilities(module, batch):
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "vit"])
-@pytest.mark.parametrize("form", ["eager", "fused"])
+@pytest.mark.parametrize("form", ["eager", "own"])
 def test_settings_are_put_back_also_after_an_error(family, form, tiny_model):
     module, _ = make(family, tiny_model)
 
@@ -96,6 +102,26 @@ def test_settings_are_put_back_also_after_an_error(family, form, tiny_model):
     with pytest.raises(TypeError):
         run_attention_eagerly(attention, (), {"no such argument": 1})
     assert settings() == before
+
+
+@pytest.mark.parametrize(
+    ("family", "loaded", "used"),
+    [
+        ("llama", "eager", "eager"),
+        ("llama", "sdpa", "sdpa"),
+        ("llama", "flash_attention_2", "sdpa"),
+        ("gemma2", "eager", "eager"),
+        ("gemma2", "flash_attention_2", "eager"),
+        ("gemma3_text", "flex_attention", "sdpa"),
+    ],
+)
+def test_the_own_form_reads_explicit_masks(family, loaded, used):
+    """Flash and flex attention would take the eager form's masks for something else; sdpa has no soft cap."""
+    model = make_model(family)
+    model.config._attn_implementation = loaded
+    with attention_form(model, "own"):
+        assert model.config._attn_implementation == used
+    assert model.config._attn_implementation == loaded
 
 
 def test_what_has_no_attention_is_refused():

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_modules import CausalLM
 from lightning_modules.parts.block_stream import BlockStream
-from tests.helpers.tiny import FAMILIES, VOCABULARY
+from tests.helpers.tiny import FAMILIES, VOCABULARY, make_model
 
 TOKENS = 20
 
@@ -77,6 +77,24 @@ def test_sliding_window_reaches_only_its_own_block(tiny_model):
     masks = [kwargs.get("attention_mask") for _, kwargs in stream._batches[0].calls]
     assert masks[0] is None or not torch.equal(masks[0], masks[-1])
     assert masks[-1] is not None
+
+
+def test_each_block_has_its_own_rotary_embedding():
+    """Gemma 3 turns positions faster in its blocks with a window; what equals the batch before is shared block by block."""
+    model = make_model("gemma3_text").eval()
+    stream = BlockStream(list(model.model.layers))
+    for key, batch in enumerate(batches(2)):
+        stream.capture(key, lambda batch=batch: model(**batch, use_cache=False))
+    for key in range(2):
+        arguments = [kwargs for _, kwargs in stream._batches[key].calls]
+        cosines = [kwargs["position_embeddings"][0] for kwargs in arguments]
+        assert torch.equal(cosines[0], cosines[2]) and (cosines[0] - cosines[1]).abs().max() > 0.1
+        position = torch.arange(TOKENS)[:, None]
+        for cosine, base in zip(cosines, (1e4, 1e6, 1e4), strict=True):
+            angles = position / base ** (torch.arange(0, cosine.shape[-1], 2) / cosine.shape[-1])
+            torch.testing.assert_close(cosine[0], angles.cos().repeat(1, 2), rtol=1e-4, atol=1e-4)
+        masks = [kwargs["attention_mask"] for kwargs in arguments]
+        assert masks[1] is None or not torch.equal(masks[0], masks[1])
 
 
 def test_forward_is_restored_and_model_errors_pass_through(module):
