@@ -6,7 +6,7 @@ import warnings
 MESSAGES = (
     r"`max_epochs` was not set",  # the number of epochs of a pruning run is that of its blocks
     r"Found \d+ module\(s\) in eval mode",  # calibration wants eval mode
-    r".*`configure_optimizers` returned `None`",
+    r".*configure_optimizers` returned `None`",
     r".*smaller than the logging interval",
     r"It is recommended to use `self\.log",  # what is logged comes from torchmetrics, which has summed over processes by then
     r".*does not have many workers",

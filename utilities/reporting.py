@@ -38,8 +38,12 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def python_command() -> str:
     """This interpreter as a user in the working directory would type it."""
-    executable = Path(sys.executable)
-    return str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)
+    return shown_path(Path(sys.executable))
+
+
+def shown_path(path: Path) -> str:
+    """A path as a user in the working directory would type it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def log_scalars(loggers: list[Any], values: dict[str, float], step: int) -> None:

@@ -12,7 +12,7 @@ from callbacks.blockwise.records import BlockRecord, sparsity_of
 from lightning_modules.base.prunable import PrunableModule
 from utilities.contract import data_of
 from utilities.files import OutputDirectory, write_json
-from utilities.reporting import environment, print_table, python_command
+from utilities.reporting import environment, print_table, python_command, shown_path
 
 REPORT = "pruning.json"
 
@@ -74,13 +74,13 @@ def print_summary(
     rows += [
         ("time", f"{seconds:.1f} s with dense validation"),
         ("peak memory", f"{max(record.peak_memory_gib for record in records):.2f} GiB"),
-        ("pruned model", str(output)),
+        ("pruned model", shown_path(output)),
     ]
     if isinstance(trainer.logger, TensorBoardLogger):
         rows.append(("logs", f"{python_command()} -m tensorboard.main --logdir {shlex.quote(log_dir)}"))
         config = Path(log_dir) / "config.yaml"
         if config.is_file():
-            arguments = trainer.lightning_module.load_arguments(output)
+            arguments = trainer.lightning_module.load_arguments(Path(shown_path(output)))
             words = [word for key, value in arguments.items() for word in (f"--model.{key}", value)]
             command = f"{python_command()} train.py validate {shlex.join(['--config', str(config), *words])}"
             rows.append(("validate again", command))
