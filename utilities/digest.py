@@ -22,7 +22,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
     for name, tensor in tensors:
         found.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        found.update(as_bytes(tensor).cpu().numpy())
+        found.update(as_bytes(tensor).cpu().numpy().data)
     return found.hexdigest()
 
 

@@ -5,7 +5,7 @@ travel as bytes, since not every back end knows every dtype.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,7 @@ class Processes:
 
     def from_first(self, value: T) -> T:
         """Value of the first process."""
-        return self.gather(value if self.is_first else None)[0]
+        return cast("T", self.gather(value if self.is_first else None)[0])
 
     def together(self, work: Callable[[], T]) -> T:
         """Run `work`, which must not communicate; an error in one process is raised in all.
@@ -71,7 +71,7 @@ class Processes:
 
     def first_of(self, work: Callable[[], T]) -> T:
         """Run `work` in the first process and return its result in all."""
-        return self.from_first(self.in_first(work))
+        return cast("T", self.from_first(self.in_first(work)))
 
     def sum_to(self, tensors: Iterable[tuple[Tensor, int]]) -> None:
         """Replace each tensor by its sum over processes in its owner; elsewhere its content is undefined afterwards."""

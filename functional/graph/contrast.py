@@ -74,10 +74,9 @@ def reweighted_info_nce(
         raise ValueError(f"Arguments `z_a` and `z_b` expected to have one shape but got {z_a.shape} and {z_b.shape}.")
     if anchors is None:
         anchors = torch.arange(len(z_a), device=z_a.device)
-    if labels is not None and confident is None:
-        confident = torch.ones_like(labels, dtype=torch.bool)
     weights = None
     if labels is not None:
+        confident = torch.ones_like(labels, dtype=torch.bool) if confident is None else confident
         weights = partial(_weights, labels=labels, confident=confident, beta=beta, reweight=reweight)
     return _Contrast.apply(z_a, z_b, anchors, weights, form, temperature, intra_view, block_size)
 
@@ -213,7 +212,7 @@ def _rows(similarities: list[Tensor], parts: list[tuple], rows: Tensor, temperat
         scaled.sub_(top).exp_()
         if v is not None:
             scaled.mul_(v.clamp_min_(floor))
-    total = sum(scaled.sum(1, keepdim=True) for scaled in logits)
+    total = torch.stack([scaled.sum(1, keepdim=True) for scaled in logits]).sum(0)
     for number, (scaled, (c, _, _)) in enumerate(zip(logits, parts, strict=True)):
         scaled.div_(total)
         if number == 0 and w is None:

@@ -119,8 +119,7 @@ def low_rank_factors(
             raise ValueError(f"Argument `{name}` expected to be at least {least} but got {value}.")
     if teleport is not None and not 0 < teleport < 1:
         raise ValueError(f"Argument `teleport` expected to be in (0, 1), or None, but got {teleport}.")
-    matrix = normalized_adjacency(edge_index, num_nodes, regularization if base == "regularized" else None)
-    matrix = SparseMatrix(matrix)
+    matrix = SparseMatrix(normalized_adjacency(edge_index, num_nodes, regularization if base == "regularized" else None))
     if base != "diffused":
         steps, teleport = 1, None
     factors = _randomized_svd(

@@ -61,14 +61,14 @@ def owl_sparsities(ratios: Sequence[float], sizes: Sequence[int], sparsity: floa
         sparsity: S.
         spread: Λ.
     """
-    ratios, sizes = np.asarray(ratios, dtype=float), np.asarray(sizes, dtype=float)
-    width = ratios.max() - ratios.min()
-    relative = (ratios - ratios.min()) / width if width > 0 else np.full_like(ratios, 0.5)
+    outliers, counts = np.asarray(ratios, dtype=float), np.asarray(sizes, dtype=float)
+    width = outliers.max() - outliers.min()
+    relative = (outliers - outliers.min()) / width if width > 0 else np.full_like(outliers, 0.5)
     wanted = sparsity + spread - 2 * spread * relative
     low, high = -1.0, 1.0
     for _ in range(100):  # δ by bisection: without bounds it is S minus the mean of `wanted`
         shift = (low + high) / 2
-        too_many = sizes @ np.clip(wanted + shift, 0, 1) > sparsity * sizes.sum()
+        too_many = counts @ np.clip(wanted + shift, 0, 1) > sparsity * counts.sum()
         low, high = (low, shift) if too_many else (shift, high)
     return np.clip(wanted + shift, 0, 1).tolist()
 

@@ -51,7 +51,7 @@ def check_arguments(
         if not abs(value) < float("inf"):
             raise ValueError(f"Argument `{name}` expected to be a finite number but got {value}.")
     inputs.check_finite("inputs")
-    if dual:
+    if outputs is not None and dual:
         outputs.check_finite("outputs")
 
 

@@ -117,9 +117,8 @@ def prune_linear(
         ValueError: If an argument is out of range, the shapes do not fit, or weight or statistics are not finite.
         NotPositiveDefiniteError: (a ValueError) If the Hessian cannot be factorised.
     """
-    options = {"lambda1": lambda1, "lambda2": lambda2, "scale": scale, "activation_norm": activation_norm}
-    options |= {"block_size": block_size, "damping": damping, "solver": solver}
-    return prune_linears([weight], inputs, [outputs], method=method, sparsity=sparsity, pattern=pattern, **options)[0]
+    given = method, sparsity, pattern, lambda1, lambda2, scale, activation_norm, block_size, damping, solver
+    return prune_linears([weight], inputs, [outputs], *given)[0]
 
 
 @torch.no_grad()
@@ -212,7 +211,8 @@ def _activation_norms(
         return None, None
     of_inputs = inputs.updated_activation_norm if method in UPDATED else inputs.activation_norm
     root = stack.x_unit**0.5
-    y_norms = [y.activation_norm(mode, scale) * root * unit for y, unit in zip(outputs, stack.units, strict=True)]
+    given = [y for y in outputs if y is not None]  # all: the arguments have been checked
+    y_norms = [y.activation_norm(mode, scale) * root * unit for y, unit in zip(given, stack.units, strict=True)]
     return of_inputs(mode, scale) * root, torch.cat(y_norms)
 
 

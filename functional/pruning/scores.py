@@ -32,12 +32,14 @@ class ScoreTerms:
     def __call__(self, weight: Tensor, columns: slice = slice(None)) -> Tensor:
         """Scores (O, columns) of some columns from their current weights."""
         score = self.square[columns] * weight.square()
-        return score if self.linear is None else score + self.rows[:, None] * (weight.abs() * self.linear[columns])
+        if self.linear is None or self.rows is None:
+            return score
+        return score + self.rows[:, None] * (weight.abs() * self.linear[columns])
 
     def coefficients(self, columns: slice, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """a, c of some columns, and r; zeros where there is no such term."""
         square = self.square[columns]
-        if self.linear is None:
+        if self.linear is None or self.rows is None:
             return square, torch.zeros_like(square), square.new_zeros(num_rows)
         return square, self.linear[columns], self.rows
 

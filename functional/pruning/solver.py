@@ -192,7 +192,7 @@ def _runs(parts: list[int], shares: list[float]) -> list[Run]:
     return runs
 
 
-Swept = tuple[Tensor, Tensor, Tensor, Tensor | None]
+Swept = tuple[Tensor, Tensor, Tensor, Tensor]
 """Weights, mask, errors (w − q) / U_jj, and with N:M the scores that chose the mask; each (rows, columns)."""
 
 

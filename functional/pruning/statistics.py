@@ -128,8 +128,8 @@ class _Statistics:
                 mine = self._sum(name)
                 mine.add_(value.to(mine.device))
         self.peaks += other.peaks
-        for name, value in other.counts().items():
-            setattr(self, name, getattr(self, name) + value)
+        for name, count in other.counts().items():
+            setattr(self, name, getattr(self, name) + count)
         self._derived.clear()
         return self
 

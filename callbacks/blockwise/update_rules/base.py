@@ -22,8 +22,10 @@ UPDATE_METHOD, HELD_METHOD = "d2_sparsegpt", "d2_wanda"
 class UpdateRule(Choice):
     """Base of the update rules of method d2prune."""
 
-    needed: tuple[str, ...] = ROLES
-    """Roles that the model must have."""
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Roles that the model must have."""
+        return ROLES
 
     def rounds(self, roles: list[str]) -> list[str | None]:
         """How often the model is pruned: for each round the one projection that it holds everywhere, None if the rule decides.
