@@ -140,7 +140,10 @@ def test_what_is_saved_loads_here_and_in_timm(name, tmp_path):
     assert again.load_arguments(tmp_path) == {"model_name_or_path": str(tmp_path)}
     assert module.load_arguments(tmp_path) == {"model_name_or_path": str(tmp_path), "model_args": "null"}
     again.save(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((tmp_path / "m" / "config.json").read_text())
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path, tmp_path / "m")]
+    for config in configs:  # of the hub's weights, or of these: releases of timm differ
+        assert config["pretrained_cfg"].pop("num_classes") in (1000, SMALL["num_classes"])
+    assert configs[0] == configs[1]
 
 
 @pytest.mark.parametrize("kind", ["ViT", "DeiT"])

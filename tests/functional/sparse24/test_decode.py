@@ -44,9 +44,7 @@ def assert_rounded(y, weight, x, bias=None):
 
 
 def check(weight, x, bias, config):
-    y = decode(x, compress(weight), bias, config)
-    assert_rounded(y, weight, x, bias)
-    assert torch.equal(y, decode(x, compress(weight), bias, config))
+    assert_rounded(decode(x, compress(weight), bias, config), weight, x, bias)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
@@ -59,10 +57,17 @@ def test_equals_the_product_in_float64(dtype, tokens, config):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 13])
-@pytest.mark.parametrize(("rows", "inputs"), [(64, 512), (1, 4), (16, 64), (32, 64)])
+@pytest.mark.parametrize(("rows", "inputs"), [(32, 256), (1, 4), (16, 64)])
 def test_full_strips_and_the_smallest(rows, inputs, tokens):
     for config in (CONFIGS["one tile"], CONFIGS["two tiles"], None):
         check(*problem(rows, inputs, tokens, torch.bfloat16, with_bias=False), config)
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_a_product_is_the_same_each_time(tokens):
+    weight, x, bias = problem(37, 356, tokens, torch.bfloat16)
+    first = decode(x, compress(weight), bias)
+    assert torch.equal(first, decode(x, compress(weight), bias))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # of the interpreter
