@@ -156,7 +156,8 @@ def _decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, row
         return out
     tiles, strips = indices.shape[:2]
     words = _aligned(pad(x, (0, -columns % STRIP)) if columns % STRIP else x)  # padding copies, even by nothing
-    options: dict[str, int] = {"HAS_BIAS": bias is not None, "BFLOAT16": x.dtype == torch.bfloat16, "INTERPRETED": not x.is_cuda}
+    options: dict[str, int] = {"HAS_BIAS": bias is not None, "BFLOAT16": x.dtype == torch.bfloat16}
+    options |= {"INTERPRETED": not x.is_cuda}
     options |= {"TOKENS": OF_A_PRODUCT if tokens <= OF_A_PRODUCT else MOST_TOKENS, "TILES": chosen.tiles}
     options |= {
         "EVEN": strips % (chosen.warps * chosen.unroll) == 0,

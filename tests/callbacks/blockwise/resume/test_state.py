@@ -116,7 +116,7 @@ def test_a_file_that_has_changed_under_the_same_settings():
 
 
 def test_a_directory_in_use(state):
-    """The lock is the system's, so it holds against another object as against another process (tests/callbacks/test_resume.py)."""
+    """Against another object here, against other processes in tests/callbacks/test_resume.py."""
     state.open(FINGERPRINT)
     second = PruningState(state.directory)
     with pytest.raises(ValueError, match="Another pruning run is using"):
