@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from typing_extensions import override
 
+from callbacks.base.push import check_access, check_repository, upload
 from callbacks.blockwise.allocations import Allocation, AllocationName
 from callbacks.blockwise.choice import chosen
 from callbacks.blockwise.exchange import give_back, processes_of
@@ -86,6 +87,8 @@ class BlockwisePruning(Callback):
         offload: Whether blocks wait in host memory, so that a GPU needs room for two of them only. Hidden states go there by
             themselves when they do not fit.
         diagnostics: What is measured and drawn beside the pruning itself.
+        push_to_hub: Repository on the Hugging Face hub, owner/name, to which the finished directory is uploaded; made as a
+            private one where it does not exist. Nothing is uploaded when None.
 
     Raises:
         ValueError: If a setting is out of range, or does not apply beside the others.
@@ -106,7 +109,9 @@ class BlockwisePruning(Callback):
         resume: bool = False,
         offload: bool = False,
         diagnostics: Diagnostics | None = None,
+        push_to_hub: str | None = None,
     ) -> None:
+        check_repository(push_to_hub)
         self.settings = PruningSettings.of(
             method,
             sparsity,
@@ -118,7 +123,7 @@ class BlockwisePruning(Callback):
             precision,
             () if ignore is None else ignore,
         )
-        self.output_dir, self.resume, self.offload = output_dir, resume, offload
+        self.output_dir, self.resume, self.offload, self.push_to_hub = output_dir, resume, offload, push_to_hub
         self.diagnostics = diagnostics or Diagnostics()
         self.diagnostics.check(self.settings)
         self.records: list[BlockRecord] = []
@@ -142,6 +147,7 @@ class BlockwisePruning(Callback):
         if not isinstance(pl_module, PrunableModule):
             raise TypeError(f"BlockwisePruning needs a PrunableModule such as CausalLM but got {type(pl_module).__name__}.")
         self._processes = processes_of(trainer)
+        check_access(trainer, self.push_to_hub)
         if any(isinstance(callback, Checkpoint) for callback in trainer.callbacks):
             log.info("BlockwisePruning writes its own result; checkpoints of every epoch are off.")
             trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]
@@ -233,6 +239,8 @@ class BlockwisePruning(Callback):
         if self._processes.is_first:
             shown = self.metrics, self.records, self.output_path, self._run.seconds
             print_summary(trainer, self.settings.title, *shown, log_dir)
+            if self.push_to_hub is not None:  # in one process and last: others do not wait, nothing is lost if it fails
+                upload(self.output_path, self.push_to_hub)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: PrunableModule, exception: BaseException) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from callbacks.base.after_run import AfterRun
+from callbacks.base.model_card import CardContent, card_of, check_place, last_metrics, share_of_zeros, sparse_tags, write_card
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.image_classifier import ImageClassifier
@@ -53,17 +54,40 @@ class ExportOnnx(AfterRun):
         need_whole_weights(trainer, type(self).__name__)
         if self.output_dir is not None:
             check_writable(Path(self.output_dir).expanduser())
+        check_place(self._target(trainer))
 
     @override
     def after_run(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        target = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "onnx").expanduser()
+        target, metrics = self._target(trainer), last_metrics(trainer)  # every process is asked for both
         if not trainer.is_global_zero:
             return
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
             difference = export_onnx(pl_module, Path(scratch) / FILE)
+            write_card(Path(scratch), card_of(trainer, pl_module, _content(pl_module, metrics, difference)))
             move_files(Path(scratch), target)
         rank_zero_info(f"Model written to {target / FILE}; onnxruntime gives PyTorch's logits, to {difference:.1e}.")
+
+    def _target(self, trainer: Trainer) -> Path:
+        """Where the file goes; all processes have to ask, since the log directory is the first one's."""
+        return Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "onnx").expanduser()
+
+
+def _content(module: PrunableModule, metrics: dict[str, float], difference: float) -> CardContent:
+    """What the model card says."""
+    zeros = share_of_zeros(module)
+    return CardContent(
+        title="ONNX",
+        summary=(
+            f"`{FILE}`, with its weights beside it in float32. onnxruntime gives PyTorch's logits, to {difference:.1e}. "
+            "Metrics are those of the model in PyTorch."
+        ),
+        settings={},
+        metrics={"exported": metrics},
+        sparsity={} if zeros is None else {"exported": zeros},
+        tags=(*sparse_tags(zeros), "onnx"),
+        library="onnx",
+    )
 
 
 class _Logits(nn.Module):

@@ -19,9 +19,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+from callbacks.base.model_card import CARD, CardContent, share_of_zeros, sparse_tags
 from callbacks.base.validation import validate_within_fit
 from callbacks.keep_sparsity import KeepSparsity, apply_zeros, linear_weights, share_of, zeros_of
-from callbacks.save_model import SaveModel
+from callbacks.save_model import SaveModel, training_settings
 from lightning_modules.base.prunable import PrunableModule
 from utilities.distributed import need_whole_weights
 from utilities.extras import require
@@ -38,6 +39,10 @@ class LoRA(SaveModel):
         linears: Which linears have one, by their names in ARCHITECTURES such as self_attn.q_proj; all when None.
         merge: masked: trained and merged where the weights are not zero. none: not masked, and kept apart.
         output_dir: Where the model goes; `model` in the log directory when None.
+        push_to_hub: As in `SaveModel`.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -47,8 +52,9 @@ class LoRA(SaveModel):
         linears: list[str] | None = None,
         merge: Literal["masked", "none"] = "masked",
         output_dir: str | None = None,
+        push_to_hub: str | None = None,
     ) -> None:
-        super().__init__(output_dir)
+        super().__init__(output_dir, push_to_hub)
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise ValueError(f"Argument `r` expected to be a positive integer but got {r}.")
         if not (math.isfinite(alpha) and alpha > 0):
@@ -132,11 +138,30 @@ class LoRA(SaveModel):
         return {name: value for name, value in found.items() if not name.startswith("train/")}
 
     @override
-    def on_fit_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        super().on_fit_end(trainer, pl_module)
-        target = self.target(trainer)
-        if not trainer.is_global_zero:
-            return
+    def content(self, trainer: Trainer, pl_module: PrunableModule, metrics: dict[str, float]) -> CardContent:
+        merged = share_of_zeros(pl_module) if self.merge == "masked" else None
+        summary = {
+            "masked": "Low-rank adapters were trained where the weights of a pruned model are not zero, and merged.",
+            "none": "A pruned model as it was, and low-rank adapters beside it. Where they are added, no weight is zero.",
+        }
+        settings = {name: getattr(self, name) for name in ("r", "alpha", "linears", "merge")}
+        return CardContent(
+            title=self._title,
+            summary=summary[self.merge],
+            settings={"lora": settings, **training_settings(trainer)},
+            metrics=self.metrics,
+            sparsity={"pruned": self._sparsity} | ({} if merged is None else {"merged": merged}),
+            tags=(*sparse_tags(self._sparsity), "lora"),
+            library="peft" if self.merge == "none" else None,
+        )
+
+    @property
+    def _title(self) -> str:
+        return f"LoRA, r = {self.r}, alpha = {self.alpha:g}"
+
+    @override
+    def announce(self, pl_module: PrunableModule, target: Path) -> None:
+        super().announce(pl_module, target)
         rows = [
             (name, " -> ".join(f"{values[name]:.4g} {state}" for state, values in self.metrics.items() if name in values))
             for name in self.metrics["trained"]
@@ -146,7 +171,7 @@ class LoRA(SaveModel):
             rows.append(("sparsity", f"{self._sparsity:.4%} of the prunable linears -> {share:.4%} with the adapters merged"))
         else:
             rows.append(("sparsity", f"{self._sparsity:.4%} of the prunable linears; none where adapters are added"))
-        print_table(f"LoRA, r = {self.r}, alpha = {self.alpha:g}", [*rows, ("model", str(target))])
+        print_table(self._title, [*rows, ("model", str(target))])
 
     @override
     def write(self, pl_module: PrunableModule, target: Path) -> None:
@@ -158,7 +183,7 @@ class LoRA(SaveModel):
 
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
             self._adapted.save_pretrained(scratch)
-            Path(scratch, "README.md").unlink(missing_ok=True)  # a form to be filled in
+            Path(scratch, CARD).unlink(missing_ok=True)  # a form to be filled in
             self._adapted.unload()
             super().write(pl_module, target)
             move_files(Path(scratch), target)

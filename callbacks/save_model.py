@@ -8,23 +8,31 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from callbacks.base.model_card import CardContent, card_of, check_place, last_metrics, share_of_zeros, sparse_tags, write_card
+from callbacks.base.push import check_access, check_repository, upload
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts import adapters
 from utilities.files import check_writable, move_files
 
 
 class SaveModel(Callback):
-    """Write the model at the end of `fit`.
+    """Write the model and its model card at the end of `fit`.
 
     Every file is written beside its place and renamed, so a reader finds an old file or a new one. Files of other names in
-    the directory stay.
+    the directory stay, but for a README.md that no run has written, which is refused.
 
     Args:
         output_dir: Where to; `model` in the log directory when None.
+        push_to_hub: Repository on the Hugging Face hub, owner/name, to which the finished directory is uploaded; made as a
+            private one where it does not exist. Nothing is uploaded when None.
+
+    Raises:
+        ValueError: If `push_to_hub` has another form.
     """
 
-    def __init__(self, output_dir: str | None = None) -> None:
-        self.output_dir = output_dir
+    def __init__(self, output_dir: str | None = None, push_to_hub: str | None = None) -> None:
+        check_repository(push_to_hub)
+        self.output_dir, self.push_to_hub = output_dir, push_to_hub
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -32,20 +40,49 @@ class SaveModel(Callback):
             raise TypeError(
                 f"{type(self).__name__} needs a module with a `save`, such as CausalLM, but got {type(pl_module).__name__}."
             )
-        if self.output_dir is None or stage != "fit":
+        if stage != "fit":
             return
-        target = Path(self.output_dir).expanduser()
-        if target.is_file():
-            raise ValueError(f"Argument `output_dir` = {self.output_dir!r} is a file. Give a directory.")
-        check_writable(target)
+        target = self.target(trainer)
+        if self.output_dir is not None:
+            if target.is_file():
+                raise ValueError(f"Argument `output_dir` = {self.output_dir!r} is a file. Give a directory.")
+            check_writable(target)
+        check_place(target, pushed=self.push_to_hub is not None)
+        check_access(trainer, self.push_to_hub)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:
-        target = self.target(trainer)
-        if trainer.is_global_zero:
-            target.mkdir(parents=True, exist_ok=True)
-            self.write(pl_module, target)
-            rank_zero_info(f"Model written to {target}.")
+        target, metrics = self.target(trainer), last_metrics(trainer)  # every process is asked for both
+        if not trainer.is_global_zero:
+            return
+        target.mkdir(parents=True, exist_ok=True)
+        self.write(pl_module, target)
+        write_card(target, card_of(trainer, pl_module, self.content(trainer, pl_module, metrics)))
+        self.announce(pl_module, target)
+        if self.push_to_hub is not None:  # in one process and last: others do not wait, nothing is lost if it fails
+            upload(target, self.push_to_hub)
+
+    def content(self, trainer: Trainer, pl_module: PrunableModule, metrics: dict[str, float]) -> CardContent:
+        """What the model card says.
+
+        Args:
+            trainer: Trainer of the run.
+            pl_module: Module whose model was written.
+            metrics: Last metrics of the run, without those of training batches.
+        """
+        zeros = share_of_zeros(pl_module)
+        return CardContent(
+            title="trained",
+            summary="Trained, and written in the format of the model's own library.",
+            settings=training_settings(trainer),
+            metrics={"trained": metrics},
+            sparsity={} if zeros is None else {"trained": zeros},
+            tags=sparse_tags(zeros),
+        )
+
+    def announce(self, pl_module: PrunableModule, target: Path) -> None:
+        """Say where the model lies, in one process."""
+        rank_zero_info(f"Model written to {target}.")
 
     def target(self, trainer: Trainer) -> Path:
         """Where the model goes; all processes have to ask, since the log directory is the first one's."""
@@ -57,3 +94,8 @@ class SaveModel(Callback):
             pl_module.save(Path(scratch))
             (target / adapters.CONFIG).unlink(missing_ok=True)  # those of an earlier run would be added to this model
             move_files(Path(scratch), target)
+
+
+def training_settings(trainer: Trainer) -> dict[str, Any]:
+    """What a model card says of how long a model was trained."""
+    return {"training": {"epochs": trainer.current_epoch, "steps": trainer.global_step}}

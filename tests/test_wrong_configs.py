@@ -142,6 +142,17 @@ PRUNING = [
     ("llama", [PRUNE + "output_dir", "/proc/x"], r"`output_dir` = '/proc/x' cannot be written .*make '/proc' writable"),
     (
         "llama",
+        [PRUNE + "push_to_hub", "models/me/pruned"],
+        "`push_to_hub` expected owner/name of a repository .* but got 'models/me/pruned'. Correct it",
+    ),
+    ("llama", [PRUNE + "push_to_hub", "pruned"], "`push_to_hub` expected owner/name .* but got 'pruned'. Correct it"),
+    (
+        "llama",
+        [PRUNE + "push_to_hub", "me/pruned"],
+        "`push_to_hub` = 'me/pruned' needs the hub, but HF_HUB_OFFLINE is set. Unset",
+    ),
+    (
+        "llama",
         ["--model.model_name_or_path", "./gpt2", "--data.tokenizer", "./llama"],
         "'gpt2' is not in ARCHITECTURES, which has .*llama.*Add an entry to lightning_modules/parts/",
     ),

@@ -1,18 +1,18 @@
 """The result of a pruning run: report, model card and closing table."""
 
-import os
 import shlex
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from callbacks.base.model_card import CardContent, card_of, facts_of, write_card
 from callbacks.blockwise.records import BlockRecord, sparsity_of
 from lightning_modules.base.prunable import PrunableModule
-from utilities.contract import data_of
 from utilities.files import OutputDirectory, write_json
-from utilities.reporting import environment, print_table, python_command, shown_path
+from utilities.reporting import print_table, python_command, shown_path
 
 REPORT = "pruning.json"
 
@@ -27,28 +27,48 @@ def check_output(path: Path) -> None:
         )
 
 
-def publish(module: PrunableModule, output: OutputDirectory, report: dict[str, Any]) -> None:
-    """Put the model and its report in their place, both at once."""
+def publish(module: PrunableModule, output: OutputDirectory, report: dict[str, Any], card: ModelCard) -> None:
+    """Put the model, its report and its card in their place, all at once."""
 
     def write(directory: Path) -> None:
         module.save(directory)
         write_json(directory / REPORT, report)
+        write_card(directory, card)
 
     output.publish(write)
 
 
 def report_of(trainer: Trainer, module: PrunableModule, run: dict[str, Any], records: list[BlockRecord]) -> dict[str, Any]:
     """Content of pruning.json: model, data, hardware, versions and sources, beside what the run says of itself."""
-    facts = data_of(trainer).facts()
-    return {
-        "model": module.described(),
-        "data": facts.settings,
-        "seed": int(os.environ.get("PL_GLOBAL_SEED", 0) if facts.seed is None else facts.seed),
-        **environment(module.device),
-        **run,
-        "sparsity": sparsity_of(records),
-        "blocks": [record.as_json() for record in records],
-    }
+    blocks = [record.as_json() for record in records]
+    return {**facts_of(trainer, module), **run, "sparsity": sparsity_of(records), "blocks": blocks}
+
+
+def pruning_card(trainer: Trainer, module: PrunableModule, report: dict[str, Any]) -> ModelCard:
+    """Model card of a pruned model.
+
+    Args:
+        trainer: Trainer of the run.
+        module: Module whose model was pruned.
+        report: Content of pruning.json, whose metrics of the pruned model may still be missing.
+    """
+    settings = report["settings"]
+    rule_source = settings.get("update_rule", {}).get("init_args", {}).get("source") or ()
+    content = CardContent(
+        title=f"{settings['method']} at {settings['pattern'] or settings['sparsity']}",
+        summary=(
+            f"Pruned block by block after training: {report['sparsity']:.2%} of the weights of the pruned linears are zero. It "
+            "loads as the dense model does, and zeros are stored like other weights, so the files are as large. "
+            f"`{REPORT}` has every block and linear."
+        ),
+        settings={"pruning": settings} | {name: report[name] for name in ("calibration", "processes")},
+        metrics=report["metrics"],
+        sparsity={"pruned": report["sparsity"]},
+        counted="pruned linears",
+        tags=("sparse", "pruned", settings["method"], *([settings["pattern"]] if settings["pattern"] else [])),
+        sources=(rule_source,) if isinstance(rule_source, str) else tuple(rule_source),
+    )
+    return card_of(trainer, module, content, report)
 
 
 def print_summary(

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from callbacks.base.model_card import write_card
 from callbacks.base.validation import validate_within_fit
 from callbacks.blockwise.block import BlockStep, synchronize
 from callbacks.blockwise.block_solver import BlockSolver
@@ -22,7 +24,7 @@ from callbacks.blockwise.placement import Placement
 from callbacks.blockwise.plan import Plan, plan_of, pruned_roles
 from callbacks.blockwise.progress import BlockProgressBar
 from callbacks.blockwise.records import BlockRecord
-from callbacks.blockwise.result import REPORT, publish, report_of
+from callbacks.blockwise.result import REPORT, pruning_card, publish, report_of
 from callbacks.blockwise.resume.fingerprint import fingerprint_of
 from callbacks.blockwise.resume.finished import FinishedBlocks
 from callbacks.blockwise.settings import PruningSettings
@@ -195,7 +197,7 @@ class PruningRun:
             self._end_round()
 
     def finish(self) -> None:
-        """Save the result, validate it, and complete its report.
+        """Save the result, validate it, and complete its card and report.
 
         Raises:
             RuntimeError: If the trainer stopped before the last step.
@@ -210,11 +212,12 @@ class PruningRun:
             self.metrics |= {f"hold_{name}": metrics for name, metrics in self._rounds.metrics.items()}
         self.seconds = self._seconds_now()
         report = self._report(held)  # saved before the pruned model is validated, which could fail
-        self._processes.in_first(lambda: publish(self._module, self._output, report))
+        self._processes.in_first(lambda: publish(self._module, self._output, report, self._card(report)))
         self.metrics["pruned"] = self.validate()
         log_scalars(self._trainer.loggers, self.metrics["pruned"], step=len(self._blocks))
         self._restore_modes()
         report = self._report(held)
+        self._processes.in_first(lambda: write_card(self._output.path, self._card(report)))
         self._processes.in_first(lambda: write_json(self._output.path / REPORT, report))
         self._finished.remove()
 
@@ -319,6 +322,10 @@ class PruningRun:
         run = {"settings": settings, "calibration": self._processes.from_first(self._solver.calibration)}
         run |= {"processes": self._processes.size, "metrics": self.metrics, "seconds": self.seconds}
         return report_of(self._trainer, self._module, run, self.records)
+
+    def _card(self, report: dict[str, Any]) -> ModelCard:
+        """Model card of the result."""
+        return pruning_card(self._trainer, self._module, report)
 
     def _restore_modes(self) -> None:
         for module, mode in self._modes.items():

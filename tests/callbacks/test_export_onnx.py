@@ -1,5 +1,6 @@
 """ExportOnnx: the file gives the model's outputs for any batch and length, and its zeros are still zeros."""
 
+import re
 from importlib.util import find_spec
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import timm
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
 from callbacks import BlockwisePruning, ExportOnnx
 from callbacks.export_onnx import check_logits, check_weights, export_onnx
@@ -53,7 +55,11 @@ def exported(pruned, text, tmp_path_factory):
 
 def test_language_model(exported, pruned):
     path, module = exported
-    assert {file.name for file in path.parent.iterdir()} == {"model.onnx", "model.onnx.data"}
+    assert {file.name for file in path.parent.iterdir()} == {"README.md", "model.onnx", "model.onnx.data"}
+    card = ModelCard.load(path.parent / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("onnx", "text-generation") and card.data.datasets is None
+    assert card.data.tags == ["sparse", "pruned", "onnx"] and f"onnx {onnx.__version__}" in card.text
+    assert re.search(r"\| val/loss \| \d+\.\d+ \|", card.text) and "prunable linears | 50.0000% |" in card.text
     expected = transformers.AutoModelForCausalLM.from_pretrained(pruned)
     for batch, sequence in ((1, 1), (2, 8), (5, 33)):
         ids = torch.randint(VOCABULARY, (batch, sequence))

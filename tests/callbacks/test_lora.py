@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -78,6 +79,11 @@ def test_masked_merge_is_the_sum_where_weights_are_not_zero(precision, pruned, t
     shown = capsys.readouterr().out
     assert re.search(r"val/loss +\S+ pruned -> \S+ trained -> \S+ merged", shown)
     assert re.search(r"sparsity +50.0000% of the prunable linears -> 50.0000% with the adapters merged", shown)
+    card = ModelCard.load(tmp_path / "model/README.md")
+    assert (card.data.library_name, card.data.tags) == ("transformers", ["sparse", "pruned", "lora"])
+    losses = [f"{lora.metrics[state]['val/loss']:.6g}" for state in ("pruned", "trained", "merged")]
+    assert f"| val/loss | {' | '.join(losses)} |" in card.text
+    assert "| sparsity of the prunable linears | 50.0000% |  | 50.0000% |" in card.text
 
 
 def test_kept_apart_the_base_stays_sparse_and_all_libraries_add_them(pruned, text, tmp_path, capsys):
@@ -90,6 +96,9 @@ def test_kept_apart_the_base_stays_sparse_and_all_libraries_add_them(pruned, tex
     written = {path.name for path in target.iterdir()}
     assert {"model.safetensors", "config.json", "adapter_config.json", "adapter_model.safetensors"} <= written
     assert json.loads((target / "adapter_config.json").read_text())["lora_alpha"] == ALPHA
+    card = ModelCard.load(target / "README.md")
+    assert card.data.library_name == "peft" and f"peft {peft.__version__}" in card.text
+    assert "| sparsity of the prunable linears | 50.0000% |  |" in card.text
     module.eval()
     ids = torch.arange(2, 12)[None]
     with torch.no_grad():

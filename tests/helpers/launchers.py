@@ -246,6 +246,7 @@ def _places() -> dict[str, tuple[Any, str]]:
         "before a file is renamed": (callbacks.blockwise.resume.state.os, "replace"),
         BETWEEN_RENAMES: (utilities.files, "put_in_place"),
         "model saved": (callbacks.blockwise.run, "publish"),
+        "before the card is completed": (callbacks.blockwise.run, "write_card"),
         "after the model was saved": (callbacks.blockwise.run, "write_json"),
         "state removed": (callbacks.blockwise.resume.state.PruningState, "remove"),
     }
@@ -259,6 +260,7 @@ PLACES = {
     "half a file written": 4,
     "before a file is renamed": 4,
     "model saved": 1,
+    "before the card is completed": 1,
     "after the model was saved": 1,
     "state removed": 1,
 }

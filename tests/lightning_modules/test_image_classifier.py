@@ -130,7 +130,7 @@ def test_warm_up_then_cosine_to_zero_and_no_decay_on_biases(tmp_path):
 def test_what_is_saved_loads_here_and_in_timm(name, tmp_path):
     module = classifier(name)
     quiet(tmp_path, max_epochs=1, callbacks=[SaveModel(str(tmp_path / "m"))], limit_val_batches=0).fit(module, loader())
-    assert sorted(file.name for file in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "m").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     again = ImageClassifier(str(tmp_path / "m"))
     again.configure_model()
     elsewhere = timm.create_model(name, checkpoint_path=tmp_path / "m" / "model.safetensors", **SMALL)
