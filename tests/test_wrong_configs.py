@@ -78,7 +78,7 @@ def configs():
     found["opt"]["model"]["init_args"]["model_name_or_path"] = "./opt"
     found["vit"]["model"]["init_args"]["model_args"] = VIT
     found["prune_vit"]["model"]["init_args"] |= {"model_name_or_path": "deit_tiny_patch16_224", "model_args": VIT}
-    found["prune_vit"]["trainer"]["callbacks"] = found["prune_vit"]["trainer"]["callbacks"][:1]
+    found["prune_vit"]["trainer"]["callbacks"] = found["prune_vit"]["trainer"]["callbacks"][-1:]
     return found
 
 
