@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from callbacks import AttentionImages, AttentionRule, BlockwisePruning, FixedRule, OutlierRule, SaveModel
+from callbacks import AttentionRule, BlockwisePruning, FixedRule, OutlierRule, SaveModel
 from lightning_modules import ImageClassifier
 from lightning_modules.parts.vision_models import denormalised
 from tests.helpers.tiny import tiny_images
@@ -226,37 +226,6 @@ def test_the_perplexity_rule_never_takes_validation_images(tmp_path):
     callback = BlockwisePruning(sparsity=0.5, update_rule="perplexity", output_dir=str(tmp_path / "pruned"))
     with pytest.raises(ValueError, match=r"heldout/loss on held-out data.*data.num_heldout"):
         quiet(tmp_path, callbacks=[callback]).fit(classifier(), loader(), loader(10, 7))
-
-
-def test_attention_over_images_reaches_tensorboard(tmp_path):
-    from lightning.pytorch.loggers import TensorBoardLogger
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    module = classifier("deit_tiny_distilled_patch16_224")
-    images = AttentionImages(images=[1, 4], blocks=[0, 1])
-    seen = []
-    look = images._look
-    images._look = lambda trainer, module: seen.append(look(trainer, module)) or seen[-1]
-    logger = TensorBoardLogger(tmp_path)
-    pruning = BlockwisePruning(sparsity=0.9, method="magnitude", output_dir=str(tmp_path / "pruned"))
-    quiet(tmp_path, logger=logger, callbacks=[pruning, images]).fit(module, loader(), loader(10, 7))
-    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0})
-    events.Reload()
-    tags = [tag for tag in events.Tags()["images"] if tag.startswith("class_token")]
-    assert tags == ["class_token_attention/blocks.0", "class_token_attention/blocks.1"]
-    assert [event.step for event in events.Images(tags[0])] == [1, 4]
-    before, after = (look["blocks.1"] for look in seen)
-    assert before.shape == (2, 4, 4, 4) and not torch.allclose(before, after)
-    # By hand: the last block of the pruned model, class token to patches.
-    block, batch = module.model.blocks[1], torch.stack([tiny_images(10, 7)[i]["image"] for i in (1, 4)])
-    kept = []
-    handle = block.attn.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
-    with torch.no_grad():
-        module.eval()(batch)
-        handle.remove()
-        query, key, _ = block.attn.qkv(kept[0]).double().unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
-        attention = (query @ key.transpose(-1, -2) / 8**0.5).softmax(-1)[:, :, 0, 2:]
-    torch.testing.assert_close(after.double(), attention.unflatten(-1, (4, 4)), rtol=1e-4, atol=1e-6)
 
 
 def test_pictures_undo_the_normalisation():
