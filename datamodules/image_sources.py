@@ -1,4 +1,4 @@
-"""Where images come from: folders of classes, scikit-learn's digits, Hugging Face datasets; class maps; draws by class.
+"""Where images come from: folders of classes, scikit-learn's digits, Hugging Face datasets.
 
 Every image becomes 8-bit RGB, whatever its file holds. One that cannot be read is an UnreadableImage that names it; whatever
 else is wrong with a source is a ValueError that names the folder, the file or the split, and what to do about it.
@@ -9,22 +9,17 @@ import os
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 
+from datamodules.checks import import_needed
+from datamodules.image_draws import Pool
 from utilities.safe_load import brief
 
-INDEX = re.compile(r"[0-9]{1,9}")
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:/]+)?")
 ACCEPTED_ROOTS = "digits, a folder with <train>/<class>/ and <val>/<class>/, or a dataset on the hub as owner/name[:config]"
 DIGITS_HELD_OUT = 0.2
@@ -176,43 +171,6 @@ class HubImages(EncodedImages):
         return f"in row {position} of {self.where}"
 
 
-class ImageDataset(Dataset):
-    """Images of a source at some positions, transformed; None in place of one that cannot be read if `skip`."""
-
-    def __init__(self, source: Images, positions: Sequence[int], labels: list[int], transform: Callable, skip: bool) -> None:
-        self.source, self.positions, self.labels = source, positions, labels
-        self.transform, self.skip = transform, skip
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor | int] | None:
-        position = self.positions[index]
-        try:
-            image = self.source.read(position)
-        except UnreadableImage:
-            if self.skip:
-                return None
-            raise
-        return {"image": self.transform(image), "label": self.labels[position], "index": index}
-
-
-class Collate:
-    """Make a batch of items, leaving out and, if `skip`, counting those that are None; the batch may have no samples."""
-
-    def __init__(self, size: tuple[int, int, int], skip: bool) -> None:
-        self.size, self.skip = size, skip
-
-    def __call__(self, items: list[dict[str, Tensor | int] | None]) -> dict[str, Tensor]:
-        kept = [item for item in items if item is not None]
-        batch = {
-            "image": torch.stack([item["image"] for item in kept]) if kept else torch.empty(0, *self.size),
-            "label": torch.tensor([item["label"] for item in kept], dtype=torch.long),
-            "index": torch.tensor([item["index"] for item in kept], dtype=torch.long),
-        }
-        return batch | {"skipped": torch.tensor(len(items) - len(kept))} if self.skip else batch
-
-
 def decode(content: bytes) -> Image.Image:
     """Decode a whole image file to 8-bit RGB; 16 bits are scaled, transparency is dropped as timm and torchvision do.
 
@@ -262,100 +220,3 @@ def find_images(folder: Path) -> list[str]:
 def _extensions() -> str:
     readers = import_needed("timm.data.readers.img_extensions", "image folders", "timm")
     return " ".join(readers.get_img_extensions())
-
-
-def read_classes(classes: str) -> list[str]:
-    """Names of the classes in the order of their indices.
-
-    Args:
-        classes: `imagenet`, or a text file with one class a line: a name, or index, tab, name and anything after another tab.
-
-    Raises:
-        ValueError: If the file is missing, empty, of neither form, or has a name twice, or the indices are not 0 to n - 1.
-    """
-    if classes == "imagenet":
-        return import_needed("timm.data", "the classes of ImageNet", "timm").ImageNetInfo().label_names()
-    path = Path(classes).expanduser()
-    accepted = "imagenet, or a text file with one class a line: `name`, or `index<TAB>name`"
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # not UTF-8, or no possible path
-        raise ValueError(f"Argument `classes` expected {accepted} but got {classes!r} ({error}); check the path.") from error
-    lines = [line.strip("\r") for line in text.split("\n") if line.strip()]
-    names = [line.strip() for line in lines]
-    if any("\t" in line for line in lines):
-        cells = [line.split("\t") for line in lines]
-        wrong = [row for row in cells if len(row) < 2 or not INDEX.fullmatch(row[0].strip()) or not row[1].strip()]
-        if wrong:
-            raise ValueError(f"File '{path}' expected lines index<TAB>name but got {repr(wrong[0])[:200]}; correct that line.")
-        indices = [int(row[0]) for row in cells]
-        if sorted(indices) != list(range(len(indices))):
-            raise ValueError(
-                f"File '{path}' expected the indices 0 to {len(indices) - 1}, each once, but they go from {min(indices)} to "
-                f"{max(indices)} and {len(set(indices))} differ; number its {len(indices)} classes as the model does."
-            )
-        names = [row[1].strip() for row in sorted(cells, key=lambda row: int(row[0]))]
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if twice or not names:
-        what = f"{repr(twice[0])[:200]} twice" if twice else "an empty file"
-        raise ValueError(f"File '{path}' expected one class a line but got {what}; write each name once.")
-    return names
-
-
-def map_labels(source: Images, classes: list[str], hint: str) -> list[int]:
-    """Labels of a source's images as indices into `classes`.
-
-    Raises:
-        ValueError: If a class that has a folder, or an image, is not among them; `hint` says what to do.
-    """
-    indices = {name: index for index, name in enumerate(classes)}
-    present = set(source.labels) if isinstance(source, HubImages) else range(len(source.names))
-    unknown = [source.names[label] for label in sorted(present) if source.names[label] not in indices]
-    if unknown:
-        shown = ", ".join(repr(name) for name in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        raise ValueError(f"Images in {source.where} are of {len(unknown)} classes that have no index: {shown}. {hint}")
-    translated = [indices.get(name, -1) for name in source.names]
-    return [translated[label] for label in source.labels]
-
-
-class Pool:
-    """Positions of images, shuffled within each class, from which parts are drawn without return.
-
-    Positions are taken in turn, one of each class a round: the numbers of any two classes differ by at most one until a class
-    is exhausted. Drawing from both ends keeps two parts independent of one another's size as long as classes have enough
-    images.
-    """
-
-    def __init__(self, labels: Sequence[int], seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        by_class: dict[int, list[int]] = {label: [] for label in sorted(set(labels))}
-        for position, label in enumerate(labels):
-            by_class[label].append(position)
-        queues = [_shuffled(positions, generator) for positions in by_class.values()]
-        self._queues = {end: list(_shuffled(queues, generator)) for end in ("first", "last")}
-
-    def take(self, count: int, end: Literal["first", "last"], accept: Callable[[int], bool] = lambda _: True) -> list[int]:
-        """Draw positions, fewer if there are no more; one not accepted is replaced by the next of its class."""
-        taken: list[int] = []
-        queues = self._queues[end]
-        while len(taken) < count and any(queues):
-            for queue in queues:
-                while queue and len(taken) < count:
-                    position = queue.popleft() if end == "first" else queue.pop()
-                    if accept(position):
-                        taken.append(position)
-                        break
-        return taken
-
-
-def _shuffled(items: Sequence, generator: torch.Generator) -> deque:
-    return deque(items[index] for index in torch.randperm(len(items), generator=generator).tolist())
-
-
-def import_needed(module: str, needed_for: str, package: str) -> ModuleType:
-    """Import a module of a package that is not always installed."""
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        message = f"Reading {needed_for} needs the package {error.name!r}: pip install {package}"
-        raise ModuleNotFoundError(message, name=error.name) from error

@@ -8,54 +8,35 @@ Labels are indices into a class map that does not depend on which folders happen
 interpolation are those of the model, which is asked when a dataloader is made, since it does not exist earlier.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader
 
+from datamodules.checks import check_int, import_needed
+from datamodules.image_batches import Collate, ImageDataset
+from datamodules.image_classes import map_labels, read_classes
+from datamodules.image_draws import Pool
 from datamodules.image_sources import (
     ACCEPTED_ROOTS,
     HUB_ID,
-    Collate,
     DigitImages,
     FolderImages,
     HubImages,
-    ImageDataset,
     Images,
     LooseImages,
-    Pool,
     UnreadableImage,
     class_folders,
-    import_needed,
-    map_labels,
-    read_classes,
 )
+from datamodules.image_transform import check_augmentation, make_transform
 from datamodules.shards import in_order
 from utilities.contract import CalibrationData, DataFacts, model_of
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 STAGES = ("fit", "validate", "predict")
-NO_AUGMENTATION = (
-    "input_size",
-    "is_training",
-    "mean",
-    "std",
-    "crop_pct",
-    "crop_mode",
-    "crop_border_pixels",
-    "tf_preprocessing",
-)
-NO_TENSOR = ("use_prefetcher", "normalize", "separate", "naflex", "patch", "max_seq_len")
-"""Beginnings of the names of arguments with which timm's transform returns something else than one normalised image."""
-
-Transform = Callable[[Image.Image], Tensor]
 
 
 class ImageDataModule(LightningDataModule, CalibrationData):
@@ -112,13 +93,13 @@ class ImageDataModule(LightningDataModule, CalibrationData):
         for name, value in (("root", root), ("train", train), ("val", val), ("classes", classes)):
             if value == "":
                 raise ValueError(f"Argument `{name}` expected to be a name but got ''; give one or leave it out.")
-        _check_int("num_calibration", num_calibration, 1)
-        _check_int("num_heldout", num_heldout, 0)
-        _check_int("seed", seed, 0)
-        _check_int("batch_size", batch_size, 1)
-        _check_int("num_workers", num_workers, 0)
+        check_int("num_calibration", num_calibration, 1)
+        check_int("num_heldout", num_heldout, 0)
+        check_int("seed", seed, 0)
+        check_int("batch_size", batch_size, 1)
+        check_int("num_workers", num_workers, 0)
         if image_size is not None:
-            _check_int("image_size", image_size, 1)
+            check_int("image_size", image_size, 1)
         for name, value in (("mean", mean), ("std", std)):
             if value is not None and (len(value) != 3 or (name == "std" and min(value) <= 0)):
                 raise ValueError(f"Argument `{name}` expected a number for R, G and B but got {value}; null takes the model's.")
@@ -132,7 +113,7 @@ class ImageDataModule(LightningDataModule, CalibrationData):
         if on_corrupt not in ("error", "skip"):
             raise ValueError(f"Argument `on_corrupt` expected error or skip but got {on_corrupt!r}; skip leaves images out.")
         if augmentation:
-            _check_augmentation(augmentation)
+            check_augmentation(augmentation)
         self.save_hyperparameters()
         self.classes: list[str] = []
         """Names of the classes in the order of their indices; empty before `setup`."""
@@ -245,7 +226,7 @@ class ImageDataModule(LightningDataModule, CalibrationData):
         Raises:
             ValueError: If a folder has no images or together they have fewer than `number` that can be read.
         """
-        _check_int("number", number, 1)
+        check_int("number", number, 1)
         try:
             images = LooseImages([source] if isinstance(source, str) else source)
         except ValueError as error:
@@ -354,46 +335,3 @@ class ImageDataModule(LightningDataModule, CalibrationData):
         names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
         config = {name: own[name] for name in names if name in own}
         return config | {name: options[name] for name in names if options.get(name) is not None} | {"input_size": tuple(size)}
-
-
-def make_transform(config: dict[str, Any], augmentation: dict[str, Any] | None) -> Transform:
-    """A transform of timm's, from an RGB image to a normalised float tensor (3, height, width); tried on one image.
-
-    Args:
-        config: input_size, mean, std, interpolation, crop_pct, crop_mode.
-        augmentation: Further arguments for training; None for evaluation.
-
-    Raises:
-        ValueError: If timm does not accept these arguments.
-    """
-    timm_data = import_needed("timm.data", "images", "timm")
-    options = {**config, **(augmentation or {})}
-    try:
-        transform = timm_data.create_transform(is_training=augmentation is not None, **options)
-        with isolate_rng():
-            tensor = transform(Image.new("RGB", (2 * config["input_size"][2], 2 * config["input_size"][1])))
-    except Exception as error:  # timm asserts, and hands values on to torchvision and Pillow
-        argument = f"`augmentation` = {augmentation}" if augmentation else f"Image settings {config}"
-        raise ValueError(f"{argument} was not accepted by timm ({type(error).__name__}: {error}); correct it.") from error
-    if tuple(tensor.shape) != tuple(config["input_size"]) or not tensor.is_floating_point():
-        raise ValueError(
-            f"Argument `augmentation` expected to give float images {config['input_size']} but got {tensor.dtype} "
-            f"{tuple(tensor.shape)}; leave out what changes the form of images."
-        )
-    return transform
-
-
-def _check_augmentation(augmentation: dict[str, Any]) -> None:
-    parameters = inspect.signature(import_needed("timm.data", "images", "timm").create_transform).parameters
-    accepted = [name for name in parameters if name not in NO_AUGMENTATION and not name.startswith(NO_TENSOR)]
-    unknown = sorted(set(augmentation) - set(accepted))
-    if unknown:
-        raise ValueError(
-            f"Argument `augmentation` expected arguments of timm.data.create_transform but got "
-            f"{', '.join(map(repr, unknown))}; accepted are {', '.join(accepted)}."
-        )
-
-
-def _check_int(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"Argument `{name}` must be an integer of at least {least}, got {value!r}.")

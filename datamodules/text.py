@@ -12,22 +12,31 @@ Every draw comes from one generator seeded with `seed`; the global random state 
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from datamodules.checks import check_int
 from datamodules.shards import in_order
 from datamodules.text_sources import read_documents
+from datamodules.text_windows import (
+    SEPARATOR,
+    Windows,
+    consecutive_windows,
+    draw_from_documents,
+    draw_from_stream,
+    split_by_document,
+    split_by_position,
+)
 from utilities.contract import CalibrationData, DataFacts, model_of
 from utilities.hub import has_tokenizer, resolve_model_path
 
-SEPARATOR = "\n\n"
 MIN_DOCUMENTS_TO_SPLIT = 10
 PARTS_OF_STAGE = {
     "fit": ("calibration", "heldout"),
@@ -37,8 +46,6 @@ PARTS_OF_STAGE = {
 }
 
 AUTO_BATCH_SIZE = 8
-
-Tokenise = Callable[[str], Tensor]
 
 
 class TextDataModule(LightningDataModule, CalibrationData):
@@ -84,17 +91,19 @@ class TextDataModule(LightningDataModule, CalibrationData):
         if test_source is not None:
             _check_source("test_source", test_source)
         if sampling not in ("joined", "document"):
-            raise ValueError(f"Argument `sampling` must be 'joined' or 'document', got {sampling!r}.")
-        _check_int("seq_len", seq_len, 2)  # the first token of a window is never predicted
-        _check_int("num_calibration", num_calibration, 1)
-        _check_int("num_heldout", num_heldout, 0)
+            raise ValueError(
+                f"Argument `sampling` expected joined or document but got {sampling!r}; joined draws from the whole text."
+            )
+        check_int("seq_len", seq_len, 2)  # the first token of a window is never predicted
+        check_int("num_calibration", num_calibration, 1)
+        check_int("num_heldout", num_heldout, 0)
         if batch_size != "auto":
-            _check_int("batch_size", batch_size, 1)
-        _check_int("num_workers", num_workers, 0)
+            check_int("batch_size", batch_size, 1)
+        check_int("num_workers", num_workers, 0)
         if seed is not None:
-            _check_int("seed", seed, 0)
+            check_int("seed", seed, 0)
         if not isinstance(text_field, str) or not text_field:
-            raise ValueError(f"Argument `text_field` must be the name of a field or column, got {text_field!r}.")
+            raise ValueError(f"Argument `text_field` expected the name of a field or column but got {text_field!r}; give one.")
         given = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
         self.save_hyperparameters(ignore=["tokenizer"] if given is not None else [])
         self._windows: dict[str, Tensor] = {}
@@ -130,7 +139,9 @@ class TextDataModule(LightningDataModule, CalibrationData):
             ValueError: If the tokenizer or the text cannot be had, or the text is too short for the windows asked for.
         """
         if stage not in PARTS_OF_STAGE:
-            raise ValueError(f"Argument `stage` must be one of {', '.join(PARTS_OF_STAGE)}, got {stage!r}.")
+            raise ValueError(
+                f"Argument `stage` expected one of {', '.join(PARTS_OF_STAGE)} but got {stage!r}; give one of them."
+            )
         if stage in ("validate", "predict") and self.hparams.num_heldout == 0:
             raise ValueError("Argument `num_heldout` is 0: there is no held-out text. Set it to 1 or more.")
         missing = [part for part in PARTS_OF_STAGE[stage] if part not in self._windows]
@@ -240,10 +251,11 @@ class TextDataModule(LightningDataModule, CalibrationData):
         """
         _check_source("update_rule.source", source)
         try:
-            tokens = self._tokenise(SEPARATOR.join(read_documents(source, self.hparams.text_field)))
-            windows = draw_from_stream(tokens, self.hparams.seq_len, number, Generator().manual_seed(self._seed))
+            documents = read_documents(source, self.hparams.text_field)
         except ValueError as error:
             raise ValueError(f"Argument `update_rule.source`: {error}") from error
+        tokens, generator = self._tokenise(SEPARATOR.join(documents)), Generator().manual_seed(self._seed)
+        windows = draw_from_stream(tokens, self.hparams.seq_len, number, generator, "update_rule.source")
         return DataLoader(Windows(windows), batch_size=self._batch_size("rule"))
 
     def _dataloader(self, part: str) -> DataLoader:
@@ -256,19 +268,6 @@ class TextDataModule(LightningDataModule, CalibrationData):
         if self.hparams.batch_size != "auto":
             return self.hparams.batch_size
         return (self._calibration_batch_size if part == "calibration" else None) or AUTO_BATCH_SIZE
-
-
-class Windows(Dataset):
-    """The rows of a tensor (windows, seq_len), each with its index."""
-
-    def __init__(self, windows: Tensor) -> None:
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
-        return {"input_ids": self.windows[index], "index": index}
 
 
 def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
@@ -300,108 +299,9 @@ def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def split_by_document(
-    documents: Sequence[str], tokenise: Tokenise, num_tokens: int, generator: Generator
-) -> tuple[list[int], Tensor]:
-    """Hold documents out, from the end of a random order, until they hold `num_tokens` tokens.
-
-    Returns:
-        Indices of the documents left, in random order, and the tokens of those held out, joined: at least `num_tokens`.
-        Only the documents held out are tokenised.
-
-    Raises:
-        ValueError: If all documents together hold fewer tokens.
-    """
-    order = torch.randperm(len(documents), generator=generator).tolist()
-    heldout, tokens, num_apart = [], torch.empty(0, dtype=torch.long), 0
-    while len(tokens) < num_tokens and order:
-        heldout.append(order.pop())
-        num_apart += len(tokenise(documents[heldout[-1]]))
-        if num_apart >= num_tokens or not order:  # joined they may have fewer: the joint is tokenised too
-            tokens = tokenise(SEPARATOR.join(documents[index] for index in sorted(heldout)))
-    if len(tokens) < num_tokens:
-        raise _too_little("the held-out windows need", num_tokens, len(tokens))
-    return order, tokens
-
-
-def split_by_position(tokens: Tensor, num_tokens: int, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Cut a stream of tokens before its last `num_tokens`.
-
-    Raises:
-        ValueError: If less than one window would be left.
-    """
-    if len(tokens) < num_tokens + seq_len:
-        raise _too_little("the held-out windows and one calibration window need", num_tokens + seq_len, len(tokens))
-    return tokens[: len(tokens) - num_tokens], tokens[len(tokens) - num_tokens :]
-
-
-def consecutive_windows(tokens: Tensor, seq_len: int, argument: str) -> Tensor:
-    """All windows (number, seq_len) that follow one another in a stream; what remains at its end is dropped.
-
-    Raises:
-        ValueError: If the stream is shorter than one window.
-    """
-    if len(tokens) < seq_len:
-        raise _too_little("one test window needs", seq_len, len(tokens), argument)
-    number = len(tokens) // seq_len
-    return tokens[: number * seq_len].view(number, seq_len)
-
-
-def draw_from_stream(tokens: Tensor, seq_len: int, number: int, generator: Generator) -> Tensor:
-    """Draw windows (number, seq_len) that start anywhere in a stream; they may overlap.
-
-    Raises:
-        ValueError: If the stream is shorter than one window.
-    """
-    if len(tokens) < seq_len:
-        raise _too_little("a calibration window needs", seq_len, len(tokens))
-    starts = torch.randint(len(tokens) - seq_len + 1, (number,), generator=generator)
-    return torch.stack([tokens[start : start + seq_len] for start in starts.tolist()])
-
-
-def draw_from_documents(
-    documents: Sequence[str], order: list[int], tokenise: Tokenise, seq_len: int, number: int, generator: Generator
-) -> Tensor:
-    """Draw windows (number, seq_len), each from one document of more than `seq_len` tokens.
-
-    Documents are taken in the (random) `order` and only tokenised then. When it ends before there are enough windows,
-    the rest is drawn from the long documents it had.
-
-    Raises:
-        ValueError: If no document is long enough.
-    """
-    windows, long, longest = [], [], 0
-    for index in order:
-        if len(windows) == number:
-            break
-        tokens = tokenise(documents[index])
-        longest = max(longest, len(tokens))
-        if len(tokens) > seq_len:
-            long.append(tokens)
-            windows.append(draw_from_stream(tokens, seq_len, 1, generator))
-    if not long:
-        raise ValueError(
-            f"Argument `source`: `sampling: document` needs a document of {seq_len + 1} tokens, the longest of "
-            f"{len(order)} calibration documents has {longest}. Give longer ones, lower `seq_len` or set "
-            "`sampling: joined`."
-        )
-    while len(windows) < number:
-        choice = torch.randint(len(long), (), generator=generator).item()
-        windows.append(draw_from_stream(long[choice], seq_len, 1, generator))
-    return torch.cat(windows)
-
-
-def _too_little(who: str, needed: int, found: int, argument: str = "source") -> ValueError:
-    remedy = "lower `seq_len`" if argument == "test_source" else "lower `seq_len` or `num_heldout`"
-    return ValueError(f"Argument `{argument}`: {who} {needed} tokens, found {found}. Give more text, or {remedy}.")
-
-
-def _check_int(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"Argument `{name}` must be an integer of at least {least}, got {value!r}.")
-
-
 def _check_source(name: str, value: object) -> None:
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(item, str) and item for item in values):
-        raise ValueError(f"Argument `{name}` must be a text source or a list of them, got {value!r}.")
+        raise ValueError(
+            f"Argument `{name}` expected a text source or a list of them but got {value!r}; pydoc needs no download."
+        )

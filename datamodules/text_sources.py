@@ -10,11 +10,10 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import BinaryIO
 
+from datamodules.checks import import_needed
 from utilities.safe_load import brief
 
 # Suffix -> kind; a kind is also the name of the builder that `datasets` has for it.
@@ -35,6 +34,9 @@ ACCEPTED_SOURCES = f"""Accepted are
   hf://datasets/<repo>/<file>      one file of a dataset on the Hugging Face hub
   <repo>:<config>:<split>          a dataset on the hub, e.g. Salesforce/wikitext:wikitext-2-raw-v1:validation
 or a list of these."""
+
+DATA_EXTRA = "'d2prune[data]'"
+"""What pip installs for parquet files and hub datasets."""
 
 _HUB_FILE = re.compile(r"hf://datasets/[^/]+/[^/]+/.+")
 _HUB_SPLIT = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?):(?P<config>[^:]*):(?P<split>.+)")
@@ -222,7 +224,7 @@ def _text_of_line(line: bytes, text_field: str, where: str) -> str:
 
 
 def _read_parquet(path: Path, text_field: str) -> list[str]:
-    parquet = _import_extra("pyarrow.parquet", f"'{path}'")
+    parquet = import_needed("pyarrow.parquet", f"'{path}'", DATA_EXTRA)
     where = f"Text file '{path}'"
     with open(path, "rb") as source, _parquet_explained(where):
         file = parquet.ParquetFile(source)
@@ -277,7 +279,7 @@ def read_hub_split(source: str, text_field: str) -> Sequence[str]:
 
 
 def _load_column(source: str, text_field: str, *arguments: str | None, **options: str) -> Sequence[str]:
-    datasets = _import_extra("datasets", repr(source))
+    datasets = import_needed("datasets", repr(source), DATA_EXTRA)
     try:
         dataset = datasets.load_dataset(*arguments, **options)
     except Exception as error:  # builders, hub client and HTTP client share no base class below this one
@@ -293,7 +295,7 @@ def _load_column(source: str, text_field: str, *arguments: str | None, **options
 
 
 def _check_column(schema, text_field: str, where: str) -> None:
-    arrow = _import_extra("pyarrow", where)
+    arrow = import_needed("pyarrow", where, DATA_EXTRA)
     if text_field not in schema.names:
         raise ValueError(f"{where} has no column {text_field!r}; it has {_names(schema.names)}. Set `text_field`.")
     kind = schema.field(text_field).type
@@ -305,11 +307,3 @@ def _check_no_null(column, text_field: str, where: str) -> None:
     if column.null_count:
         row = column.is_null().index(True).as_py()
         raise ValueError(f"{where} column {text_field!r} is empty (null) in row {row}. Remove such rows.")
-
-
-def _import_extra(module: str, needed_for: str) -> ModuleType:
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        message = f"Reading {needed_for} needs the package {error.name!r}: pip install 'd2prune[data]'"
-        raise ModuleNotFoundError(message, name=error.name) from error

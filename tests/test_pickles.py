@@ -17,7 +17,8 @@ from torch_geometric.data import Data
 
 from datamodules import GraphDataModule, TextDataModule
 from datamodules.graph_sources import read_npz
-from datamodules.image_sources import FolderImages, read_classes
+from datamodules.image_classes import read_classes
+from datamodules.image_sources import FolderImages
 from datamodules.text_sources import read_file
 from lightning_modules import CausalLM, ImageClassifier
 from train import main

@@ -175,10 +175,10 @@ PRUNING = [
     ("prune_vit", ["--data.num_calibration", "9999"], "`num_calibration` = 9999 .* expected at most 1438 images.*lower one"),
 ]
 TEXT_AND_LANGUAGE = [
-    ("llama", ["--data.seq_len", "1"], "`seq_len` must be an integer of at least 2, got 1"),
-    ("llama", ["--data.batch_size", "0"], "`batch_size` must be an integer of at least 1, got 0"),
-    ("llama", ["--data.num_calibration", "0"], "`num_calibration` must be an integer of at least 1, got 0"),
-    ("llama", ["--data.num_workers", "-1"], "`num_workers` must be an integer of at least 0, got -1"),
+    ("llama", ["--data.seq_len", "1"], "`seq_len` expected to be an integer of at least 2 but got 1"),
+    ("llama", ["--data.batch_size", "0"], "`batch_size` expected to be an integer of at least 1 but got 0"),
+    ("llama", ["--data.num_calibration", "0"], "`num_calibration` expected to be an integer of at least 1 but got 0"),
+    ("llama", ["--data.num_workers", "-1"], "`num_workers` expected to be an integer of at least 0 but got -1"),
     ("llama", ["--data.sampling", "documents"], "`data.sampling` expected one of joined, document but got 'documents'"),
     (
         "llama",
@@ -187,7 +187,11 @@ TEXT_AND_LANGUAGE = [
     ),
     ("llama", ["--data.source", "nowhere.txt"], r"'nowhere.txt' does not exist[\s\S]*Accepted are[\s\S]*<file>"),
     ("validate llama", ["--model.model_name_or_path", "./nowhere"], "'./nowhere' is not an existing directory. Give a hub id"),
-    ("llama", ["--data.seq_len", "2000", *NO_CALLBACKS], "`source`: .*need 10000 tokens, found 4000. Give more text, or lower"),
+    (
+        "llama",
+        ["--data.seq_len", "2000", *NO_CALLBACKS],
+        "`source` expected at least 10000 tokens, .* but got 4000; give more text",
+    ),
     ("llama", ["--data.tokenizer", "./nowhere", *NO_CALLBACKS], "'./nowhere' is not an existing directory. Give a hub id"),
     (
         "validate llama",

@@ -18,7 +18,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from datamodules.graph_sources import Graph, read_npz
-from datamodules.image_sources import FolderImages, read_classes
+from datamodules.image_classes import read_classes
+from datamodules.image_sources import FolderImages
 from datamodules.text_sources import read_file
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

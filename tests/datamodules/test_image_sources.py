@@ -12,7 +12,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from datamodules import ImageDataModule
-from datamodules.image_sources import Pool, UnreadableImage, decode, read_classes
+from datamodules.image_classes import read_classes
+from datamodules.image_draws import Pool
+from datamodules.image_sources import UnreadableImage, decode
 from tests.helpers.coloured_images import PLAIN, SIZE, colour, encoded, identities, joined, ready, write_folder
 
 # Files and rows

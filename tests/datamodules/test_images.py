@@ -224,7 +224,7 @@ def test_setup_scans_what_a_stage_needs_once(root, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_calibration": 0}, "`num_calibration` must be an integer of at least 1, got 0"),
+        ({"num_calibration": 0}, "`num_calibration` expected to be an integer of at least 1 but got 0"),
         ({"num_heldout": -1}, "`num_heldout`"),
         ({"batch_size": True}, "`batch_size`"),
         ({"image_size": 0}, "`image_size`"),

@@ -19,9 +19,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from datamodules import TextDataModule, text
-from datamodules.text import (
-    load_tokenizer,
-)
+from datamodules.text import load_tokenizer
 from datamodules.text_sources import read_pydoc
 from tests.helpers.tiny import quiet
 
@@ -264,18 +262,18 @@ def test_without_a_seed_it_is_that_of_seed_everything_at_the_first_stage(make, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampling": "random"}, r"`sampling` must be 'joined' or 'document', got 'random'"),
-        ({"seq_len": 1}, r"`seq_len` must be an integer of at least 2, got 1"),
-        ({"seq_len": 16.0}, r"`seq_len` must be an integer of at least 2, got 16\.0"),
-        ({"num_calibration": 0}, r"`num_calibration` must be an integer of at least 1, got 0"),
-        ({"num_heldout": -1}, r"`num_heldout` must be an integer of at least 0, got -1"),
-        ({"batch_size": True}, r"`batch_size` must be an integer of at least 1, got True"),
-        ({"num_workers": -2}, r"`num_workers` must be an integer of at least 0, got -2"),
-        ({"seed": -1}, r"`seed` must be an integer of at least 0, got -1"),
-        ({"source": []}, r"`source` must be a text source or a list of them, got \[\]"),
-        ({"source": ["pydoc", ""]}, r"`source` must be a text source"),
-        ({"test_source": 3}, r"`test_source` must be a text source or a list of them, got 3"),
-        ({"text_field": ""}, r"`text_field` must be the name of a field"),
+        ({"sampling": "random"}, r"`sampling` expected joined or document but got 'random'"),
+        ({"seq_len": 1}, r"`seq_len` expected to be an integer of at least 2 but got 1"),
+        ({"seq_len": 16.0}, r"`seq_len` expected to be an integer of at least 2 but got 16\.0"),
+        ({"num_calibration": 0}, r"`num_calibration` expected to be an integer of at least 1 but got 0"),
+        ({"num_heldout": -1}, r"`num_heldout` expected to be an integer of at least 0 but got -1"),
+        ({"batch_size": True}, r"`batch_size` expected to be an integer of at least 1 but got True"),
+        ({"num_workers": -2}, r"`num_workers` expected to be an integer of at least 0 but got -2"),
+        ({"seed": -1}, r"`seed` expected to be an integer of at least 0 but got -1"),
+        ({"source": []}, r"`source` expected a text source or a list of them but got \[\]"),
+        ({"source": ["pydoc", ""]}, r"`source` expected a text source"),
+        ({"test_source": 3}, r"`test_source` expected a text source or a list of them but got 3"),
+        ({"text_field": ""}, r"`text_field` expected the name of a field"),
     ],
 )
 def test_wrong_values_are_refused_at_once(make, options, message):
@@ -286,11 +284,13 @@ def test_wrong_values_are_refused_at_once(make, options, message):
 def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(make, tmp_path, tokenizer):
     (tmp_path / "x.txt").write_text("a few words")
     found = len(tokenizer("a few words", add_special_tokens=False)["input_ids"])
-    with pytest.raises(ValueError, match=rf"`source`: .* need 64 tokens, found {found}\. Give more text, or lower"):
+    with pytest.raises(
+        ValueError, match=rf"`source` expected at least 64 tokens, .* but got {found}; give more text, or lower"
+    ):
         make(source=str(tmp_path / "x.txt")).setup("fit")
-    with pytest.raises(ValueError, match=rf"`test_source`: .* needs 16 tokens, found {found}\. Give more text"):
+    with pytest.raises(ValueError, match=rf"`test_source` expected at least 16 tokens, .* but got {found}; give more text"):
         make(test_source=str(tmp_path / "x.txt")).setup("test")
-    with pytest.raises(ValueError, match=r"the held-out windows need 16000000 tokens, found \d{6}\."):
+    with pytest.raises(ValueError, match=r"at least 16000000 tokens, for the held-out windows, but got \d{6};"):
         make(num_heldout=1_000_000).setup("validate")
 
 
@@ -298,7 +298,7 @@ def test_all_held_out_leaves_nothing_to_calibrate_on(make, marked, tokenizer):
     path = marked([4] * 12)
     text_of_all = "\n\n".join(f"<{i}> " * 4 for i in range(12))
     total = len(tokenizer(text_of_all, add_special_tokens=False)["input_ids"])
-    with pytest.raises(ValueError, match=r"a calibration window needs 16 tokens, found \d+\. Give more text"):
+    with pytest.raises(ValueError, match=r"at least 16 tokens, for one window, but got \d+; give more text"):
         make(source=path, num_heldout=total // 16).setup("fit")
 
 
@@ -323,7 +323,7 @@ def test_tokenizers_that_cannot_be_loaded(make, tmp_path, monkeypatch):
     for path in [str(tmp_path / "cut.gguf"), "no-such-owner/model"]:
         with pytest.raises(ValueError, match=r"(?s)`tokenizer`: none could be loaded from '.*Give a hub id"):
             load_tokenizer(path)
-    with pytest.raises(ValueError, match=r"`stage` must be one of fit, validate, test, predict, got 'train'"):
+    with pytest.raises(ValueError, match=r"`stage` expected one of fit, validate, test, predict but got 'train'"):
         make().setup("train")
 
 

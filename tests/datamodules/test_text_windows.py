@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.text import (
+from datamodules.text_windows import (
     consecutive_windows,
     draw_from_documents,
     draw_from_stream,
@@ -39,7 +39,7 @@ def generator(seed=0):
 def test_split_by_document_is_disjoint_and_minimal(lengths, needed, seed):
     documents = [" ".join([str(i)] * n) for i, n in enumerate(lengths)]
     if sum(lengths) < needed:
-        with pytest.raises(ValueError, match=rf"need {needed} tokens, found {sum(lengths)}\."):
+        with pytest.raises(ValueError, match=rf"at least {needed} tokens, .* but got {sum(lengths)};"):
             split_by_document(documents, words, needed, generator(seed))
         return
     order, tokens = split_by_document(documents, words, needed, generator(seed))
@@ -66,7 +66,7 @@ def test_split_by_position():
     assert calibration.tolist() == [0, 1, 2, 3, 4, 5] and heldout.tolist() == [6, 7, 8, 9]
     calibration, heldout = split_by_position(torch.arange(10), 0, 6)
     assert len(calibration) == 10 and len(heldout) == 0
-    with pytest.raises(ValueError, match=r"need 11 tokens, found 10\. Give more text, or lower `seq_len`"):
+    with pytest.raises(ValueError, match=r"at least 11 tokens, .* but got 10; give more text, or lower `seq_len`"):
         split_by_position(torch.arange(10), 4, 7)
 
 
@@ -78,13 +78,13 @@ def test_windows_start_anywhere_in_the_stream_to_its_last_token():
     assert windows.shape == (200, 8) and set(windows[:, 0].tolist()) == {0, 1, 2}
     assert torch.equal(windows - windows[:, :1], torch.arange(8).expand(200, 8))
     assert draw_from_stream(torch.arange(8), 8, 2, generator()).tolist() == [list(range(8))] * 2
-    with pytest.raises(ValueError, match=r"needs 9 tokens, found 8\."):
+    with pytest.raises(ValueError, match=r"at least 9 tokens, .* but got 8;"):
         draw_from_stream(torch.arange(8), 9, 1, generator())
 
 
 def test_consecutive_windows_drop_the_remainder():
     assert consecutive_windows(torch.arange(11), 4, "source").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    with pytest.raises(ValueError, match=r"`test_source`: one test window needs 4 tokens, found 3\."):
+    with pytest.raises(ValueError, match=r"`test_source` expected at least 4 tokens, for one test window, but got 3;"):
         consecutive_windows(torch.arange(3), 4, "test_source")
 
 
