@@ -21,7 +21,7 @@ from benchmarks.markdown import read
 from benchmarks.markdown import table as markdown_table
 from benchmarks.quality import ENVIRONMENT, SMOLLM2, append, environment, finished, plain_wikitext
 from callbacks import BlockwisePruning, KeepSparsity, LoRA
-from callbacks.keep_sparsity import linear_weights, share_of, zeros_of
+from callbacks.base.sparsity import linear_weights, share_of, zeros_of
 from datamodules import TextDataModule
 from lightning_modules import CausalLM
 

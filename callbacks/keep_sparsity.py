@@ -2,8 +2,8 @@
 
     python train.py fit --config configs/recover/smollm2_full.yaml
 
-The zeros of the prunable linears when `fit` starts are the mask. It is applied after every step of every optimizer, so neither
-momentum nor weight decay nor a gradient matters: a masked weight is exactly 0 whenever anything looks at it.
+The zeros of the prunable linears when `fit` starts are the mask. It is applied after every step of every optimizer. So
+gradients, momentum and weight decay cannot move a masked weight: it is exactly 0 whenever the model runs or is saved.
 """
 
 from typing import Any
@@ -15,18 +15,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from callbacks.base.sparsity import LEAST_SPARSITY, apply_zeros, linear_weights, share_of, zeros_of
 from lightning_modules.base.prunable import PrunableModule
 from utilities.distributed import need_whole_weights
 
-LEAST_SPARSITY = 0.01
-"""Share of zeros below which a model counts as dense: a few weights are zero by chance, most in 8 and 4 bits."""
-
 
 class KeepSparsity(Callback):
-    """Keep the zeros of a PrunableModule's linears while it trains as usual; no arguments.
+    """Keep the zeros of a PrunableModule's linears while it trains as usual. Takes no arguments.
 
-    A checkpoint holds the mask, one bit a weight, and a resumed run takes it from there: a weight that training has brought
-    to 0 by chance is no part of it. In memory the mask takes a byte a weight.
+    A checkpoint holds the mask, in one bit for each weight. A resumed run takes it from there, since training may have
+    brought further weights to 0 by chance. In memory the mask takes a byte for each weight.
     """
 
     def __init__(self) -> None:
@@ -93,7 +91,7 @@ class KeepSparsity(Callback):
         self._stored = state_dict
 
     def _restored(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The mask of a checkpoint."""
+        """Return the mask of a checkpoint."""
         shapes = {name: list(weight.shape) for name, weight in weights.items()}
         if shapes != {name: stored["shape"] for name, stored in self._stored.items()}:
             raise ValueError("Argument `ckpt_path`: its checkpoint holds the mask of another model. Give one of this model.")
@@ -102,29 +100,3 @@ class KeepSparsity(Callback):
             bits = np.unpackbits(self._stored[name]["bits"].cpu().numpy(), count=weight.numel())
             found[name] = torch.from_numpy(bits).bool().view(weight.shape).to(weight.device)
         return found
-
-
-def linear_weights(module: PrunableModule) -> dict[str, Tensor]:
-    """Weights of the prunable linears, (O, I) views, by full name."""
-    return {
-        f"{block_name}.{name}": linear.weight
-        for block_name, block in module.blocks.items()
-        for name, linear in module.linears(block).items()
-    }
-
-
-def zeros_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Where weights are 0, (O, I) each."""
-    return {name: weight == 0 for name, weight in weights.items()}
-
-
-def share_of(zeros: dict[str, Tensor]) -> float:
-    """Share of True over all masks."""
-    return sum(int(mask.sum()) for mask in zeros.values()) / sum(mask.numel() for mask in zeros.values())
-
-
-@torch.no_grad()
-def apply_zeros(weights: dict[str, Tensor], zeros: dict[str, Tensor]) -> None:
-    """Set weights to 0 where a mask is True; also what is not a number there."""
-    for name, weight in weights.items():
-        weight.masked_fill_(zeros[name], 0)

@@ -1,11 +1,12 @@
-"""LoRA: recovers a pruned model by low-rank adapters (peft), its own weights frozen, and says what becomes of its zeros.
+"""LoRA: recovers a pruned model with low-rank adapters (peft) while its own weights are frozen.
 
     python train.py fit --config configs/recover/smollm2_lora.yaml
 
-An adapter adds Δ = B A · alpha / r to a weight W, and Δ has no zeros. Either it is trained, and in the end merged, only where W
-is not zero (`merge: masked`): the result is as sparse as it was, and merging changes no output. Or it is trained as usual and
-lies beside W in peft's format (`merge: none`): W is sparse, W + Δ is not. (Masked only after training, SmolLM2-135M at 60 %
-lost a fifth of what 24 steps had gained.)
+An adapter adds Δ = B A · alpha / r to a weight W, and Δ has no zeros. There are two ways to deal with that:
+
+- `merge: masked` trains and finally merges Δ only where W is not zero. The result is as sparse as W, and merging changes no
+  output. Masking only after training costs quality: SmolLM2-135M at 60 % lost a fifth of what 24 steps had gained.
+- `merge: none` trains Δ as usual and writes it beside W in peft's format. W is sparse, W + Δ is not.
 """
 
 import math
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from callbacks.base.model_card import CARD, CardContent, share_of_zeros, sparse_tags
+from callbacks.base.sparsity import apply_zeros, linear_weights, share_of, zeros_of
 from callbacks.base.validation import validate_within_fit
-from callbacks.keep_sparsity import KeepSparsity, apply_zeros, linear_weights, share_of, zeros_of
+from callbacks.keep_sparsity import KeepSparsity
 from callbacks.save_model import SaveModel, training_settings
 from lightning_modules.base.prunable import PrunableModule
 from utilities.distributed import need_whole_weights
@@ -31,15 +33,15 @@ from utilities.reporting import log_scalars, print_table
 
 
 class LoRA(SaveModel):
-    """Train adapters on the prunable linears, then write the model; needs the extra `lora`.
+    """Train adapters on the prunable linears, then write the model. Needs the extra `lora`.
 
     Args:
         r: Rank of the adapters.
-        alpha: Their product is scaled by alpha / r.
-        linears: Which linears have one, by their names in ARCHITECTURES such as self_attn.q_proj; all when None.
-        merge: masked: trained and merged where the weights are not zero. none: not masked, and kept apart.
-        output_dir: Where the model goes; `model` in the log directory when None.
-        push_to_hub: As in `SaveModel`.
+        alpha: Scale of the adapters: they add B A · alpha / r.
+        linears: Linears that get an adapter, by their names in ARCHITECTURES such as self_attn.q_proj; all when None.
+        merge: masked: adapters are trained and merged where weights are not zero. none: they are not masked, and written apart.
+        output_dir: Directory of the model; `model` in the log directory when None.
+        push_to_hub: Repository on the Hugging Face hub, owner/name, to which the directory is uploaded; see `SaveModel`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -63,13 +65,13 @@ class LoRA(SaveModel):
             raise ValueError(f"Argument `merge` expected to be masked or none but got {merge!r}.")
         self.r, self.alpha, self.linears, self.merge = r, alpha, linears, merge
         self.metrics: dict[str, dict[str, float]] = {}
-        """Of the model as it was loaded (pruned), with its adapters (trained), and with them added (merged)."""
+        """Metrics of the model as it was loaded (pruned), with its adapters (trained), and with them merged (merged)."""
         self._sparsity = 0.0
         self._adapted: Any = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: PrunableModule, stage: str) -> None:
-        """Add the adapters: before a checkpoint is read and the optimizer made, so earlier than Lightning makes the model."""
+        """Add the adapters before a checkpoint is read and the optimizer made, so earlier than Lightning makes the model."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -91,7 +93,7 @@ class LoRA(SaveModel):
                 layer.register_forward_hook(_without_zeros)
 
     def _with_adapters(self, pl_module: PrunableModule) -> Any:
-        """peft's model around the module's, which it changes in place: linears get adapters, everything else is frozen."""
+        """Wrap the module's model with peft, which changes it in place: linears get adapters, everything else is frozen."""
         from peft import LoraConfig, get_peft_model
 
         settings = LoraConfig(
@@ -129,7 +131,7 @@ class LoRA(SaveModel):
             log_scalars(trainer.loggers, {f"merged/{k}": v for k, v in self.metrics["merged"].items()}, trainer.global_step)
 
     def _validate(self, trainer: Trainer) -> dict[str, float]:
-        """Metrics on held-out data, now; what is checked or saved after a validation of training is not."""
+        """Measure metrics on held-out data, without the checkpoints that follow a validation within training."""
         callbacks, trainer.callbacks = trainer.callbacks, [c for c in trainer.callbacks if not isinstance(c, Checkpoint)]
         try:
             found = validate_within_fit(trainer)
@@ -175,7 +177,7 @@ class LoRA(SaveModel):
 
     @override
     def write(self, pl_module: PrunableModule, target: Path) -> None:
-        """The model; with `merge: none` as it was pruned, and its adapters in peft's format."""
+        """Write the model. With `merge: none`, write the pruned model, and its adapters in peft's format."""
         if self.merge == "masked":
             super().write(pl_module, target)
             return
@@ -191,14 +193,14 @@ class LoRA(SaveModel):
 
 
 def _layers(pl_module: PrunableModule) -> dict[str, Any]:
-    """Linears that have adapters, by full name."""
+    """Return the linears that have adapters, by full name."""
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in pl_module.model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def _without_zeros(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-    """The output of a linear with its adapter, less what the adapter adds where the weight is zero."""
+    """Subtract from a linear's output what its adapter adds where the weight is zero."""
     (adapter,) = layer.active_adapters
     added = layer.get_delta_weight(adapter).masked_fill(layer.get_base_layer().weight != 0, 0)
     return output - nn.functional.linear(inputs[0], added.to(inputs[0].dtype)).to(output.dtype)

@@ -11,7 +11,7 @@ import torch
 import transformers
 import yaml
 
-from callbacks.keep_sparsity import linear_weights
+from callbacks.base.sparsity import linear_weights
 from train import main
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from callbacks.keep_sparsity import linear_weights, share_of, zeros_of
+from callbacks.base.sparsity import linear_weights, share_of, zeros_of
 from train import main
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,7 @@
 """The model card of a directory that a run writes: README.md, as the Hugging Face hub reads it.
 
-Its front matter names base model, datasets, library and task for the hub's search; its text has results, settings, versions and
-the command, for whoever finds the directory.
+Its front matter names base model, datasets, library and task for the hub's search. Its text has results, settings, versions and
+the command, for everyone who finds the directory.
 """
 
 import json
@@ -19,7 +19,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id, yaml_dump
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.keep_sparsity import LEAST_SPARSITY, linear_weights
+from callbacks.base.sparsity import LEAST_SPARSITY, linear_weights, share_of, zeros_of
 from lightning_modules.base.prunable import PrunableModule
 from utilities.contract import data_of
 from utilities.hub import PACKAGE_SCHEME
@@ -27,25 +27,25 @@ from utilities.reporting import environment, shown_path
 
 CARD = "README.md"
 MARK = "<!-- Written by the run that wrote this directory; the next run that writes here replaces it. -->"
-"""Line of every card, by which a run knows that it may replace one."""
+"""Line in every card. A run replaces only a README.md that has it."""
 HUB_FILE = "hf://datasets/"
 LIBRARIES = ("transformers", "timm")
 
 
 @dataclass(frozen=True)
 class CardContent:
-    """What a callback says of its result.
+    """Part of a card that a callback writes about its result.
 
     Attributes:
-        title: What was done, for the heading.
-        summary: What the directory holds, in a few sentences.
-        settings: Settings by name, beside those of model and data.
+        title: Heading, in words what was done.
+        summary: A few sentences about the content of the directory.
+        settings: Settings by name, in addition to those of model and data.
         metrics: State of the model, such as dense -> metric -> value.
         sparsity: State of the model -> share of zeros in `counted`.
-        counted: Linears that `sparsity` is taken of.
+        counted: Name of the linears whose zeros `sparsity` counts.
         tags: Tags for the hub's search.
         library: Library that loads the directory; None for the model's own.
-        sources: Texts or images that were used beside the data module's, in its forms.
+        sources: Texts or images that were used in addition to the data module's, in the forms of its settings.
     """
 
     title: str
@@ -63,8 +63,8 @@ def check_place(directory: Path, pushed: bool = False) -> None:
     """Raise a ValueError if a card would replace a README.md that no run has written.
 
     Args:
-        directory: Where a result will go; need not exist.
-        pushed: Whether the directory will be uploaded as a whole; it must then hold no other files either.
+        directory: Directory of a result; need not exist yet.
+        pushed: Whether the whole directory will be uploaded; it must then hold no other files.
     """
     card = directory / CARD
     is_ours = card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")
@@ -83,7 +83,7 @@ def check_place(directory: Path, pushed: bool = False) -> None:
 
 
 def facts_of(trainer: Trainer, module: PrunableModule) -> dict[str, Any]:
-    """Settings of model and data, seed, versions, sources and hardware of a run, by name."""
+    """Collect settings of model and data, seed, versions, sources and hardware of a run, by name."""
     facts = data_of(trainer).facts()
     return {
         "model": module.described(),
@@ -96,13 +96,13 @@ def facts_of(trainer: Trainer, module: PrunableModule) -> dict[str, Any]:
 def card_of(
     trainer: Trainer, module: PrunableModule, content: CardContent, facts: Mapping[str, Any] | None = None
 ) -> ModelCard:
-    """Make the card of a result; does not communicate.
+    """Make the card of a result, without communication between processes.
 
     Args:
         trainer: Trainer of the run.
         module: Module whose model was written.
-        content: What the callback says.
-        facts: As `facts_of` returns them; asked for when None.
+        content: Part that the callback writes.
+        facts: Result of `facts_of`; collected here when None.
     """
     facts = facts_of(trainer, module) if facts is None else facts
     library, base = library_of(module), base_model_of(module)
@@ -132,30 +132,30 @@ def card_of(
 
 
 def last_metrics(trainer: Trainer) -> dict[str, float]:
-    """Metrics that a run logged last, without those of training batches; every process has to ask for them."""
+    """Return the metrics that a run logged last, without those of training batches. Call it in every process."""
     return {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("train/")}
 
 
 def write_card(directory: Path, card: ModelCard) -> None:
-    """Write README.md beside its place and rename it; call it in one process."""
+    """Write README.md under another name and rename it. Call it in one process."""
     partial = directory / f"{CARD}.partial"
     partial.write_text(str(card), encoding="utf-8")
     os.replace(partial, directory / CARD)
 
 
 def model_name(module: PrunableModule) -> str:
-    """Name of the model without owner and folder; its class where it has none."""
+    """Return the model's name without owner and folder, or its class if it has no name."""
     return Path(module.described().get("model_name_or_path") or type(module.model).__name__).name
 
 
 def library_of(module: PrunableModule) -> str | None:
-    """Library that the model's class comes from, transformers or timm; None for another one."""
+    """Return the library that the model's class comes from: transformers, timm, or None for any other."""
     packages = {cls.__module__.partition(".")[0] for cls in type(module.model).__mro__}
     return next((name for name in LIBRARIES if name in packages), None)
 
 
 def base_model_of(module: PrunableModule) -> str | None:
-    """Hub id that the weights came from; None if from a local path, from memory, or from nowhere."""
+    """Return the hub id that the weights came from. None if they came from a local path or memory, or are random."""
     path = module.hparams.get("model_name_or_path")
     if path is not None and library_of(module) == "timm":
         path = module.model.pretrained_cfg.get("hf_hub_id") if module.hparams.get("pretrained") else None
@@ -165,7 +165,7 @@ def base_model_of(module: PrunableModule) -> str | None:
 
 
 def hub_datasets(sources: Iterable[str]) -> list[str]:
-    """Hub ids among the sources of text or images; files, folders and what a package ships are left out."""
+    """Return the hub ids among sources of text or images. Files, folders and the data of packages are left out."""
     found = []
     for source in sources:
         if source.startswith(HUB_FILE):
@@ -180,7 +180,7 @@ def hub_datasets(sources: Iterable[str]) -> list[str]:
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name has the form of a repository on the hub."""
+    """Tell whether a name has the form of a repository on the hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -189,34 +189,34 @@ def is_repository(name: str) -> bool:
 
 
 def share_of_zeros(module: PrunableModule) -> float | None:
-    """Share of zeros in the prunable linears; None for a model that can be trained but not pruned."""
+    """Return the share of zeros in the prunable linears, or None for a model that can be trained but not pruned."""
     try:
-        weights = linear_weights(module).values()
+        weights = linear_weights(module)
     except ValueError:
         return None
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    return share_of(zeros_of(weights))
 
 
 def sparse_tags(sparsity: float | None) -> tuple[str, ...]:
-    """Tags of a model with so many zeros."""
+    """Return the tags of a model with this share of zeros."""
     return ("sparse", "pruned") if (sparsity or 0.0) >= LEAST_SPARSITY else ()
 
 
 def _sources(data: Mapping[str, Any]) -> list[str]:
-    """Calibration or training sources among the settings of a data module."""
+    """Find calibration or training sources among the settings of a data module."""
     given = [data.get("source"), data.get("root")]
     return [source for item in given if item for source in ([item] if isinstance(item, str) else item)]
 
 
 def _task_of(module: PrunableModule) -> str | None:
-    """The hub's name of what the model does."""
+    """Return the hub's name for the model's task."""
     if module.model_facts().num_classes is not None:
         return "image-classification"
     return "text-generation" if hasattr(module.model, "generate") else None
 
 
 def _results(content: CardContent) -> str:
-    """Table with a row for each metric and a column for each state of the model."""
+    """Make a table with a row for each metric and a column for each state of the model."""
     metrics, sparsity = content.metrics, content.sparsity
     states = [state for state in dict.fromkeys([*metrics, *sparsity]) if metrics.get(state) or state in sparsity]
     if not states:
@@ -233,12 +233,12 @@ def _results(content: CardContent) -> str:
 
 
 def _command() -> str:
-    """The command that this process was started with; nothing where there is none, as in a notebook."""
+    """Return the command that started this process; empty if there is none, as in a notebook."""
     if hasattr(sys, "ps1") or not sys.argv or not Path(sys.argv[0]).is_file():
         return ""
     return f"## Command\n\n```sh\n{shlex.join(['python', shown_path(Path(sys.argv[0])), *sys.argv[1:]])}\n```"
 
 
 def _plain(settings: Mapping[str, Any]) -> Any:
-    """Settings as plain values."""
+    """Turn settings into plain values."""
     return json.loads(json.dumps(settings, default=str))

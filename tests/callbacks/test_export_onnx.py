@@ -13,8 +13,8 @@ import transformers
 from huggingface_hub import ModelCard
 
 from callbacks import BlockwisePruning, ExportOnnx
+from callbacks.base.sparsity import linear_weights
 from callbacks.export_onnx import check_logits, check_weights, export_onnx
-from callbacks.keep_sparsity import linear_weights
 from datamodules import ImageDataModule
 from lightning_modules import CausalLM, ImageClassifier
 from tests.helpers.recovery_runs import short_windows

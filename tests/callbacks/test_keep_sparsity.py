@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 
 from callbacks import BlockwisePruning, KeepSparsity, SaveModel
-from callbacks.keep_sparsity import linear_weights, share_of, zeros_of
+from callbacks.base.sparsity import linear_weights, share_of, zeros_of
 from lightning_modules import CausalLM
 from tests.helpers.launchers import go
 from tests.helpers.recovery_runs import LEARNING_RATE, Crash, RecoveryRun, loaded, prune_two_of_four, short_windows

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import KeepSparsity, LoRA, SaveModel
-from callbacks.keep_sparsity import linear_weights, share_of, zeros_of
+from callbacks.base.sparsity import linear_weights, share_of, zeros_of
 from datamodules import ImageDataModule
 from lightning_modules import CausalLM, ImageClassifier
 from tests.helpers.launchers import go

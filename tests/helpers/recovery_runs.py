@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-from callbacks.keep_sparsity import KeepSparsity, linear_weights
+from callbacks.base.sparsity import linear_weights
+from callbacks.keep_sparsity import KeepSparsity
 from callbacks.lora import LoRA
 from callbacks.save_model import SaveModel
 from datamodules import TextDataModule
