@@ -24,13 +24,13 @@ OPACITY = 0.75
 
 @dataclass(frozen=True)
 class Look:
-    """What a model makes of some images.
+    """Attention and predictions of a model for some images.
 
     Attributes:
         attention: Block -> (samples, heads, rows, columns), probabilities.
         classes: Most probable class of each image.
         probabilities: Probability of that class.
-        looker: What attends: the class token or, in a model without one, all tokens on average.
+        looker: Token that attends: the class token or, in a model without one, the average token.
     """
 
     attention: dict[str, Tensor]
@@ -185,7 +185,7 @@ def attention_over_image(picture: Tensor, states: dict[str, Row], label: str, ti
         states: Name of a state -> attention and prediction.
         label: True class of the image.
         title: Title of the figure.
-        looker: What attends, for the colour bars.
+        looker: Token that attends, for the text below the colour bars.
 
     Returns:
         A matplotlib figure, not registered with pyplot.

@@ -1,9 +1,9 @@
-"""EvaluateTasks: zero-shot and few-shot tasks of the lm-evaluation-harness on the module's own model.
+"""EvaluateTasks: runs zero-shot and few-shot tasks of the lm-evaluation-harness on the module's own model.
 
     python train.py validate --config configs/eval/paper_tasks.yaml --model.model_name_or_path DIR
 
-Tasks are those of lm_eval by name, whose data the hub or its cache has, or YAML files of one's own (https://github.com/
-EleutherAI/lm-evaluation-harness/blob/main/docs/task_guide.md), which need neither.
+Tasks are names that lm_eval knows; their data comes from the hub or its cache. Or they are YAML files of your own, which need
+neither (https://github.com/EleutherAI/lm-evaluation-harness/blob/main/docs/task_guide.md).
 """
 
 import copy
@@ -30,21 +30,21 @@ from utilities.safe_load import brief
 
 REPORT = "tasks.json"
 LONGEST = datetime.timedelta(days=7)
-"""How long other processes wait for the first."""
+"""Longest time that other processes wait for the first."""
 
 
 class EvaluateTasks(AfterRun):
     """Evaluate a CausalLM on tasks after `validate` or `test`, or at the end of `fit` (pruning too); needs the extra `eval`.
 
-    One table on the terminal, `tasks.json` in the log directory, and scalars tasks/<task>/<metric>. With several processes the
-    first one evaluates, on its own device, and the others wait.
+    Results are printed as a table, written to `tasks.json` in the log directory, and logged as tasks/<task>/<metric>. With
+    several processes, the first one evaluates on its own device and the others wait.
 
     Args:
         tasks: Names of tasks, groups or tags.
-        task_path: Directory with task YAML files of one's own. They may name Python functions, which are run.
-        num_fewshot: Solved examples before each question; each task's own number when None. A task that says 0 keeps it.
-        limit: Questions of each task: a number, or a share below 1; all when None.
-        batch_size: Sequences that go through the model at a time.
+        task_path: Directory with task YAML files of your own. They may name Python functions, which are run.
+        num_fewshot: Number of solved examples before each question; each task's own when None. A task that sets 0 keeps 0.
+        limit: Number of questions of each task, or a share of them below 1; all when None.
+        batch_size: Number of sequences that go through the model at a time.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class EvaluateTasks(AfterRun):
 
     @override
     def setup(self, trainer: Trainer, pl_module: CausalLM, stage: str) -> None:
-        """Load the tasks and their data, so that what is wrong with them is told before a weight moves."""
+        """Load the tasks and their data, so that mistakes in them are told before the run starts."""
         if stage == "predict":
             return
         if not isinstance(pl_module, CausalLM):
@@ -97,7 +97,7 @@ class EvaluateTasks(AfterRun):
             ) from error
 
     def _find_tasks(self) -> Any:
-        """The index that has all names: that of `task_path` where it does, since lm_eval's own takes seconds to read."""
+        """Find an index that has all names. That of `task_path` is tried first, since lm_eval's own takes seconds to read."""
         from lm_eval.tasks import TaskManager
 
         if self.task_path is not None:
@@ -139,7 +139,7 @@ class EvaluateTasks(AfterRun):
         print_table("Tasks", [*_rows(self.results), ("results", str(folder / REPORT))])
 
     def _run(self, trainer: Trainer, pl_module: CausalLM) -> dict[str, dict[str, Any]]:
-        """Ask the model, in this process."""
+        """Evaluate the model in this process."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -159,7 +159,7 @@ class EvaluateTasks(AfterRun):
                     limit=limit,
                     task_manager=self._manager,
                     log_samples=False,
-                    bootstrap_iters=1000,  # of metrics whose error has no formula
+                    bootstrap_iters=1000,  # for metrics whose error has no formula
                 )
         finally:
             for module, mode in modes.items():
@@ -168,7 +168,7 @@ class EvaluateTasks(AfterRun):
 
 
 def _measured(task: str, found: dict[str, Any]) -> dict[str, Any]:
-    """Metrics of a task by name, such as acc and acc_stderr; an output filter that is not lm_eval's `none` is named after @."""
+    """Return the metrics of a task by name, such as acc and acc_stderr. An output filter other than `none` follows after @."""
     values: dict[str, Any] = {}
     for key, value in found["results"][task].items():
         metric, _, output_filter = key.partition(",")
@@ -179,7 +179,7 @@ def _measured(task: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rows(results: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """A row for each metric, and the mean over tasks of acc."""
+    """Make a row for each metric, and one for the mean of acc over tasks."""
     rows = []
     for task, result in results.items():
         for name, value in result.items():

@@ -1,4 +1,4 @@
-"""ExportOnnx: hands a model over as ONNX, with its zeros, and checks the file by onnxruntime before it says so.
+"""ExportOnnx: writes a model as ONNX, with its zeros, and checks the file with onnxruntime.
 
 python train.py validate --config FILE --model.model_name_or_path DIR --trainer.callbacks+=callbacks.ExportOnnx
 """
@@ -29,18 +29,18 @@ from utilities.safe_load import brief
 
 FILE = "model.onnx"
 TOLERANCE = 1e-4
-"""Largest difference of a logit to PyTorch's, as a share of the largest logit where that is above 1."""
+"""Largest difference allowed between a logit and PyTorch's, as a share of the largest logit if that is above 1."""
 
 
 class ExportOnnx(AfterRun):
     """Write the model as ONNX after `validate` or `test`, or at the end of `fit`; needs the extra `export`.
 
     A language model becomes input_ids (batch, sequence) -> logits (batch, sequence, vocabulary), without cache and padding
-    mask; a vision transformer image (batch, channels, height, width) -> logits (batch, classes). Batch and sequence are free.
-    The file is float32, whatever the model computes in, and its weights lie beside it, in model.onnx.data.
+    mask. A vision transformer becomes image (batch, channels, height, width) -> logits (batch, classes). Batch and sequence may
+    have any size. The file is float32, whatever the model's dtype. Its weights are beside it, in model.onnx.data.
 
     Args:
-        output_dir: Where to; `onnx` in the log directory when None.
+        output_dir: Directory of the file; `onnx` in the log directory when None.
     """
 
     def __init__(self, output_dir: str | None = None) -> None:
@@ -69,12 +69,12 @@ class ExportOnnx(AfterRun):
         rank_zero_info(f"Model written to {target / FILE}; onnxruntime gives PyTorch's logits, to {difference:.1e}.")
 
     def _target(self, trainer: Trainer) -> Path:
-        """Where the file goes; all processes have to ask, since the log directory is the first one's."""
+        """Return the directory of the file. Call it in all processes: the first one tells the others its log directory."""
         return Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "onnx").expanduser()
 
 
 def _content(module: PrunableModule, metrics: dict[str, float], difference: float) -> CardContent:
-    """What the model card says."""
+    """Write the callback's part of the model card."""
     zeros = share_of_zeros(module)
     return CardContent(
         title="ONNX",
@@ -91,7 +91,7 @@ def _content(module: PrunableModule, metrics: dict[str, float], difference: floa
 
 
 class _Logits(nn.Module):
-    """One tensor to one tensor: a model as its module calls it, without what surrounds it in Lightning."""
+    """A model as its module calls it, without Lightning: it maps one tensor to one tensor."""
 
     def __init__(self, model: nn.Module, call: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -105,14 +105,14 @@ class _Logits(nn.Module):
 @torch.inference_mode(False)  # a validation is in that mode, and what is made in it cannot be traced
 @torch.no_grad()
 def export_onnx(module: PrunableModule, path: Path) -> float:
-    """Write a CausalLM or an ImageClassifier and compare the file with it; the module is not changed.
+    """Write a CausalLM or an ImageClassifier as ONNX and compare the file with it. The module is not changed.
 
     Args:
-        module: With its model loaded.
-        path: Of the file; its directory must exist.
+        module: Module whose model is loaded.
+        path: Path of the file; its directory must exist.
 
     Returns:
-        The largest difference of a logit between onnxruntime and PyTorch, on inputs of other sizes than those exported with.
+        The largest difference between a logit of onnxruntime and PyTorch's, on inputs of another size than in the export.
 
     Raises:
         ValueError: If the model cannot be exported.
@@ -121,7 +121,7 @@ def export_onnx(module: PrunableModule, path: Path) -> float:
     model = _Logits(copy.deepcopy(module.model).cpu().float().eval(), type(module).forward)
     names, example, free = _inputs(module, samples=2, tokens=8)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the libraries about themselves
+        warnings.simplefilter("ignore")  # the libraries warn about themselves
         try:
             program = torch.onnx.export(
                 model, (example,), dynamo=True, verbose=False, dynamic_shapes=(free,), **names, optimize=True
@@ -136,7 +136,7 @@ def export_onnx(module: PrunableModule, path: Path) -> float:
 
 
 def _inputs(module: PrunableModule, samples: int, tokens: int) -> tuple[dict[str, list[str]], Tensor, dict[int, Any]]:
-    """Names of input and output, random inputs, and the axes that may have any size."""
+    """Return the names of input and output, random inputs, and the axes that may have any size."""
     generator, batch = torch.Generator().manual_seed(0), torch.export.Dim("batch")
     if isinstance(module, CausalLM):
         ids = torch.randint(module.model.config.vocab_size, (samples, tokens), generator=generator)
@@ -147,10 +147,10 @@ def _inputs(module: PrunableModule, samples: int, tokens: int) -> tuple[dict[str
 
 
 def check_weights(module: PrunableModule, path: Path) -> None:
-    """See that the file has the matrix of every prunable linear, bit for bit, as it is or transposed.
+    """Check that the file has the matrix of every prunable linear, bit for bit, as it is or transposed.
 
     Raises:
-        RuntimeError: If it has not.
+        RuntimeError: If one is missing.
     """
     import onnx
 
@@ -164,10 +164,10 @@ def check_weights(module: PrunableModule, path: Path) -> None:
 
 
 def check_logits(model: nn.Module, inputs: Tensor, path: Path) -> float:
-    """Largest difference of a logit between the file and a model that maps one tensor to one.
+    """Return the largest difference between a logit of the file and one of a model that maps one tensor to one.
 
     Raises:
-        RuntimeError: If it is more than TOLERANCE.
+        RuntimeError: If it is larger than TOLERANCE.
     """
     import onnxruntime
 

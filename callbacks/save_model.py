@@ -1,4 +1,4 @@
-"""SaveModel: writes the trained model in its own library's format, so that pruning and other tools load it by its directory."""
+"""SaveModel: writes the trained model in its own library's format, so that pruning and other tools can load the directory."""
 
 import tempfile
 from pathlib import Path
@@ -18,16 +18,16 @@ from utilities.files import check_writable, move_files
 class SaveModel(Callback):
     """Write the model and its model card at the end of `fit`.
 
-    Every file is written beside its place and renamed, so a reader finds an old file or a new one. Files of other names in
-    the directory stay, but for a README.md that no run has written, which is refused.
+    Every file is written under another name and renamed, so that a reader finds an old file or a new one, never a part. Other
+    files in the directory stay. A README.md that no run has written is an error.
 
     Args:
-        output_dir: Where to; `model` in the log directory when None.
-        push_to_hub: Repository on the Hugging Face hub, owner/name, to which the finished directory is uploaded; made as a
-            private one where it does not exist. Nothing is uploaded when None.
+        output_dir: Directory of the model; `model` in the log directory when None.
+        push_to_hub: Repository on the Hugging Face hub, owner/name, to which the finished directory is uploaded. One that
+            does not exist is created as a private one. Nothing is uploaded when None.
 
     Raises:
-        ValueError: If `push_to_hub` has another form.
+        ValueError: If `push_to_hub` does not have the form owner/name.
     """
 
     def __init__(self, output_dir: str | None = None, push_to_hub: str | None = None) -> None:
@@ -63,7 +63,7 @@ class SaveModel(Callback):
             upload(target, self.push_to_hub)
 
     def content(self, trainer: Trainer, pl_module: PrunableModule, metrics: dict[str, float]) -> CardContent:
-        """What the model card says.
+        """Write the callback's part of the model card.
 
         Args:
             trainer: Trainer of the run.
@@ -81,21 +81,21 @@ class SaveModel(Callback):
         )
 
     def announce(self, pl_module: PrunableModule, target: Path) -> None:
-        """Say where the model lies, in one process."""
+        """Print where the model is. Called in one process."""
         rank_zero_info(f"Model written to {target}.")
 
     def target(self, trainer: Trainer) -> Path:
-        """Where the model goes; all processes have to ask, since the log directory is the first one's."""
+        """Return the directory of the model. Call it in all processes: the first one tells the others its log directory."""
         return Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "model").expanduser()
 
     def write(self, pl_module: PrunableModule, target: Path) -> None:
-        """Write the files of the model into a directory, in one process."""
+        """Write the files of the model into a directory. Called in one process."""
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
             pl_module.save(Path(scratch))
-            (target / adapters.CONFIG).unlink(missing_ok=True)  # those of an earlier run would be added to this model
+            (target / adapters.CONFIG).unlink(missing_ok=True)  # adapters of an earlier run would be added to this model
             move_files(Path(scratch), target)
 
 
 def training_settings(trainer: Trainer) -> dict[str, Any]:
-    """What a model card says of how long a model was trained."""
+    """Return how long a model was trained, for its card."""
     return {"training": {"epochs": trainer.current_epoch, "steps": trainer.global_step}}

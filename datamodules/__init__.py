@@ -1,4 +1,4 @@
-"""On what is run: the data modules, each imported on first use so that `import datamodules` loads no framework."""
+"""Data modules, each imported on first use, so that `import datamodules` loads no framework."""
 
 from importlib import import_module
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the data modules have in common: checks of their settings, imports of packages that are not always installed."""
+"""Shared by the data modules: checks of settings, and imports of packages that are not always installed."""
 
 from importlib import import_module
 from types import ModuleType
@@ -23,8 +23,8 @@ def import_needed(module: str, needed_for: str, package: str) -> ModuleType:
 
     Args:
         module: Name of the module.
-        needed_for: What is read with it, for the error.
-        package: What pip installs, for the error.
+        needed_for: Data that it reads, for the error.
+        package: Package that pip installs, for the error.
 
     Raises:
         ModuleNotFoundError: If it is not installed; the message has the command that installs it.

@@ -1,4 +1,4 @@
-"""Images of a source as samples, and samples as batches; both can leave out images that cannot be read."""
+"""A dataset of images, and the function that makes batches of them. Both can leave out images that cannot be read."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from datamodules.image_sources import Images, UnreadableImage
 
 
 class ImageDataset(Dataset):
-    """Images of a source at some positions, transformed; None in place of one that cannot be read if `skip`."""
+    """Transformed images at some positions of a source. With `skip`, an image that cannot be read is None."""
 
     def __init__(self, source: Images, positions: Sequence[int], labels: list[int], transform: Callable, skip: bool) -> None:
         self.source, self.positions, self.labels = source, positions, labels
@@ -31,7 +31,7 @@ class ImageDataset(Dataset):
 
 
 class Collate:
-    """Make a batch of items, leaving out and, if `skip`, counting those that are None; the batch may have no samples."""
+    """Make a batch of items. Those that are None are left out, and counted with `skip`; the batch may have no samples."""
 
     def __init__(self, size: tuple[int, int, int], skip: bool) -> None:
         self.size, self.skip = size, skip

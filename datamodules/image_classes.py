@@ -1,4 +1,4 @@
-"""Class maps: which name has which index, and the labels of a source by such a map."""
+"""Class maps: reads which name has which index, and translates the labels of a source into these indices."""
 
 import re
 from collections import Counter
@@ -11,7 +11,7 @@ INDEX = re.compile(r"[0-9]{1,9}")
 
 
 def read_classes(classes: str) -> list[str]:
-    """Names of the classes in the order of their indices.
+    """Read the names of the classes in the order of their indices.
 
     Args:
         classes: `imagenet`, or a text file with one class a line: a name, or index, tab, name and anything after another tab.
@@ -49,10 +49,15 @@ def read_classes(classes: str) -> list[str]:
 
 
 def map_labels(source: Images, classes: list[str], hint: str) -> list[int]:
-    """Labels of a source's images as indices into `classes`.
+    """Translate the labels of a source's images into indices into `classes`.
+
+    Args:
+        source: Images with labels of their own.
+        classes: Names of the classes in the order of their indices.
+        hint: Advice for the error about unknown classes.
 
     Raises:
-        ValueError: If a class that has a folder, or an image, is not among them; `hint` says what to do.
+        ValueError: If a class that has a folder or an image is not in `classes`.
     """
     indices = {name: index for index, name in enumerate(classes)}
     present = set(source.labels) if isinstance(source, HubImages) else range(len(source.names))

@@ -8,11 +8,11 @@ import torch
 
 
 class Pool:
-    """Positions of images, shuffled within each class, from which parts are drawn without return.
+    """Positions of images, shuffled within each class; parts are drawn from them without replacement.
 
-    Positions are taken in turn, one of each class a round: the numbers of any two classes differ by at most one until a class
-    is exhausted. Drawing from both ends keeps two parts independent of one another's size as long as classes have enough
-    images.
+    Each round takes one position of each class. The numbers of any two classes differ by at most one, until a class is used
+    up. One part is drawn from the front and one from the end, so that neither depends on the size of the other as long as
+    every class has enough images.
     """
 
     def __init__(self, labels: Sequence[int], seed: int) -> None:
@@ -24,7 +24,13 @@ class Pool:
         self._queues = {end: list(_shuffled(queues, generator)) for end in ("first", "last")}
 
     def take(self, count: int, end: Literal["first", "last"], accept: Callable[[int], bool] = lambda _: True) -> list[int]:
-        """Draw positions, fewer if there are no more; one not accepted is replaced by the next of its class."""
+        """Draw positions, or fewer when none are left. One that is not accepted is replaced by the next of its class.
+
+        Args:
+            count: Number of positions.
+            end: Whether to draw from the front of each class or from its end.
+            accept: Tells whether a position can be used.
+        """
         taken: list[int] = []
         queues = self._queues[end]
         while len(taken) < count and any(queues):

@@ -1,7 +1,8 @@
-"""Where images come from: folders of classes, scikit-learn's digits, Hugging Face datasets.
+"""Sources of images: folders of classes, scikit-learn's digits, Hugging Face datasets.
 
-Every image becomes 8-bit RGB, whatever its file holds. One that cannot be read is an UnreadableImage that names it; whatever
-else is wrong with a source is a ValueError that names the folder, the file or the split, and what to do about it.
+Every image becomes 8-bit RGB, whatever its file holds. An image that cannot be read raises an UnreadableImage with its
+name. Everything else that is wrong with a source raises a ValueError that names the folder, the file or the split, and what to
+do about it.
 """
 
 import io
@@ -24,17 +25,20 @@ HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:/]+)?")
 ACCEPTED_ROOTS = "digits, a folder with <train>/<class>/ and <val>/<class>/, or a dataset on the hub as owner/name[:config]"
 DIGITS_HELD_OUT = 0.2
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-"""What is looked for in a file, whatever its name; Pillow knows others, and starts Ghostscript for one of them."""
+"""Formats that are accepted, whatever a file's name. Pillow knows more, and would start Ghostscript for one of them."""
 LONGEST_SIDE = 1000
-"""Times the shorter one; resized to the shorter side, an image beyond that would take gigabytes."""
+"""Largest ratio of an image's sides. Resized by its shorter side, an image beyond that would take gigabytes."""
 
 
 class UnreadableImage(RuntimeError, ValueError):
-    """A file that is missing, truncated or no image."""
+    """Raised for a file that is missing, truncated or not an image."""
 
 
 class Images(ABC):
-    """Images and their labels; `names[label]` is the class, `where` says in messages where they are from."""
+    """Images and their labels.
+
+    `names[label]` is the class. `where` names the source in messages.
+    """
 
     where: str
     names: list[str]
@@ -45,10 +49,10 @@ class Images(ABC):
 
     @abstractmethod
     def read(self, position: int) -> Image.Image:
-        """One image as RGB.
+        """Read one image as RGB.
 
         Raises:
-            UnreadableImage: If it cannot be had or decoded.
+            UnreadableImage: If its file is missing or cannot be decoded.
         """
 
 
@@ -58,7 +62,7 @@ class EncodedImages(Images):
     def read(self, position: int) -> Image.Image:
         try:
             return decode(self.encoded(position))
-        except Exception as error:  # of damaged data Pillow makes anything from OSError to SyntaxError and MemoryError
+        except Exception as error:  # damaged data makes Pillow raise anything from OSError to SyntaxError and MemoryError
             raise UnreadableImage(
                 f"Image {self.name(position)} cannot be read ({brief(error)}). Delete or replace it, or set data.on_corrupt to "
                 "skip."
@@ -66,15 +70,15 @@ class EncodedImages(Images):
 
     @abstractmethod
     def encoded(self, position: int) -> bytes:
-        """The content of the image's file."""
+        """Return the content of the image's file."""
 
     @abstractmethod
     def name(self, position: int) -> str:
-        """What a message calls the image."""
+        """Return the image's name for messages."""
 
 
 class FolderImages(EncodedImages):
-    """Image files, at any depth, below the class folders of a folder."""
+    """Image files at any depth below the class folders of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.where, self.names = f"'{folder}'", class_folders(folder)
@@ -95,7 +99,7 @@ class FolderImages(EncodedImages):
 
 
 class LooseImages(FolderImages):
-    """Image files, at any depth, below some folders; their labels are -1."""
+    """Image files at any depth below some folders; their labels are -1."""
 
     def __init__(self, folders: Sequence[str]) -> None:
         self.where, self.names, self.paths = f"{list(folders)}", [], []
@@ -135,7 +139,7 @@ class HubImages(EncodedImages):
         try:
             rows = datasets.load_dataset(repository, config or None, split=split)
         except Exception as error:  # builders, hub client and HTTP client share no base class below this one
-            cause = error.__cause__ or error  # of a DatasetGenerationError only the cause says anything
+            cause = error.__cause__ or error  # a DatasetGenerationError says nothing itself, only its cause does
             raise ValueError(
                 f"Argument `root` = {root!r} is no existing folder, and as a dataset its split {split!r} could not be loaded: "
                 f"{type(cause).__name__}: {cause}. Check name, config, split and connection, or give {ACCEPTED_ROOTS}."
@@ -175,10 +179,10 @@ def decode(content: bytes) -> Image.Image:
     """Decode a whole image file to 8-bit RGB; 16 bits are scaled, transparency is dropped as timm and torchvision do.
 
     Raises:
-        Exception: Of any type, if the content is not one of FORMATS, damaged, or too long for its breadth.
+        Exception: Of any type, if the content is not one of FORMATS, is damaged, or is too long for its width.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large images, an error from twice that size on; of damaged metadata
+        warnings.simplefilter("ignore")  # about damaged metadata, and large images; twice that size is an error
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     if max(image.size) > LONGEST_SIDE * min(image.size):
         raise ValueError(f"its size is {image.width} x {image.height}, more than {LONGEST_SIDE} to 1")
@@ -191,7 +195,7 @@ def decode(content: bytes) -> Image.Image:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Sorted names of the folders in a folder, hidden ones left out.
+    """Return the sorted names of the folders in a folder, without hidden ones.
 
     Raises:
         ValueError: If the folder does not exist or has none.
@@ -205,7 +209,7 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def find_images(folder: Path) -> list[str]:
-    """Sorted paths of the image files below a folder; links are followed, hidden names left out."""
+    """Return the sorted paths of the image files below a folder. Links are followed, hidden names left out."""
     extensions, found = tuple(_extensions().split()), []
     for directory, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]

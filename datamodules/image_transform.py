@@ -21,16 +21,16 @@ NO_AUGMENTATION = (
     "tf_preprocessing",
 )
 NO_TENSOR = ("use_prefetcher", "normalize", "separate", "naflex", "patch", "max_seq_len")
-"""Beginnings of the names of arguments with which timm's transform returns something else than one normalised image."""
+"""Prefixes of arguments with which timm's transform returns something other than one normalised image."""
 
 Transform = Callable[[Image.Image], Tensor]
 
 
 def make_transform(config: dict[str, Any], augmentation: dict[str, Any] | None) -> Transform:
-    """A transform of timm's, from an RGB image to a normalised float tensor (3, height, width); tried on one image.
+    """Make a transform from an RGB image to a normalised float tensor (3, height, width), and try it on one image.
 
     Args:
-        config: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        config: Settings input_size, mean, std, interpolation, crop_pct and crop_mode of timm's transform.
         augmentation: Further arguments for training; None for evaluation.
 
     Raises:

@@ -1,11 +1,11 @@
 """Images for training, pruning and validating vision transformers: calibration, held-out, training and validation images.
 
-Calibration and held-out images are drawn from the training images, as evenly over the classes as possible, and never meet: one
-part is drawn from the front of each shuffled class, the other from its end. Neither is augmented. All draws come from `seed`;
-the global random state is neither used nor changed by them.
+Calibration and held-out images are drawn from the training images, as evenly over the classes as possible. No image is in both
+parts: one is drawn from the front of each shuffled class, the other from its end. Neither is augmented. All draws follow from
+`seed`; they neither use nor change the global random state.
 
-Labels are indices into a class map that does not depend on which folders happen to be present. Size, mean, std and
-interpolation are those of the model, which is asked when a dataloader is made, since it does not exist earlier.
+Labels are indices into a class map. With `classes`, the map does not depend on which folders are present. Size, mean, std and
+interpolation are those of the model. It is asked when a dataloader is made, since it does not exist earlier.
 """
 
 from collections.abc import Sequence
@@ -47,27 +47,26 @@ class ImageDataModule(LightningDataModule, CalibrationData):
     samples, maybe none, where images could not be read, and ``"skipped"``, a LongTensor (), says how many.
 
     Args:
-        root: digits (scikit-learn's scans of handwritten digits, 8 x 8; always the same fifth of them is for validation), a
+        root: digits (scikit-learn's scans of handwritten digits, 8 x 8; the same fifth of them is always for validation), a
             folder with <train>/<class>/ and <val>/<class>/, or a dataset on the hub, owner/name[:config].
-        train: Name of the folder or split of training images; of no effect on digits.
-        val: Name of the folder or split of validation images; of no effect on digits.
+        train: Name of the folder or split of training images; has no effect on digits.
+        val: Name of the folder or split of validation images; has no effect on digits.
         classes: Names of all classes in the order of the model's outputs: imagenet, or a text file with one class a line,
             `name` or `index<TAB>name`. null takes the sorted folders of `train`, or the dataset's own class names.
         num_calibration: Number of calibration images.
         num_heldout: Number of held-out images of `train`, by which a pruning run may choose; 0 for none. They are a second
             validation set of `fit` while it prunes.
         seed: Seed of the draws of calibration and held-out images.
-        batch_size: Images a batch.
-        num_workers: Worker processes of each dataloader.
-        image_size: Height and width; null takes the model's.
-        mean: Of the three channels, for normalisation; null takes the model's.
-        std: Of the three channels, for normalisation; null takes the model's.
-        interpolation: How images are resized; null takes the model's.
+        batch_size: Number of images in a batch.
+        num_workers: Number of worker processes of each dataloader.
+        image_size: Height and width of the images in pixels; null takes the model's.
+        mean: Mean of each of the three channels, for normalisation; null takes the model's.
+        std: Standard deviation of each of the three channels, for normalisation; null takes the model's.
+        interpolation: Interpolation by which images are resized; null takes the model's.
         crop_pct: Share of the resized image's edge that is kept in evaluation; null takes the model's.
-        augmentation: Further arguments of `timm.data.create_transform` for training: hflip, scale, auto_augment, re_prob and
-            others.
-        on_corrupt: What an image that cannot be read does. error: end the run. skip: be left out, or replaced among calibration
-            and held-out images, and counted.
+        augmentation: Further arguments of `timm.data.create_transform` for training, such as hflip, scale or auto_augment.
+        on_corrupt: Treatment of images that cannot be read. error: the run ends. skip: they are left out, or replaced
+            among calibration and held-out images, and counted.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class ImageDataModule(LightningDataModule, CalibrationData):
         self._calibrating = False
 
     def facts(self) -> DataFacts:
-        """Image size, class names and numbers."""
+        """Return image size, class names, numbers and settings."""
         options = self.hparams
         return DataFacts(
             image_size=options.image_size,
@@ -136,11 +135,11 @@ class ImageDataModule(LightningDataModule, CalibrationData):
         )
 
     def begin_calibration(self, batch_size: int | None) -> None:
-        """The train dataloader gives calibration images, and held-out images are a second validation set."""
+        """Let the train dataloader give calibration images; held-out images become a second validation set."""
         self._calibrating = True
 
     def end_calibration(self) -> None:
-        """The train dataloader gives all training images again."""
+        """Let the train dataloader give all training images again."""
         self._calibrating = False
 
     def setup(self, stage: str) -> None:
@@ -198,26 +197,26 @@ class ImageDataModule(LightningDataModule, CalibrationData):
             raise ValueError(f"Argument `classes` is null, so the folders of `train` would be the classes: {error}") from error
 
     def train_dataloader(self) -> DataLoader:
-        """All training images, shuffled; while a run prunes, the calibration images in a fixed order."""
+        """Return all training images, shuffled; while a run prunes, the calibration images in a fixed order."""
         return self.calibration_dataloader() if self._calibrating else self._dataloader("train", training=True)
 
     def calibration_dataloader(self) -> DataLoader:
-        """Calibration images; the same image has the same index in every epoch."""
+        """Return calibration images; an image has the same index in every epoch."""
         return self._shared_out("train", "num_calibration", self._draw("calibration"))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Validation images; while a run prunes, held-out images if there are any as a second dataloader."""
+        """Return validation images and, while a run prunes, held-out images as a second dataloader if there are any."""
         loader = self._shared_out("val", "val")
         if not (self._calibrating and self.hparams.num_heldout):
             return loader
         return [loader, self._shared_out("train", "num_heldout", self._draw("heldout"))]
 
     def predict_dataloader(self) -> DataLoader:
-        """Validation images."""
+        """Return validation images."""
         return self._dataloader("val")
 
     def rule_dataloader(self, source: str | list[str], number: int) -> DataLoader:
-        """Images at random from other folders, drawn with the same seed, for an update rule to look at. Their labels are -1.
+        """Draw random images from other folders with the same seed, for an update rule to look at. Their labels are -1.
 
         Args:
             source: A folder, or several, with images at any depth.
@@ -235,7 +234,7 @@ class ImageDataModule(LightningDataModule, CalibrationData):
         return self._make_loader(images, images.labels, positions)
 
     def _draw(self, part: Literal["calibration", "heldout"]) -> list[int]:
-        """Positions of a part among the training images; the held-out part comes first, whichever is asked for first."""
+        """Draw a part of the training images and return its positions. The held-out part is always drawn first."""
         if part == "calibration" and self.hparams.num_heldout:
             self._draw("heldout")
         if part not in self._drawn:
@@ -253,7 +252,7 @@ class ImageDataModule(LightningDataModule, CalibrationData):
         return self._drawn[part]
 
     def _take(self, pool: Pool, source: Images, part: str, count: int, end: Literal["first", "last"]) -> list[int]:
-        """Draw images that can be read; each is opened."""
+        """Draw images that can be read; each is opened to see whether it can."""
         unreadable: list[int] = []
 
         def accept(position: int) -> bool:
@@ -283,7 +282,7 @@ class ImageDataModule(LightningDataModule, CalibrationData):
         return self._make_loader(self._sources[part], self._labels[part], positions, training)
 
     def _shared_out(self, part: Literal["train", "val"], argument: str, positions: Sequence[int] | None = None) -> DataLoader:
-        """Images in order; with several processes each has its share, and none an image of another."""
+        """Make a dataloader of images in order; with several processes, each gets its own part of them."""
         self._check_num_classes()
         dataset, collate = self._dataset(self._sources[part], self._labels[part], positions)
         return in_order(dataset, argument, self.trainer, self.hparams.batch_size, collate, self.hparams.num_workers)
@@ -300,7 +299,7 @@ class ImageDataModule(LightningDataModule, CalibrationData):
     def _dataset(
         self, source: Images, labels: list[int], positions: Sequence[int] | None, training: bool = False
     ) -> tuple[ImageDataset, Collate]:
-        """All images, or those at `positions`, which were opened before: should one of them fail now, that is an error."""
+        """Make a dataset of all images, or of those at `positions`, which could be read before: failing now is an error."""
         options, config = self.hparams, self._data_config()
         skip = options.on_corrupt == "skip" and positions is None
         positions = range(len(source)) if positions is None else positions
@@ -323,7 +322,7 @@ class ImageDataModule(LightningDataModule, CalibrationData):
         )
 
     def _data_config(self) -> dict[str, Any]:
-        """Arguments of `create_transform`: the model's, where this module's are not given."""
+        """Return the arguments of `create_transform`: this module's where they are given, else the model's."""
         options, own = self.hparams, model_of(self.trainer).image_config
         if own is None:
             if options.image_size is None:

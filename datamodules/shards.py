@@ -1,7 +1,7 @@
-"""Shards of a data set over processes: every sample in exactly one of them, none twice, and as many batches in each.
+"""Split a data set over processes: each sample goes to exactly one, and all processes get the same number of batches.
 
 Lightning's own sampler repeats samples until all processes have equally many, which would count some windows twice in
-statistics and metrics. It leaves samplers of this kind alone.
+statistics and metrics. It leaves a DistributedSampler alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,17 +13,17 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 
 
 class ShardedBatches(DistributedSampler):
-    """Batches of one process as lists of positions: a contiguous part of the data set, in order.
+    """Batches of one process, as lists of positions. They cover a contiguous part of the data set, in order.
 
-    All processes have the same number of batches, since Lightning and DDP let them wait for each other in each. So batches
-    differ in size; where `batch_size` is 1 and the number of samples no multiple of that of processes, some hold two.
+    All processes have the same number of batches, since they wait for each other in every one. So batches differ in size: with
+    `batch_size` 1, some hold two samples where the samples cannot be divided evenly.
 
     Args:
-        num_samples: Of the whole data set; at least one for each process.
+        num_samples: Number of samples of the whole data set; at least one for each process.
         batch_size: Largest size of a batch.
         num_processes: Number of shards.
-        rank: Which of them.
-        name: The argument that sets the number of samples, for the error.
+        rank: Which shard this is, from 0.
+        name: Argument that sets the number of samples, for the error.
 
     Raises:
         ValueError: If there are more processes than samples.
@@ -48,7 +48,7 @@ class ShardedBatches(DistributedSampler):
 
 
 class Batches(Dataset):
-    """A data set whose items are batches: `batches[positions]` is what the collate function makes of the samples there."""
+    """A data set whose items are batches: `batches[positions]` collates the samples at these positions."""
 
     def __init__(self, samples: Dataset, collate_fn: Callable[[list], Any] | None = None) -> None:
         self.samples, self.collate_fn = samples, collate_fn or default_collate
@@ -58,7 +58,7 @@ class Batches(Dataset):
 
 
 def split(positions: range, parts: int) -> list[range]:
-    """Contiguous parts whose sizes differ by at most one, larger ones first."""
+    """Split positions into contiguous parts whose sizes differ by at most one, larger ones first."""
     size, larger = divmod(len(positions), parts)
     starts = [part * size + min(part, larger) for part in range(parts + 1)]
     return [positions[start:end] for start, end in pairwise(starts)]
@@ -72,15 +72,15 @@ def in_order(
     collate_fn: Callable | None = None,
     num_workers: int = 0,
 ) -> DataLoader:
-    """A dataloader of all samples in order or, with several processes, of this process's shard of them.
+    """Make a dataloader of all samples in order or, with several processes, of this process's shard.
 
     Args:
-        dataset: With a length.
-        name: The argument that sets its length, for the error.
-        trainer: Knows the processes; None for one.
-        batch_size: Of a batch; with several processes the largest, see `ShardedBatches`.
-        collate_fn: As for a DataLoader.
-        num_workers: As for a DataLoader.
+        dataset: Data set that has a length.
+        name: Argument that sets its length, for the error.
+        trainer: Trainer that knows the processes; None for a single process.
+        batch_size: Size of a batch; with several processes the largest one, see `ShardedBatches`.
+        collate_fn: Makes a batch of samples; torch's default when None.
+        num_workers: Number of worker processes.
     """
     processes = getattr(trainer, "world_size", 1)
     if processes == 1:

@@ -1,14 +1,14 @@
 """Text for pruning language models: calibration windows, held-out windows, test windows.
 
 Documents are joined by a blank line and tokenised without special tokens, as in SparseGPT, and cut into windows of
-`seq_len` tokens. What is held out is never calibrated on:
+`seq_len` tokens. Held-out text is never calibrated on. How it is chosen depends on the number of documents:
 
 - at least 10 documents: the documents are shuffled, and those at the end of that order, until they hold enough tokens,
   are held out whole. Inside a part the documents keep the order of the source.
 - fewer documents, or a blank one among them (WikiText has the lines of a running text as rows, empty lines included, so
   their order carries meaning): the last tokens of the joined text are held out.
 
-Every draw comes from one generator seeded with `seed`; the global random state is neither used nor changed.
+Every draw comes from one generator, seeded with `seed`. The global random state is neither used nor changed.
 """
 
 import os
@@ -52,7 +52,7 @@ class TextDataModule(LightningDataModule, CalibrationData):
     """Windows of text: calibration for `fit`, held-out for `validate` and `predict`, consecutive test text for `test`.
 
     A batch is ``{"input_ids": LongTensor (batch, seq_len), "index": LongTensor (batch,)}``; `index` is the position of
-    the window in its part, from 0, whatever rank it lands on.
+    the window in its part, from 0, in whichever process it is.
 
     Args:
         tokenizer: A hub id, a local directory, a .gguf file, or package://<python package>/<file>; null takes the model's. From
@@ -62,12 +62,12 @@ class TextDataModule(LightningDataModule, CalibrationData):
         test_source: Text of the test windows, in the same forms; null tests on the whole held-out part of `source`.
         sampling: How calibration windows are drawn. joined: at random from the joined text (WikiText style). document:
             each from one random document longer than `seq_len` (C4 style).
-        seq_len: Tokens a window.
+        seq_len: Number of tokens in a window.
         num_calibration: Number of calibration windows.
         num_heldout: Number of held-out windows; 0 holds nothing out, and there is no validation then.
-        batch_size: Windows of a batch. auto: as many calibration windows as serve a pruning run best on its device, and 8
+        batch_size: Number of windows in a batch. auto: as many calibration windows as suit a pruning run on its device, and 8
             elsewhere.
-        num_workers: Worker processes of each dataloader.
+        num_workers: Number of worker processes of each dataloader.
         seed: Seed of the split and of the draws; null takes that of `seed_everything`, else 0.
         text_field: Name of the JSON field or the parquet or dataset column that holds the text.
     """
@@ -112,7 +112,7 @@ class TextDataModule(LightningDataModule, CalibrationData):
         self._calibration_batch_size: int | None = None
 
     def facts(self) -> DataFacts:
-        """Length of the windows, numbers, and the tokenizer once it is loaded."""
+        """Return the length of the windows, numbers, settings, and the tokenizer once it is loaded."""
         options = self.hparams
         size = None if options.batch_size == "auto" else options.batch_size
         return DataFacts(
@@ -125,18 +125,18 @@ class TextDataModule(LightningDataModule, CalibrationData):
         )
 
     def begin_calibration(self, batch_size: int | None) -> None:
-        """Calibration windows come in batches of this size, where the settings leave it open."""
+        """Use batches of this size for calibration windows, where the settings leave it open."""
         self._calibration_batch_size = batch_size
 
     def end_calibration(self) -> None:
-        """Back to the size of the settings."""
+        """Return to the batch size of the settings."""
         self._calibration_batch_size = None
 
     def setup(self, stage: str) -> None:
         """Cut the windows that the stage needs and that no earlier stage has cut.
 
         Raises:
-            ValueError: If the tokenizer or the text cannot be had, or the text is too short for the windows asked for.
+            ValueError: If the tokenizer or the text cannot be loaded, or the text is too short for the windows asked for.
         """
         if stage not in PARTS_OF_STAGE:
             raise ValueError(
@@ -157,12 +157,12 @@ class TextDataModule(LightningDataModule, CalibrationData):
         rank_zero_info(f"Text, {self.hparams.seq_len} tokens a window: {'; '.join(parts)}")
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
-        """That of the settings, or the model's."""
+        """Find the tokenizer: that of the settings or, without one, the model's."""
         found = self.hparams.get("tokenizer") or model_of(self.trainer).tokenizer
         return found if isinstance(found, PreTrainedTokenizerBase) else load_tokenizer(found)
 
     def _cut(self, parts: Sequence[str]) -> dict[str, tuple[Tensor, str]]:
-        """Windows (number, seq_len) of each part asked for, and in words what they were cut from."""
+        """Return the windows (number, seq_len) of each part asked for, and what they were cut from, in words."""
         options, cut = self.hparams, {}
         if parts == ["test"] and options.test_source is not None:
             documents = self._documents("test_source")
@@ -191,7 +191,7 @@ class TextDataModule(LightningDataModule, CalibrationData):
             raise ValueError(f"Argument `{argument}`: {error}") from error
 
     def _split(self, documents: Sequence[str], generator: Generator) -> tuple[list[int] | Tensor, Tensor, str]:
-        """Calibration (document indices, or tokens if split inside a text), held-out tokens, the rule applied."""
+        """Return what is left for calibration (document indices or, of a cut text, tokens), held-out tokens, and the rule."""
         options = self.hparams
         needed = options.num_heldout * options.seq_len
         enough = len(documents) >= MIN_DOCUMENTS_TO_SPLIT
@@ -207,7 +207,7 @@ class TextDataModule(LightningDataModule, CalibrationData):
         return *split_by_position(tokens, needed, options.seq_len), "the end of the text"
 
     def _draw(self, documents: Sequence[str], part: list[int] | Tensor, generator: Generator) -> tuple[Tensor, str]:
-        """Calibration windows, drawn from what `_split` left for calibration."""
+        """Draw calibration windows from what `_split` left for calibration."""
         seq_len, number = self.hparams.seq_len, self.hparams.num_calibration
         if self.hparams.sampling == "document":
             windows = draw_from_documents(documents, part, self._tokenise, seq_len, number, generator)
@@ -221,33 +221,33 @@ class TextDataModule(LightningDataModule, CalibrationData):
         return torch.tensor(self._tokenizer(text, **options)["input_ids"], dtype=torch.long)
 
     def train_dataloader(self) -> DataLoader:
-        """Calibration windows, in order: the same window has the same index in every epoch."""
+        """Return calibration windows in order; a window has the same index in every epoch."""
         return self._dataloader("calibration")
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Held-out windows; no dataloader if nothing is held out."""
+        """Return held-out windows; no dataloader if nothing is held out."""
         return self._dataloader("heldout") if self.hparams.num_heldout else []
 
     def test_dataloader(self) -> DataLoader:
-        """Consecutive windows of the test text."""
+        """Return consecutive windows of the test text."""
         return self._dataloader("test")
 
     def predict_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Held-out windows, as for validation; shared out by Lightning, which then knows whose predictions are whose."""
+        """Return held-out windows. Lightning distributes them over the processes, so it knows which process predicts which."""
         if not self.hparams.num_heldout:
             return []
         windows = Windows(self._windows["heldout"])
         return DataLoader(windows, batch_size=self._batch_size("heldout"), num_workers=self.hparams.num_workers)
 
     def rule_dataloader(self, source: str | list[str], number: int) -> DataLoader:
-        """Windows at random from another text, drawn with the same seed, for an update rule to look at.
+        """Draw random windows from another text with the same seed, for an update rule to look at.
 
         Args:
-            source: In the forms of `source`.
+            source: Text, in the same forms as the setting `source`.
             number: Number of windows.
 
         Raises:
-            ValueError: If the text cannot be had or is shorter than one window.
+            ValueError: If the text cannot be read or is shorter than one window.
         """
         _check_source("update_rule.source", source)
         try:
@@ -259,7 +259,7 @@ class TextDataModule(LightningDataModule, CalibrationData):
         return DataLoader(Windows(windows), batch_size=self._batch_size("rule"))
 
     def _dataloader(self, part: str) -> DataLoader:
-        """Windows in order; with several processes each has its share, and none a window of another."""
+        """Make a dataloader of windows in order; with several processes, each gets its own part of them."""
         argument = {"calibration": "num_calibration", "heldout": "num_heldout", "test": "test_source"}[part]
         windows, workers = Windows(self._windows[part]), self.hparams.num_workers
         return in_order(windows, argument, self.trainer, self._batch_size(part), num_workers=workers)

@@ -1,7 +1,7 @@
-"""Where text comes from: the standard library's prose, local files and folders, Hugging Face datasets.
+"""Sources of text: the standard library's prose, local files and folders, Hugging Face datasets.
 
-`read_documents` is the entry. A document is what the source treats as one: a topic, a text file, a JSON line, a row.
-Whatever is wrong with a source is a ValueError that names the file, the line or row, and what to do about it.
+Start at `read_documents`. A document is a topic, a text file, a JSON line or a row, depending on the source. Whatever is wrong
+with a source raises a ValueError that names the file, the line or row, and what to do about it.
 """
 
 import gzip
@@ -36,7 +36,7 @@ ACCEPTED_SOURCES = f"""Accepted are
 or a list of these."""
 
 DATA_EXTRA = "'d2prune[data]'"
-"""What pip installs for parquet files and hub datasets."""
+"""Package that pip installs for parquet files and hub datasets."""
 
 _HUB_FILE = re.compile(r"hf://datasets/[^/]+/[^/]+/.+")
 _HUB_SPLIT = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?):(?P<config>[^:]*):(?P<split>.+)")
@@ -55,7 +55,7 @@ def read_documents(source: str | list[str], text_field: str) -> Sequence[str]:
         blank are kept: WikiText has its empty lines as rows.
 
     Raises:
-        ValueError: If the source is of no accepted form, names a file twice, or cannot be read as what it claims to be.
+        ValueError: If the source is of no accepted form, names a file twice, or cannot be read in its form.
         ModuleNotFoundError: If parquet or a hub dataset is asked for without the extra `data`.
     """
     parts, seen = [], set()
@@ -114,10 +114,11 @@ def _read(item: str | Path, text_field: str) -> Sequence[str]:
 
 
 def read_pydoc() -> list[str]:
-    """The topics of the standard library's documentation, sorted by key, no paragraph in more than one of them.
+    """Read the topics of the standard library's documentation, sorted by key. No paragraph is in more than one of them.
 
-    Topics repeat one another (`for` is a section of `compound`): a repeated paragraph stays in the longest topic only, or text
-    that is held out would have been calibrated on. What is left of a topic counts from 50 words on; less is headings.
+    Topics repeat one another (`for` is a section of `compound`). A repeated paragraph stays in the longest topic only;
+    otherwise held-out text would also be calibration text. Topics with fewer than 50 words left are dropped: they are
+    headings.
     """
     from pydoc_data.topics import topics
 
@@ -189,7 +190,7 @@ def _decode(data: bytes, where: str) -> str:
 def _read_text(path: Path, text_field: str) -> list[str]:
     with _open(path) as stream:
         text = _decode(stream.read(), f"Text file '{path}'")
-    return [text.replace("\r\n", "\n")]  # copies of WikiText exist with Windows line ends, a token more a line
+    return [text.replace("\r\n", "\n")]  # copies of WikiText exist with Windows line ends, which cost one more token a line
 
 
 def _read_json_lines(path: Path, text_field: str) -> list[str]:
@@ -256,7 +257,7 @@ def read_hub_file(url: str, text_field: str) -> Sequence[str]:
         One document for a text file, one a row for JSON and parquet, read from disk when indexed.
 
     Raises:
-        ValueError: If the suffix is unknown, the file cannot be had, or `text_field` is missing or no string.
+        ValueError: If the suffix is unknown, the file cannot be loaded, or `text_field` is missing or no string.
     """
     kind = _kind(url)
     if kind is None:
@@ -266,7 +267,7 @@ def read_hub_file(url: str, text_field: str) -> Sequence[str]:
 
 
 def read_hub_split(source: str, text_field: str) -> Sequence[str]:
-    """Read ``<repo>:<config>:<split>``; an empty config is the dataset's default one, a split may be a slice.
+    """Read ``<repo>:<config>:<split>``; an empty config means the default one, and a split may be a slice.
 
     Returns:
         One document a row, read from disk when indexed.
@@ -283,7 +284,7 @@ def _load_column(source: str, text_field: str, *arguments: str | None, **options
     try:
         dataset = datasets.load_dataset(*arguments, **options)
     except Exception as error:  # builders, hub client and HTTP client share no base class below this one
-        cause = error.__cause__ or error  # of a DatasetGenerationError only the cause says anything
+        cause = error.__cause__ or error  # a DatasetGenerationError says nothing itself, only its cause does
         raise ValueError(
             f"Text source {source!r} could not be loaded: {type(cause).__name__}: {cause}. Check its name, config and "
             "split and the connection; without one, give a local file."

@@ -1,4 +1,4 @@
-"""Windows of tokens: text is split in a calibration and a held-out part, and windows are cut or drawn from these."""
+"""Windows of tokens: splits text into a calibration and a held-out part, and cuts or draws windows from them."""
 
 from collections.abc import Callable, Sequence
 
@@ -61,7 +61,7 @@ def split_by_position(tokens: Tensor, num_tokens: int, seq_len: int) -> tuple[Te
 
 
 def consecutive_windows(tokens: Tensor, seq_len: int, argument: str) -> Tensor:
-    """All windows (number, seq_len) that follow one another in a stream; what remains at its end is dropped.
+    """Cut a stream into consecutive windows (number, seq_len) and drop what remains at its end.
 
     Raises:
         ValueError: If the stream is shorter than one window.
@@ -89,8 +89,8 @@ def draw_from_documents(
 ) -> Tensor:
     """Draw windows (number, seq_len), each from one document of more than `seq_len` tokens.
 
-    Documents are taken in the (random) `order` and only tokenised then. When it ends before there are enough windows,
-    the rest is drawn from the long documents it had.
+    Documents are taken in the given random `order`, and tokenised only when their turn comes. If there are too few long
+    documents for `number` windows, the remaining windows are drawn from these documents again.
 
     Raises:
         ValueError: If no document is long enough.

@@ -1,1 +1,1 @@
-"""What several callbacks share."""
+"""Parts that several callbacks share."""

@@ -8,11 +8,11 @@ from typing_extensions import override
 
 
 class AfterRun(Callback, ABC):
-    """Calls `after_run` at the end of `validate`, of `test` and of `fit`, but not of a validation within `fit`."""
+    """Call `after_run` at the end of `validate`, `test` and `fit`, but not after a validation within `fit`."""
 
     @abstractmethod
     def after_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Use the model; called in all processes."""
+        """Use the model. Called in all processes."""
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Upload of a finished directory to the Hugging Face hub: checked before a run starts, done after its result is on disk."""
+"""Uploads a finished directory to the Hugging Face hub: checked before a run starts, done once its result is on disk."""
 
 import shlex
 from pathlib import Path
@@ -26,7 +26,7 @@ def check_access(trainer: Trainer, name: str | None) -> None:
 
     Args:
         trainer: Trainer whose processes are connected.
-        name: owner/name, or None where nothing is uploaded.
+        name: Repository, owner/name; None where nothing is uploaded.
     """
     if name is None:
         return
@@ -43,15 +43,15 @@ def check_access(trainer: Trainer, name: str | None) -> None:
 def upload(directory: Path, name: str) -> None:
     """Upload a directory that is complete; call it in one process.
 
-    A repository that does not exist is made private: what is public once cannot be called back, and the licence of the base
-    model or of the data may forbid it. The hub's page of the repository makes it public.
+    A repository that does not exist is created as a private one: what has been public cannot be taken back, and the licence of
+    the base model or of the data may forbid it. It can be made public on its page on the hub.
 
     Args:
-        directory: All of its files are uploaded.
-        name: owner/name of the repository.
+        directory: Directory whose files are all uploaded.
+        name: Repository, owner/name.
 
     Raises:
-        RuntimeError: If it fails; the directory stays as it is, and the message has the command that uploads it.
+        RuntimeError: If the upload fails. The directory stays as it is, and the message has the command that uploads it.
     """
     api = HfApi()
     try:

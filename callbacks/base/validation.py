@@ -1,13 +1,13 @@
-"""The module's own validation in the middle of a `fit`."""
+"""Runs the module's own validation in the middle of a `fit`."""
 
 from lightning.pytorch import Trainer
 
 
 def validate_within_fit(trainer: Trainer) -> dict[str, float]:
-    """Run the validation loop as the training loop does between batches.
+    """Run the validation loop, as the training loop does between batches.
 
     Returns:
-        Logged metrics by name; none without held-out data.
+        Logged metrics by name; empty without held-out data.
     """
     if not trainer.enable_validation:
         return {}
