@@ -58,7 +58,7 @@ def default_config(tokens: int, rows: int, columns: int) -> Config:
     most = next(most for most in (1, OF_A_PRODUCT, MOST_TOKENS) if tokens <= most)
     chosen = FASTEST[most, "many rows" if rows > MANY else "long rows" if columns > MANY else "few rows"]
     strips = -(-columns // STRIP)
-    return chosen._replace(warps=min(chosen.warps, 1 << strips.bit_length() - 1))
+    return Config(chosen.tiles, min(chosen.warps, 1 << strips.bit_length() - 1), chosen.stages, chosen.unroll)
 
 
 def decode(x: Tensor, weight: Compressed, bias: Tensor | None = None, config: Config | None = None) -> Tensor:

@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
     ]
     try:
         for process in running:
-            _, errors = process.communicate(timeout=200)
+            _, errors = process.communicate(timeout=1800)
             assert process.returncode == 0, errors[-5000:]
     finally:
         for process in running:

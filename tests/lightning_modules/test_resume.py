@@ -25,7 +25,7 @@ def found(tmp_path_factory):
     """Per case, what the script found."""
     folder = tmp_path_factory.mktemp("resumed")
     command = [sys.executable, "-W", "ignore", str(ROOT / "tests/helpers/resumed_runs.py"), str(folder)]
-    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads((folder / "found.json").read_text())
 
@@ -60,7 +60,8 @@ def config(folder):
     content["trainer"]["callbacks"] = [
         entry for entry in content["trainer"]["callbacks"] if "Monitor" not in entry["class_path"]
     ]
-    content["model"]["init_args"] |= {"warmup_epochs": 3, "dropout": 0.5}
+    labels = {"class_path": "PredictedLabels", "init_args": {"warmup_epochs": 3}}
+    content["model"]["init_args"] |= {"pseudo_labels": labels, "dropout": 0.5}
     path = folder / "mine.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
@@ -94,7 +95,7 @@ def test_last_goes_on_with_the_newest_run_in_two_processes(tmp_path):
     torch.set_num_threads(1)  # as the others: sums depend on it
     try:
         main(["fit", "--config", str(config(whole))])
-        _, errors = resumed.communicate(timeout=200)
+        _, errors = resumed.communicate(timeout=1800)
     finally:
         torch.set_num_threads(threads)
         resumed.kill()

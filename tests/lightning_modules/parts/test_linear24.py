@@ -279,7 +279,7 @@ def test_predict_by_the_command_line_is_that_of_the_dense_model(pruned, text_fil
     for flag in ("false", "true"):
         command = [sys.executable, str(ROOT / "train.py"), "predict", "--config", "mine.yaml", "--model.sparse24", flag]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800, check=False)
         assert done.returncode == 0, done.stderr
         lines = [line for line in done.stdout.splitlines() if " >>> " in line]
         note = re.search(r"21 of 21 linears are 2:4 and were compressed: \S+ -> \S+ MiB", done.stdout + done.stderr)

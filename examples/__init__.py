@@ -1,0 +1,1 @@
+"""Examples in Python, without the command line: python -m examples.<name>."""
