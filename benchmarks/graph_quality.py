@@ -3,9 +3,9 @@
     python -m benchmarks.graph_quality --data FOLDER                      # -> results/csg2l.csv
     python -m benchmarks.graph_quality --data FOLDER --study encoders     # -> results/csg2l_encoders.csv
 
-For each method and data set `--configs` random configurations (spaces in graph_runs.py) are trained with one seed, the four of
-the highest validation accuracy with two more, and the one of the highest mean with `--seeds` fresh seeds; variants of CSG2L's
-in the ablation. Test nodes choose nothing. Rows are appended and not run again; several processes may share a file.
+For each method and data set `--configs` random configurations (spaces in graph_settings.py) are trained with one seed, the four
+of the highest validation accuracy with two more, and the one of the highest mean with `--seeds` fresh seeds; variants of
+CSG2L's in the ablation. Test nodes choose nothing. Rows are appended and not run again; several processes may share a file.
 """
 
 import argparse
@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.graph_runs import COMPARED, ENCODERS, FACTS, add_options, configuration, read, run_missing, sources
+from benchmarks.graph_runs import FACTS, add_options, read, run_missing, sources
+from benchmarks.graph_settings import COMPARED, ENCODERS, configuration
 
 KEYS = ("phase", "dataset", "method", "arguments", "seed", "data_seed")
 TUNING_SEEDS, AGAIN, FIRST_SEED = (1000, 1001, 1002), 4, 0

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.graph_runs import COMPARED, DEFAULT, FACTS, METHODS, add_options, configuration, read, run_missing, sources
+from benchmarks.graph_runs import FACTS, add_options, read, run_missing, sources
+from benchmarks.graph_settings import COMPARED, DEFAULT, METHODS, configuration
 
 KEYS = ("phase", "dataset", "labels", "noise", "method", "arguments", "seed", "data_seed")
 LABELS, NOISE = (1, 3, 5, 20), (0.0, 0.2, 0.5)

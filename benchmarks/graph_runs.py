@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch_geometric
 
+from benchmarks.graph_settings import class_of, module_arguments
 from benchmarks.quality import ENVIRONMENT, append, environment
 
 MEASURED = ("val", "test", "last_test", "epochs", "best_epoch", "seconds")
@@ -24,80 +25,6 @@ FACTS = (*MEASURED, "processes", *ENVIRONMENT, "torch_geometric")
 """Columns of every results file of graphs, after what tells rows apart."""
 MAX_EPOCHS, PATIENCE = 400, 80
 PROBED_EPOCHS, PROBE_EVERY = 300, 50
-COMMON = {
-    "learning_rate": [0.005, 0.01],
-    "weight_decay": [1e-4, 5e-4, 1e-3, 2e-3],
-    "dropout": [0.3, 0.5, 0.7, 0.8],
-    "hidden_channels": [64],
-}
-UNSUPERVISED = {
-    "learning_rate": [5e-4, 1e-3, 3e-3],
-    "weight_decay": [0.0, 1e-5, 1e-4],
-    "dropout": [0.0, 0.2],
-    "hidden_channels": [256, 512],
-    "num_layers": [2, 3],
-}
-CONTRAST = {
-    "rank": [100],
-    "mix": [0.1, 0.2, 0.4],
-    "contrast_weight": [1.0, 3.0],
-    "temperature": [0.5, 1.0],
-    "beta": [1.0],
-    "anchors": [256],
-}
-PSEUDO = {
-    "pseudo_weight": [0.1, 0.3, 1.0],
-    "alignment": [0.0, 2.0, 8.0],
-    "confident": [0.6, 0.8],
-    "warmup_epochs": [60],
-}
-"""Of wider spaces what was ever worth it, on splits of other seeds; commit 70822f4 has the wider ones."""
-DEFAULT = {
-    "encoder": "gcn",
-    "hidden_channels": 64,
-    "dropout": 0.5,
-    "learning_rate": 0.01,
-    "weight_decay": 5e-4,
-    "rank": 100,
-    "mix": 0.2,
-    "contrast_weight": 0.3,
-    "temperature": 0.5,
-    "beta": 1.0,
-    "anchors": 256,
-    "pseudo_weight": 1.0,
-    "alignment": 2.0,
-    "confident": 0.8,
-    "warmup_epochs": 60,
-}
-"""Those of the class, the same on every data set: not tuned."""
-ENCODERS = ("gcn", "gat", "graphsage", "gin", "appnp", "sgc")
-METHODS: dict[str, tuple[str, dict[str, Any], dict[str, list]]] = {
-    **{name: ("NodeClassifier", {"encoder": name}, COMMON) for name in ENCODERS},
-    "gcn, pseudo-labels": ("NodeClassifier", {"encoder": "gcn"}, COMMON | PSEUDO),
-    "appnp, pseudo-labels": ("NodeClassifier", {"encoder": "appnp"}, COMMON | PSEUDO),
-    "dgi": ("DGI", {}, {**UNSUPERVISED, "num_layers": [2]}),
-    "grace": ("GRACE", {}, UNSUPERVISED | {"temperature": [0.2, 0.4, 0.7]}),
-    **{f"csg2l, {name}": ("CSG2L", {"encoder": name}, COMMON | CONTRAST | PSEUDO) for name in ENCODERS},
-    "csg2l, gcn, edge drop": (
-        "CSG2L",
-        {"encoder": "gcn", "view": "drop"},
-        COMMON | CONTRAST | PSEUDO | {"drop_edges": [0.2, 0.4], "drop_features": [0.2, 0.4]},
-    ),
-}
-METHODS["csg2l, default"] = ("CSG2L", DEFAULT, {})
-"""Name of a row -> class, what is fixed, and values among which the random search draws."""
-COMPARED = ("gcn", "gat", "appnp", "gcn, pseudo-labels", "appnp, pseudo-labels", "dgi", "grace", "csg2l, gcn", "csg2l, appnp",
-            "csg2l, default")  # fmt: skip
-"""Methods of the comparison; the others are for the study of encoders."""
-
-
-def configuration(method: str, number: int) -> dict[str, Any]:
-    """The number-th random configuration of a method, the same on every data set."""
-    import random
-
-    _, fixed, space = METHODS[method]
-    draw = random.Random(f"{method}/{number}")
-    return fixed | {name: draw.choice(values) for name, values in space.items()}
 
 
 class Run:
@@ -116,7 +43,8 @@ class Run:
         self.batch, num_classes = graph_on(device, json.dumps({**data, "seed": data_seed}))
         self.start, self.epoch = time.perf_counter(), 0
         torch.manual_seed(seed)
-        self.module = getattr(lightning_modules, class_of(method))(**arguments)
+        name = class_of(method)
+        self.module = getattr(lightning_modules, name)(**module_arguments(name, arguments))
         self.module.build(self.batch, num_classes)
         self.module.to(device).train()
         self.history = torch.zeros(MAX_EPOCHS, 3, device=device)
@@ -189,11 +117,11 @@ class Steps:
     def __init__(self, module, batch) -> None:
         self.module, self.batch = module, batch
         self.optimizer = module.configure_optimizers()
-        fixed_shapes = module.encoder.symmetric and getattr(module.hparams, "view", "svd") == "svd"
+        fixed_shapes = module.encoder.symmetric and not module.draws_edges
         self.captures = batch.x.is_cuda and module.supervised and fixed_shapes
         for group in self.optimizer.param_groups:
             group["capturable"] = self.captures
-        self.phases = sorted({0, getattr(module.hparams, "warmup_epochs", 0)})
+        self.phases = sorted({0, module.warmup_epochs})
         self.graph = self.eval_graph = None
         self.stream = torch.cuda.Stream() if self.captures else None
         if self.captures:
@@ -256,11 +184,6 @@ def graph_on(device: torch.device, arguments: str):
     module = GraphDataModule(**json.loads(arguments))
     module.setup()
     return module.data.to(device), module.num_classes
-
-
-def class_of(method: str) -> str:
-    """Name of the LightningModule of a method, or of a variant, which is called "<method>: <what is different>"."""
-    return METHODS[method.split(":")[0]][0]
 
 
 def _start(counter) -> None:

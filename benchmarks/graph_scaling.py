@@ -108,7 +108,7 @@ def epoch(nodes: int, anchors: int) -> Callable[[], object]:
 
     def step() -> None:
         optimizer.zero_grad()
-        module.losses(data, module.hparams.warmup_epochs + 1)["loss"].backward()
+        module.losses(data, module.warmup_epochs + 1)["loss"].backward()
         optimizer.step()
 
     return step

@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Iterable
 
-from benchmarks.graph_runs import ENCODERS
+from benchmarks.graph_settings import ENCODERS
 from benchmarks.markdown import read, spread, table
 
 NAMES = {

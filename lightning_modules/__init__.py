@@ -1,17 +1,25 @@
-"""What is run: LightningModules. Each is imported on first use, so that a graph run never loads a language model library."""
+"""What is run: LightningModules, and the choices that their settings are made of.
+
+Each is imported on first use, so that a graph run never loads a language model library.
+"""
 
 from importlib import import_module
 
 _HOME = {
     "CSG2L": "csg2l",
     "CausalLM": "causal_lm",
+    "ClusteredLabels": "parts.csg2l_settings",
+    "Contrast": "parts.csg2l_settings",
     "DGI": "graph_baselines",
+    "DropView": "parts.csg2l_settings",
     "GRACE": "graph_baselines",
     "ImageClassifier": "image_classifier",
     "NodeClassifier": "graph_baselines",
+    "PredictedLabels": "parts.csg2l_settings",
     "PrunableModule": "base.prunable",
+    "SvdView": "parts.csg2l_settings",
 }
-__all__ = ["CSG2L", "DGI", "GRACE", "CausalLM", "ImageClassifier", "NodeClassifier", "PrunableModule"]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):

@@ -5,29 +5,62 @@ Loss = cross-entropy of the fused logits on labelled nodes + λ · reweighted In
 are ours: functional/graph has them.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
-from torch_geometric.utils import dropout_edge
 
+from callbacks.blockwise.choice import check_integer, check_one_of, chosen
 from functional.graph import (
     Factors,
     alignment_share,
     cluster,
     confident_share,
-    low_rank_factors,
     pair_weights,
     pseudo_labels,
     reweighted_info_nce,
 )
-from functional.graph.contrast import FORMS, Form
-from functional.graph.low_rank import BASES, Base
 from lightning_modules.base.node import NodeModule
-from lightning_modules.parts.graph_encoders import GlobalOperator, GraphEncoder, drop_columns
+from lightning_modules.parts.csg2l_settings import (
+    ClusteredLabels,
+    Contrast,
+    DropView,
+    PredictedLabels,
+    PseudoLabels,
+    PseudoLabelsName,
+    SvdView,
+    View,
+    ViewName,
+    check_share,
+)
+from lightning_modules.parts.graph_encoders import GlobalOperator, GraphEncoder
 
 Fusion = Literal["mean", "local", "concat", "attention"]
+
+MOVED = {
+    "base": "view.base (SvdView)",
+    "rank": "view.rank (SvdView)",
+    "mix": "view.mix (SvdView)",
+    "diffusion_steps": "view.diffusion_steps (SvdView)",
+    "seed": "view.seed (SvdView)",
+    "drop_edges": "view.edges (DropView)",
+    "drop_features": "view.features (DropView)",
+    "contrast_weight": "contrast.weight",
+    "form": "contrast.form",
+    "beta": "contrast.beta",
+    "reweight": "contrast.reweight",
+    "temperature": "contrast.temperature",
+    "intra_view": "contrast.intra_view",
+    "head_channels": "contrast.head_channels",
+    "anchors": "contrast.anchors",
+    "pseudo_weight": "pseudo_labels.weight (PredictedLabels)",
+    "alignment": "pseudo_labels.alignment (PredictedLabels)",
+    "confident": "pseudo_labels.confident (PredictedLabels)",
+    "warmup_epochs": "pseudo_labels.warmup_epochs (PredictedLabels)",
+    "cluster_every": "pseudo_labels.every (ClusteredLabels)",
+}
+"""Earlier settings of `CSG2L` and where they are now, for the command line's error."""
 
 
 class CSG2L(NodeModule):
@@ -36,36 +69,20 @@ class CSG2L(NodeModule):
     Args:
         encoder: gcn, gat, graphsage, gin, appnp, sgc, pna, edgecnn, or the path of a class.
         hidden_channels: Width of the hidden layer, where the views are contrasted.
-        num_layers: Of the encoder.
-        dropout: Of features and hidden layer.
+        num_layers: Number of layers of the encoder.
+        dropout: Share of the features and of the hidden layer that is dropped.
         encoder_args: Further arguments of the encoder.
-        view: What the local view is contrasted with: `svd`, or `drop`, randomly dropped edges and features.
-        base: Matrix of which the factors are: normalized, regularized, diffused.
-        rank: q, at most the number of nodes.
-        mix: μ, share of the low-rank part in the global operator; the rest is Ã.
-        diffusion_steps: k of `diffused`.
-        drop_edges: Share of edges that `drop` leaves out.
-        drop_features: Share of features that `drop` sets to zero.
-        fusion: How logits of both views become one: mean, local, concat, attention (a gate a node).
-        head_channels: Width of the projection head between hidden layer and contrast; 0 for none.
-        contrast_weight: λ; 0 trains the fused encoder alone.
-        form: Where the weights R enter: hsan, negatives, multi_positive.
-        beta: Exponent of R.
-        reweight: Pairs that R weighs: both, positives, negatives.
-        temperature: τ.
-        intra_view: Whether pairs within a view are negatives too.
-        pseudo_weight: Weight of the cross-entropy of each view's logits on the pseudo-labels of confident nodes: the fused
-            prediction teaches both views. 0 for none.
-        alignment: a, how much a prior of equally frequent classes corrects the pseudo-labels: it counts as so many labels of
-            each class, so its share a / (a + labels a class) is large only while labels are few. 0 for none.
-        confident: Share of the nodes that is trusted, as many of each pseudo-class: the set C.
-        warmup_epochs: Epochs of plain InfoNCE and cross-entropy, before pseudo-labels are worth something.
-        anchors: Nodes drawn in each step whose rows of S count; 0 for all.
-        cluster_every: Without labels: epochs between two runs of k-means.
+        view: What the local view is contrasted with: svd (the default) or drop, or a class with settings: SvdView, DropView.
+        fusion: How the logits of both views become one: mean, local, concat, attention (a gate a node). With logits only.
+        contrast: Settings of the contrast of both views.
+        pseudo_labels: Where labels of unlabelled nodes come from: predicted (the default) or, without supervision, clustered;
+            or a class with settings: PredictedLabels, ClusteredLabels.
         supervised: Whether there are logits and a cross-entropy; False for the contrast alone.
-        learning_rate: Of Adam.
-        weight_decay: Of Adam.
-        seed: Of the factors and of k-means.
+        learning_rate: Learning rate of Adam.
+        weight_decay: Weight decay of Adam.
+
+    Raises:
+        ValueError: If a setting is out of range, or does not apply beside the others.
     """
 
     def __init__(
@@ -75,58 +92,37 @@ class CSG2L(NodeModule):
         num_layers: int = 2,
         dropout: float = 0.5,
         encoder_args: dict[str, Any] | None = None,
-        view: Literal["svd", "drop"] = "svd",
-        base: Base = "regularized",
-        rank: int = 100,
-        mix: float = 0.2,
-        diffusion_steps: int = 2,
-        drop_edges: float = 0.3,
-        drop_features: float = 0.3,
+        view: ViewName | View = "svd",
         fusion: Fusion = "mean",
-        head_channels: int = 64,
-        contrast_weight: float = 0.3,
-        form: Form = "multi_positive",
-        beta: float = 1.0,
-        reweight: Literal["both", "positives", "negatives"] = "both",
-        temperature: float = 0.5,
-        intra_view: bool = False,
-        pseudo_weight: float = 1.0,
-        alignment: float = 2.0,
-        confident: float = 0.8,
-        warmup_epochs: int = 60,
-        anchors: int = 256,
-        cluster_every: int = 20,
+        contrast: Contrast | None = None,
+        pseudo_labels: PseudoLabelsName | PseudoLabels | None = None,
         supervised: bool = True,
         learning_rate: float = 0.01,
         weight_decay: float = 5e-4,
-        seed: int = 0,
     ) -> None:
         super().__init__(learning_rate, weight_decay)
-        choices = {"view": (view, ("svd", "drop")), "base": (base, BASES), "form": (form, FORMS)}
-        choices["fusion"] = (fusion, ("mean", "local", "concat", "attention"))
-        for name, (value, accepted) in choices.items():
-            if value not in accepted:
-                raise ValueError(f"Argument `{name}` expected to be one of {', '.join(accepted)} but got {value!r}.")
-        for name, value in (
-            ("mix", mix),
-            ("confident", confident),
-            ("drop_edges", drop_edges),
-            ("drop_features", drop_features),
-            ("dropout", dropout),
-        ):
-            if not 0 <= value <= 1:
-                raise ValueError(f"Argument `{name}` expected to be in [0, 1] but got {value}.")
-        least = {"rank": 1, "hidden_channels": 1, "head_channels": 0, "anchors": 0, "warmup_epochs": 0, "cluster_every": 1}
-        least |= {"pseudo_weight": 0, "contrast_weight": 0, "alignment": 0, "beta": 0, "diffusion_steps": 1, "num_layers": 2}
-        if not temperature > 0:
-            raise ValueError(f"Argument `temperature` expected to be above 0 but got {temperature}; 0.5 is usual.")
-        for name, limit in least.items():
-            if not (value := locals()[name]) >= limit:
-                raise ValueError(f"Argument `{name}` expected to be at least {limit} but got {value}.")
-        if not supervised and contrast_weight == 0:
-            raise ValueError("With `supervised` = False and `contrast_weight` = 0 nothing is left to learn from.")
-        self.save_hyperparameters()
-        self.supervised = supervised
+        check_integer("hidden_channels", hidden_channels, 1)
+        check_integer("num_layers", num_layers, 2)
+        check_share("dropout", dropout)
+        check_one_of("fusion", fusion, get_args(Fusion))
+        self.supervised, self.view, self.contrast = supervised, chosen("view", view, View), contrast or Contrast()
+        self.pseudo_labels = _pseudo_labels_of(pseudo_labels, supervised)
+        if not supervised and fusion != "mean":
+            raise ValueError(
+                f"Argument `fusion` = {fusion!r} joins the logits of both views, but with `supervised` = False there are none. "
+                "Leave it out."
+            )
+        if not supervised and not self.contrast.weight:
+            raise ValueError(
+                "Argument `contrast.weight` expected to be above 0 with `supervised` = False but got 0: nothing is left to "
+                "learn from. Raise it."
+            )
+        groups = {"view": self.view, "contrast": self.contrast, "pseudo_labels": self.pseudo_labels}
+        self.draws_edges, self.warmup_epochs = self.view.draws_edges, self.pseudo_labels.warmup_epochs
+        self.save_hyperparameters(ignore=list(groups))
+        self.save_hyperparameters({name: group.as_dict() for name, group in groups.items()})  # a checkpoint holds plain values
+        self.alignment_share = 0.0
+        self._operator: tuple[Tensor, GlobalOperator] | None = None
 
     def build(self, data: Data, num_classes: int) -> None:
         """Encoder, heads, and the factors of the whole graph as buffers: moved, saved and resumed with the module."""
@@ -147,27 +143,17 @@ class CSG2L(NodeModule):
         elif options.fusion == "attention" and classes:
             self.fuse = nn.Linear(2 * width, 1)
         self.head: nn.Module = nn.Identity()
-        if options.head_channels:
-            self.head = nn.Sequential(
-                nn.Linear(width, options.head_channels), nn.ELU(), nn.Linear(options.head_channels, options.head_channels)
-            )
-        if not options.contrast_weight:
+        if projected := self.contrast.head_channels:
+            self.head = nn.Sequential(nn.Linear(width, projected), nn.ELU(), nn.Linear(projected, projected))
+        if not self.contrast.weight:
             self.head.requires_grad_(False)  # several processes would wait for its gradients
-        if options.view == "svd":
-            factors = low_rank_factors(
-                data.edge_index,
-                data.num_nodes,
-                options.rank,
-                options.base,
-                steps=options.diffusion_steps,
-                seed=options.seed,
-            )
-            for name, value in factors._asdict().items():
+        if isinstance(self.view, SvdView):
+            for name, value in self.view.factors(data)._asdict().items():
                 self.register_buffer(f"factor_{name}", value)
-        self.alignment_share = alignment_share(options.alignment, int(data.train_mask.sum()), num_classes)
+        if isinstance(self.pseudo_labels, PredictedLabels):
+            self.alignment_share = alignment_share(self.pseudo_labels.alignment, int(data.train_mask.sum()), num_classes)
         self.register_buffer("clusters", torch.full((data.num_nodes,), -1, dtype=torch.long))
         self.register_buffer("closeness", torch.zeros(data.num_nodes))
-        self._operator: tuple[Tensor, GlobalOperator] | None = None
 
     def operator(self, batch: Data) -> GlobalOperator:
         """The global view's propagation on a batch; kept for the next step on the same graph."""
@@ -175,7 +161,7 @@ class CSG2L(NodeModule):
             with torch.inference_mode(False):  # training uses what validation may have made
                 u, s, v = self.factor_u, self.factor_s, self.factor_v
                 factors = Factors(u[batch.node_ids], s, v[batch.node_ids])
-                operator = GlobalOperator(batch.edge_index, batch.num_nodes, factors, self.hparams.mix)
+                operator = GlobalOperator(batch.edge_index, batch.num_nodes, factors, self.view.mix)
             self._operator = batch.edge_index, operator
         return self._operator[1]
 
@@ -183,12 +169,9 @@ class CSG2L(NodeModule):
         """Hidden (N, H) and logits (N, C) of the local and of the other view."""
         x = self.features(batch)
         local = self.encoder(x, batch.edge_index, self.local_operator(batch))
-        if self.hparams.view == "svd":
+        if not isinstance(self.view, DropView):
             return local, self.encoder(x, batch.edge_index, self.operator(batch))
-        if not self.training:
-            return local, local
-        edges = dropout_edge(batch.edge_index, self.hparams.drop_edges, force_undirected=True)[0]
-        return local, self.encoder(drop_columns(x, self.hparams.drop_features), edges)
+        return local, self.encoder(*self.view.draw(x, batch.edge_index)) if self.training else local
 
     def fused(self, local: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> Tensor | None:
         """Logits (N, C) of both views as one."""
@@ -211,31 +194,31 @@ class CSG2L(NodeModule):
     @property
     def needs_labels(self) -> bool:
         """Only without the contrast."""
-        return not self.hparams.contrast_weight
+        return not self.contrast.weight
 
     def losses(self, batch: Data, epoch: int) -> dict[str, Tensor]:
         """Cross-entropy on labelled nodes, contrast, cross-entropy on pseudo-labels."""
-        options, found = self.hparams, {}
+        found: dict[str, Tensor] = {}
         local, other = self.views(batch)
         logits, loss = self.fused(local, other), 0.0
         labels, confident = self.trusted(batch, logits, epoch)
         if logits is not None:
             found["cross_entropy"] = loss = self.cross_entropy(batch, logits, batch.y, batch.train_mask)
-        if options.contrast_weight:
-            found["contrast"] = self.contrast(local[0], other[0], labels, confident)
-            loss = loss + options.contrast_weight * found["contrast"]
-        if options.pseudo_weight and logits is not None and labels is not None:
+        if self.contrast.weight:
+            found["contrast"] = self.contrastive_loss(local[0], other[0], labels, confident)
+            loss = loss + self.contrast.weight * found["contrast"]
+        if isinstance(self.pseudo_labels, PredictedLabels) and self.pseudo_labels.weight and labels is not None:
             taught = confident & ~batch.train_mask
             pseudo = sum(self.cross_entropy(batch, view[1], labels, taught) for view in (local, other)) / 2
             found["pseudo_cross_entropy"] = pseudo
-            loss = loss + options.pseudo_weight * pseudo
+            loss = loss + self.pseudo_labels.weight * pseudo
         if confident is not None:
             found["confident_share"] = confident.float().mean()
         return found | {"loss": loss}
 
-    def contrast(self, local: Tensor, other: Tensor, labels: Tensor | None, confident: Tensor | None) -> Tensor:
+    def contrastive_loss(self, local: Tensor, other: Tensor, labels: Tensor | None, confident: Tensor | None) -> Tensor:
         """Reweighted InfoNCE between the projected hidden layers."""
-        options = self.hparams
+        options = self.contrast
         z_a, z_b = (nn.functional.normalize(self.head(hidden)) for hidden in (local, other))
         anchors = None
         if 0 < options.anchors < len(z_a):
@@ -261,11 +244,11 @@ class CSG2L(NodeModule):
         if labels is None:
             return None
         z_a, z_b = (nn.functional.normalize(self.head(hidden)) for hidden in (local[0], other[0]))
-        return pair_weights(z_a[nodes], z_b[nodes], labels[nodes], confident[nodes], self.hparams.beta)
+        return pair_weights(z_a[nodes], z_b[nodes], labels[nodes], confident[nodes], self.contrast.beta)
 
     def trusted(self, batch: Data, logits: Tensor | None, epoch: int) -> tuple[Tensor | None, Tensor | None]:
         """Pseudo-labels (N,) and the confident set (N,), or None for both while warming up."""
-        if epoch < self.hparams.warmup_epochs:
+        if epoch < self.warmup_epochs:
             return None, None
         if logits is not None:
             labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask, self.alignment_share)
@@ -273,17 +256,19 @@ class CSG2L(NodeModule):
         else:
             labels, confidence = self.clusters[batch.node_ids], self.closeness[batch.node_ids]
             classes = self.num_classes
-        return labels, confident_share(confidence, labels, self.hparams.confident, classes)
+        return labels, confident_share(confidence, labels, self.pseudo_labels.confident, classes)
 
     def on_train_epoch_start(self) -> None:
         """Without labels, cluster the embeddings now and then."""
         super().on_train_epoch_start()
-        since = self.current_epoch - self.hparams.warmup_epochs
-        if self.supervised or since < 0 or (since % self.hparams.cluster_every and int(self.clusters[0]) >= 0):
+        since = self.current_epoch - self.warmup_epochs
+        if not isinstance(self.pseudo_labels, ClusteredLabels) or since < 0:
+            return
+        if since % self.pseudo_labels.every and int(self.clusters[0]) >= 0:
             return
         found = None
         if self.trainer.is_global_zero:
-            found = cluster(self.embed_all()[0], self.num_classes, self.hparams.seed)
+            found = cluster(self.embed_all()[0], self.num_classes, self.pseudo_labels.seed)
         labels, closeness = self.trainer.strategy.broadcast(found)
         self.clusters.copy_(labels)
         self.closeness.copy_(closeness)
@@ -292,3 +277,17 @@ class CSG2L(NodeModule):
         """Its factors are loaded next."""
         super().on_load_checkpoint(checkpoint)
         self._operator = None
+
+
+def _pseudo_labels_of(given: PseudoLabelsName | PseudoLabels | None, supervised: bool) -> PseudoLabels:
+    """Choose the pseudo-labels, by default those that supervision allows; refuse those that it does not."""
+    if given is None:
+        return PredictedLabels() if supervised else ClusteredLabels()
+    found = chosen("pseudo_labels", given, PseudoLabels)
+    if isinstance(found, PredictedLabels) != supervised:
+        name, other = ("predicted", "True") if supervised else ("clustered", "False")
+        raise ValueError(
+            f"Argument `pseudo_labels` expected {name} with `supervised` = {other} but got {found.short}. Leave it out, or set "
+            f"supervised to {not supervised}."
+        )
+    return found

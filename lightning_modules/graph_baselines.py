@@ -54,6 +54,8 @@ class NodeClassifier(_Encoded):
         weight_decay: Of Adam.
     """
 
+    needs_labels = True
+
     def __init__(
         self,
         encoder: str = "gcn",
@@ -70,8 +72,8 @@ class NodeClassifier(_Encoded):
     ) -> None:
         super().__init__(learning_rate, weight_decay)
         self.save_hyperparameters()
-
-    needs_labels = True
+        self.warmup_epochs = warmup_epochs
+        self.alignment_share = 0.0
 
     def build(self, data: Data, num_classes: int) -> None:
         """Encoder, and how far pseudo-labels are corrected."""
@@ -83,7 +85,7 @@ class NodeClassifier(_Encoded):
         logits = self.encode(batch)[1]
         loss = self.cross_entropy(batch, logits, batch.y, batch.train_mask)
         found = {"cross_entropy": loss}
-        if self.hparams.pseudo_weight and epoch >= self.hparams.warmup_epochs:
+        if self.hparams.pseudo_weight and epoch >= self.warmup_epochs:
             labels, confidence = pseudo_labels(logits, batch.y, batch.train_mask, self.alignment_share)
             trusted = confident_share(confidence, labels, self.hparams.confident, logits.shape[1]) & ~batch.train_mask
             found["pseudo_cross_entropy"] = self.cross_entropy(batch, logits, labels, trusted)

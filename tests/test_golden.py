@@ -38,7 +38,8 @@ IMAGES = {
 }  # fmt: skip
 GRAPH = {
     "data.source": "karate", "data.split": "random", "data.labels_per_class": 2, "data.num_val": 8, "data.num_test": -1,
-    "model.rank": 6, "model.warmup_epochs": 4, "trainer.max_epochs": 8,
+    "model.view": "SvdView", "model.view.rank": 6, "model.pseudo_labels": "PredictedLabels",
+    "model.pseudo_labels.warmup_epochs": 4, "trainer.max_epochs": 8,
 }  # fmt: skip
 FAMILY = {"opt-125m": "opt", "qwen3-8b": "qwen3", "qwen3-14b": "qwen3"}
 """Config -> family of the tiny model; llama for all others."""

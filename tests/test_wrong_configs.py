@@ -241,21 +241,58 @@ GRAPHS = [
     *(
         ("graph", [f"--model.{name}", value], message)
         for name, value, message in (
-            ("mix", "3", r"`mix` expected to be in \[0, 1\] but got 3"),
-            ("rank", "0", "`rank` expected to be at least 1 but got 0"),
-            ("temperature", "0", "`temperature` expected to be above 0 but got 0"),
-            ("beta", "-1", "`beta` expected to be at least 0 but got -1"),
+            ("view.mix", "3", r"`view.mix` expected to be in \[0, 1\] but got 3"),
+            ("view.rank", "0", "`view.rank` expected to be an integer of at least 1 but got 0"),
+            ("view.diffusion_steps", "2", "`view.diffusion_steps` belongs to base diffused, .* is 'regularized'. Leave it out"),
+            ("view.edges", "0.1", "`model.view.edges` belongs to DropView: give `--model.view DropView` before it"),
+            ("contrast.temperature", "0", "`contrast.temperature` expected to be above 0 but got 0"),
+            ("contrast.beta", "-1", "`contrast.beta` expected to be at least 0 and finite but got -1"),
+            ("contrast", "{weight: 0, form: hsan}", "`contrast.form` expected a `contrast.weight` above 0, .*Leave it out, or"),
+            (
+                "contrast",
+                "{beta: 0, reweight: positives}",
+                "`contrast.reweight` = 'positives' expected a `contrast.beta`",
+            ),
+            ("contrast.form", "hsam", "`model.contrast.form` expected one of hsan, negatives, multi_positive but got 'hsam'"),
+            ("pseudo_labels", "clustered", "`pseudo_labels` expected predicted with `supervised` = True but got clustered. L"),
+            ("rank", "5", r"`model.rank` has moved: it is `model.view.rank \(SvdView\)` now"),
+            ("drop_edges", "0.1", r"`model.drop_edges` has moved: it is `model.view.edges \(DropView\)` now"),
+            ("contrast_weight", "1", "`model.contrast_weight` has moved: it is `model.contrast.weight` now"),
+            (
+                "pseudo_weight",
+                "1",
+                r"`model.pseudo_weight` has moved: it is .*pseudo_labels.weight \(PredictedLabels\)` now",
+            ),
+            (
+                "cluster_every",
+                "2",
+                r"`model.cluster_every` has moved: it is .*pseudo_labels.every \(ClusteredLabels\)` now",
+            ),
             ("dropout", "2", r"`dropout` expected to be in \[0, 1\] but got 2"),
-            ("num_layers", "1", "`num_layers` expected to be at least 2 but got 1"),
-            ("diffusion_steps", "0", "`diffusion_steps` expected to be at least 1 but got 0"),
+            ("num_layers", "1", "`num_layers` expected to be an integer of at least 2 but got 1"),
             ("learning_rate", "-1", "`learning_rate` expected to be at least 0 and finite but got -1"),
             ("weight_decay", ".nan", "`weight_decay` expected to be at least 0 and finite but got nan"),
-            ("view", "svg", "`model.view` expected one of svd, drop but got 'svg'"),
+            ("view", "svg", "`model.view` expected one of svd, drop or the path of a class but got 'svg'"),
             ("supervised", "maybe", "`model.supervised` expected true or false but got 'maybe'"),
             ("encoder", "gcnn", "`encoder` expected to be one of gcn, gat.* or a class's path, but got 'gcnn'"),
             ("encoder", "torch.nn.No", "`encoder` expected to be one of gcn, gat.* but got 'torch.nn.No'.*no attribute 'No'"),
             ("encoder_args", "{headz: 3}", "`encoder_args` expected .*'gcn' but got {'headz': 3}.*Leave out"),
         )
+    ),
+    (
+        "graph",
+        ["--model.supervised", "false", "--model.fusion", "concat"],
+        "`fusion` = 'concat' joins the logits of both views, but .*there are none. Leave it out",
+    ),
+    (
+        "graph",
+        ["--model.supervised", "false", "--model.contrast.weight", "0"],
+        "`contrast.weight` expected to be above 0 with `supervised` = False but got 0.*Raise it",
+    ),
+    (
+        "graph",
+        ["--model.pseudo_labels", "PredictedLabels", "--model.pseudo_labels.every", "2"],
+        "`model.pseudo_labels.every` belongs to ClusteredLabels: give `--model.pseudo_labels ClusteredLabels` before it",
     ),
     *(
         ("graph", [f"--data.{name}", value], message)

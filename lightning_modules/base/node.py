@@ -44,6 +44,10 @@ class NodeModule(ResumableModule):
     supervised = True
     needs_labels = False
     """Whether a batch without labelled nodes teaches nothing."""
+    draws_edges = False
+    """Whether each step has other edges, so that no GPU graph can be captured of it."""
+    warmup_epochs = 0
+    """Epochs after which the loss has further terms."""
     encoder: GraphEncoder
 
     def __init__(self, learning_rate: float, weight_decay: float) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import inspect
 import json
 
 import pytest
@@ -10,9 +9,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 import benchmarks.graph_runs as graph_runs
-from benchmarks import graph_quality, graph_robust
+from benchmarks import graph_quality, graph_robust, graph_settings
 from datamodules import GraphDataModule
-from lightning_modules import CSG2L, NodeClassifier
+from lightning_modules import CSG2L, Contrast, DropView, NodeClassifier, PredictedLabels
 
 WINE = {"source": "wine", "labels_per_class": 5, "num_val": 40, "num_test": -1}
 SMALL = {"hidden_channels": 16, "warmup_epochs": 4, "head_channels": 8, "anchors": 64, "rank": 20, "pseudo_weight": 0.3}
@@ -31,7 +30,8 @@ def test_the_loop_is_the_trainers(method, arguments, tmp_path):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(max_epochs=15, accelerator="cpu", num_sanity_val_steps=0, callbacks=[Watch()], **quiet)
     torch.manual_seed(3)
-    module = (CSG2L if "csg2l" in method else NodeClassifier)(**arguments)
+    cls = CSG2L if "csg2l" in method else NodeClassifier
+    module = cls(**graph_settings.module_arguments(cls.__name__, arguments))
     trainer.fit(module, datamodule=GraphDataModule(**WINE, seed=1))
     run = graph_runs.Run(method, arguments, WINE, seed=3, data_seed=1)
     for _ in range(15):
@@ -54,15 +54,15 @@ def test_a_run_that_fails_leaves_the_others():
     assert good["test"] > 0.5 and isinstance(bad, ValueError)
 
 
-@pytest.mark.parametrize("method", graph_runs.METHODS)
+@pytest.mark.parametrize("method", graph_settings.METHODS)
 def test_configurations_are_drawn_once_and_can_be_built(method):
-    module, fixed, space = graph_runs.METHODS[method]
-    arguments = graph_runs.configuration(method, 7)
-    assert arguments == graph_runs.configuration(method, 7)
-    assert arguments != graph_runs.configuration(method, 8) or not space
+    module, fixed, space = graph_settings.METHODS[method]
+    arguments = graph_settings.configuration(method, 7)
+    assert arguments == graph_settings.configuration(method, 7)
+    assert arguments != graph_settings.configuration(method, 8) or not space
     assert all(arguments[name] in values for name, values in space.items()) and fixed.items() <= arguments.items()
     run = graph_runs.Run(method, arguments, WINE, 0)
-    assert type(run.module).__name__ == module == graph_runs.class_of(f"{method}: some variant")
+    assert type(run.module).__name__ == module == graph_settings.class_of(f"{method}: some variant")
 
 
 def test_rows_that_are_there_are_not_run_again(tmp_path, monkeypatch):
@@ -123,5 +123,24 @@ def test_the_weight_that_validation_prefers(accuracies, chosen, tmp_path):
 
 
 def test_the_default_is_that_of_the_class():
-    signature = inspect.signature(CSG2L.__init__).parameters
-    assert all(signature[name].default == value for name, value in graph_runs.DEFAULT.items())
+    arguments = graph_settings.module_arguments("CSG2L", graph_settings.DEFAULT)
+    assert CSG2L(**arguments).hparams == CSG2L().hparams
+
+
+def test_settings_that_do_not_apply_are_left_out():
+    """A search draws them all; results files hold them all."""
+    drawn = {
+        "view": "drop",
+        "rank": 7,
+        "drop_edges": 0.1,
+        "contrast_weight": 0.0,
+        "beta": 2.0,
+        "alignment": 3.0,
+        "dropout": 0.2,
+    }
+    assert graph_settings.module_arguments("CSG2L", drawn) == {
+        "view": DropView(edges=0.1),
+        "contrast": Contrast(weight=0.0),
+        "pseudo_labels": PredictedLabels(alignment=3.0),
+        "dropout": 0.2,
+    }

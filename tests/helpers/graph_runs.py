@@ -16,19 +16,21 @@ from safetensors.torch import load_file
 
 from callbacks import GraphMonitor
 from datamodules import GraphDataModule
-from lightning_modules import CSG2L, DGI, GRACE, NodeClassifier
+from lightning_modules import CSG2L, DGI, GRACE, ClusteredLabels, Contrast, NodeClassifier, PredictedLabels, SvdView
 
-SMALL = {"hidden_channels": 16, "warmup_epochs": 2, "head_channels": 8, "anchors": 32, "rank": 10}
+SMALL = {"hidden_channels": 16, "view": SvdView(rank=10), "contrast": Contrast(head_channels=8, anchors=32)}
+LABELLED = SMALL | {"pseudo_labels": PredictedLabels(warmup_epochs=2)}
+UNLABELLED = SMALL | {"pseudo_labels": ClusteredLabels(warmup_epochs=2, every=2), "supervised": False}
 SAMPLED = {"batch_size": 50, "fanout": [3, 3]}
 ALL_NEIGHBOURS = {"batch_size": 7, "fanout": [-1, -1, -1]}
 CASES = {
-    "whole": (lambda: CSG2L(**SMALL), {}),
-    "self-supervised": (lambda: CSG2L(**SMALL, supervised=False, cluster_every=2), {}),
-    "without contrast": (lambda: CSG2L(**SMALL, contrast_weight=0.0, fusion="concat"), {}),
-    "averaged": (lambda: CSG2L(**SMALL, view="drop"), {}),
+    "whole": (lambda: CSG2L(**LABELLED), {}),
+    "self-supervised": (lambda: CSG2L(**UNLABELLED), {}),
+    "without contrast": (lambda: CSG2L(**LABELLED | {"contrast": Contrast(weight=0.0), "fusion": "concat"}), {}),
+    "averaged": (lambda: CSG2L(**LABELLED | {"view": "drop"}), {}),
     "sampled classifier": (lambda: NodeClassifier(hidden_channels=16, dropout=0.0), ALL_NEIGHBOURS),
-    "sampled": (lambda: CSG2L(**SMALL, fusion="attention"), SAMPLED),
-    "sampled self-supervised": (lambda: CSG2L(**SMALL, supervised=False, cluster_every=2), SAMPLED),
+    "sampled": (lambda: CSG2L(**LABELLED, fusion="attention"), SAMPLED),
+    "sampled self-supervised": (lambda: CSG2L(**UNLABELLED), SAMPLED),
     "sampled dgi": (lambda: DGI(hidden_channels=16), SAMPLED),
     "sampled grace": (lambda: GRACE(hidden_channels=16, head_channels=8), SAMPLED),
     "few seeds": (lambda: NodeClassifier(hidden_channels=16, dropout=0.0), {**ALL_NEIGHBOURS, "batch_size": 59}),

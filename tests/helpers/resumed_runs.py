@@ -17,9 +17,20 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 
 from datamodules import GraphDataModule, ImageDataModule
-from lightning_modules import CSG2L, DGI, ImageClassifier, NodeClassifier
+from lightning_modules import (
+    CSG2L,
+    DGI,
+    ClusteredLabels,
+    Contrast,
+    ImageClassifier,
+    NodeClassifier,
+    PredictedLabels,
+    SvdView,
+)
 
-SMALL = {"hidden_channels": 16, "warmup_epochs": 2, "head_channels": 8, "anchors": 32, "rank": 10}
+SMALL = {"hidden_channels": 16, "view": SvdView(rank=10), "contrast": Contrast(head_channels=8, anchors=32)}
+LABELLED = SMALL | {"pseudo_labels": PredictedLabels(warmup_epochs=2)}
+UNLABELLED = SMALL | {"pseudo_labels": ClusteredLabels(warmup_epochs=2, every=5), "supervised": False}
 SAMPLED = {"batch_size": 50, "fanout": [3, 3]}
 KILLED_IN_EPOCH = 5
 
@@ -39,13 +50,13 @@ def digits(**options):
 
 
 CASES = {
-    "whole": (lambda: (CSG2L(**SMALL), graph()), {}),
-    "self-supervised": (lambda: (CSG2L(**SMALL, supervised=False, cluster_every=5), graph()), {}),
-    "sampled": (lambda: (CSG2L(**SMALL), graph(**SAMPLED)), {}),
+    "whole": (lambda: (CSG2L(**LABELLED), graph()), {}),
+    "self-supervised": (lambda: (CSG2L(**UNLABELLED), graph()), {}),
+    "sampled": (lambda: (CSG2L(**LABELLED), graph(**SAMPLED)), {}),
     "within an epoch": (lambda: (NodeClassifier(hidden_channels=16), graph(**SAMPLED)), {"every_n_train_steps": 3}),
     "without validation": (lambda: (DGI(hidden_channels=16), graph()), {"limit_val_batches": 0}),
-    "ema": (lambda: (CSG2L(**SMALL), graph()), {"callback": lambda: EMAWeightAveraging(decay=0.8)}),
-    "swa": (lambda: (CSG2L(**SMALL), graph(**SAMPLED)), {"callback": WeightAveraging}),
+    "ema": (lambda: (CSG2L(**LABELLED), graph()), {"callback": lambda: EMAWeightAveraging(decay=0.8)}),
+    "swa": (lambda: (CSG2L(**LABELLED), graph(**SAMPLED)), {"callback": WeightAveraging}),
     "images": (lambda: (vision(mixup=0.3, cutmix=0.5), digits()), {"limit_train_batches": 5}),
     "images without validation": (lambda: (vision(), digits()), {"limit_train_batches": 5, "limit_val_batches": 0}),
     "images, saved after validation": (

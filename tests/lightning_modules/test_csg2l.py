@@ -1,7 +1,10 @@
 """CSG2L and its baselines on real small graphs: learning, resuming, measuring, writing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -12,10 +15,23 @@ from sklearn.metrics import f1_score
 from callbacks import GraphMonitor
 from datamodules import GraphDataModule
 from functional.graph import reweighted_info_nce
-from lightning_modules import CSG2L, DGI, GRACE, NodeClassifier
+from lightning_modules import (
+    CSG2L,
+    DGI,
+    GRACE,
+    ClusteredLabels,
+    Contrast,
+    DropView,
+    NodeClassifier,
+    PredictedLabels,
+    SvdView,
+)
 from lightning_modules.parts.node_probes import STRENGTHS, clustering_scores, linear_probe
 
-SMALL = {"hidden_channels": 32, "warmup_epochs": 3, "head_channels": 16, "anchors": 64, "rank": 20}
+CONTRAST = Contrast(head_channels=16, anchors=64)
+LABELS = PredictedLabels(warmup_epochs=3)
+SMALL = {"hidden_channels": 32, "view": SvdView(rank=20), "contrast": CONTRAST, "pseudo_labels": LABELS}
+UNLABELLED = SMALL | {"supervised": False, "pseudo_labels": ClusteredLabels(warmup_epochs=3, every=7)}
 
 
 def graph(**options):
@@ -42,13 +58,13 @@ def trained(module, path, epochs=30, data=None, **options):
         {"fusion": "local"},
         {"fusion": "concat"},
         {"fusion": "attention"},
-        {"form": "hsan"},
-        {"form": "negatives"},
-        {"base": "normalized", "mix": 1.0},
-        {"base": "diffused", "intra_view": True},
-        {"head_channels": 0, "anchors": 0, "encoder": "gat"},
-        {"contrast_weight": 0.0, "encoder": "graphsage"},
-        {"encoder": "gin", "warmup_epochs": 60},  # sums learn slowly
+        {"contrast": replace(CONTRAST, form="hsan")},
+        {"contrast": replace(CONTRAST, form="negatives")},
+        {"view": SvdView("normalized", rank=20, mix=1.0)},
+        {"view": SvdView("diffused", rank=20), "contrast": replace(CONTRAST, intra_view=True)},
+        {"contrast": Contrast(head_channels=0, anchors=0), "encoder": "gat"},
+        {"contrast": Contrast(weight=0.0), "encoder": "graphsage"},
+        {"encoder": "gin", "pseudo_labels": "predicted"},  # sums learn slowly
         {"encoder": "appnp"},
         {"encoder": "sgc"},
     ],
@@ -69,7 +85,7 @@ def test_learns_wines(options, tmp_path):
         NodeClassifier(hidden_channels=32, pseudo_weight=0.5, warmup_epochs=10),
         DGI(hidden_channels=32),
         GRACE(hidden_channels=32, head_channels=16, learning_rate=5e-3),
-        CSG2L(**SMALL, supervised=False, cluster_every=7),
+        CSG2L(**UNLABELLED),
     ],
     ids=["gcn", "pseudo", "dgi", "grace", "csg2l-self"],
 )
@@ -83,14 +99,15 @@ def test_loss_is_the_weighted_sum_of_its_terms():
     """Cross-entropy of the fused logits + λ · contrast + cross-entropy of each view on the confident nodes' pseudo-labels."""
     data = graph()
     data.setup()
-    batch, options = data.data, {"dropout": 0.0, "anchors": 0, "contrast_weight": 0.7, "pseudo_weight": 0.4, "confident": 0.5}
-    module = CSG2L(**{**SMALL, **options})
+    contrast = Contrast(weight=0.7, head_channels=16, anchors=0)
+    labels = PredictedLabels(weight=0.4, confident=0.5, warmup_epochs=3)
+    batch, module = data.data, CSG2L(**SMALL | {"dropout": 0.0, "contrast": contrast, "pseudo_labels": labels})
     module.build(batch, 3)
-    found = module.losses(batch, module.hparams.warmup_epochs)
+    found = module.losses(batch, module.warmup_epochs)
     with torch.no_grad():
         local, other = module.views(batch)
         logits = (local[1] + other[1]) / 2
-        labels, confident = module.trusted(batch, logits, module.hparams.warmup_epochs)
+        labels, confident = module.trusted(batch, logits, module.warmup_epochs)
         train, taught = batch.train_mask, confident & ~batch.train_mask
 
         def entropy(values, labels, mask):
@@ -104,7 +121,7 @@ def test_loss_is_the_weighted_sum_of_its_terms():
     assert float(found["cross_entropy"]) == pytest.approx(float(supervised), rel=1e-5)
     assert float(found["pseudo_cross_entropy"]) == pytest.approx(float(pseudo), rel=1e-5)
     assert float(found["loss"]) == pytest.approx(float(supervised + 0.7 * contrast + 0.4 * pseudo), rel=1e-5)
-    early = module.losses(batch, module.hparams.warmup_epochs - 1)
+    early = module.losses(batch, module.warmup_epochs - 1)
     assert early.keys() == {"cross_entropy", "contrast", "loss"}
 
 
@@ -129,7 +146,7 @@ def test_factors_and_weights_come_back_from_a_checkpoint(tmp_path):
     trained(half, tmp_path, 5, enable_checkpointing=True, callbacks=[checkpoint])
     stored = torch.load(tmp_path / "c/last.ckpt", weights_only=True)
     assert {"factor_u", "factor_s", "factor_v", "clusters"} <= stored["state_dict"].keys()
-    again = CSG2L(**SMALL, seed=5)  # other factors, until those of the checkpoint are loaded
+    again = CSG2L(**SMALL | {"view": SvdView(rank=20, seed=5)})  # other factors, until those of the checkpoint are loaded
     trainer = quiet(tmp_path, 10)
     trainer.fit(again, datamodule=graph(), ckpt_path=tmp_path / "c/last.ckpt", weights_only=True)
     assert torch.equal(again.factor_u, one.factor_u) and trainer.current_epoch == 10
@@ -192,21 +209,59 @@ def test_linear_probe_and_clusters():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("make", "message"),
     [
-        ({"view": "svg"}, "`view` expected to be one of svd, drop but got 'svg'"),
-        ({"base": "a"}, "`base`"),
-        ({"form": "a"}, "`form`"),
-        ({"fusion": "a"}, "`fusion`"),
-        ({"mix": 1.5}, "`mix`"),
-        ({"rank": 0}, "`rank`"),
-        ({"learning_rate": -1.0}, "`learning_rate`"),
-        ({"supervised": False, "contrast_weight": 0.0}, "nothing is left"),
+        (lambda: CSG2L(view="svg"), r"`view` expected to be one of svd \(SvdView\), drop \(DropView\) but got 'svg'"),
+        (lambda: SvdView("a"), "`view.base` expected to be one of normalized, regularized, diffused but got 'a'"),
+        (lambda: SvdView(mix=1.5), "`view.mix`"),
+        (lambda: SvdView(rank=0), "`view.rank`"),
+        (
+            lambda: SvdView(diffusion_steps=2),
+            "`view.diffusion_steps` belongs to base diffused, but `view.base` is 'regular",
+        ),
+        (lambda: DropView(edges=-0.1), "`view.edges`"),
+        (lambda: Contrast(form="a"), "`contrast.form`"),
+        (lambda: Contrast(temperature=0.0), "`contrast.temperature` expected to be above 0 but got 0"),
+        (lambda: Contrast(weight=float("nan")), "`contrast.weight`"),
+        (lambda: Contrast(weight=0.0, anchors=5), "`contrast.anchors` expected a `contrast.weight` above 0"),
+        (
+            lambda: Contrast(beta=0.0, reweight="positives"),
+            "`contrast.reweight` = 'positives' expected a `contrast.beta`",
+        ),
+        (lambda: PredictedLabels(confident=2.0), "`pseudo_labels.confident`"),
+        (lambda: ClusteredLabels(every=0), "`pseudo_labels.every`"),
+        (lambda: CSG2L(fusion="a"), "`fusion`"),
+        (lambda: CSG2L(learning_rate=-1.0), "`learning_rate`"),
+        (lambda: CSG2L(supervised=False, contrast=Contrast(weight=0.0)), "nothing is left to learn from. Raise it"),
+        (
+            lambda: CSG2L(supervised=False, fusion="concat"),
+            "`fusion` = 'concat' joins the logits.*there are none. Leave it",
+        ),
+        (
+            lambda: CSG2L(pseudo_labels="clustered"),
+            "`pseudo_labels` expected predicted with `supervised` = True but got clustered. Leave it out, or set",
+        ),
+        (lambda: CSG2L(pseudo_labels="predicted", supervised=False), "expected clustered with `supervised` = False"),
     ],
 )
-def test_wrong_arguments(options, message):
+def test_wrong_arguments(make, message):
     with pytest.raises(ValueError, match=message):
-        CSG2L(**options)
+        make()
+
+
+def test_hyperparameters_are_plain_values_of_all_groups(tmp_path):
+    """A checkpoint of a module that was made in Python reads as a config, without unpickling an object."""
+    module = CSG2L(**SMALL | {"view": DropView(edges=0.1)})
+    trainer, _ = trained(module, tmp_path, 1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    stored = torch.load(tmp_path / "x.ckpt", weights_only=True)["hyper_parameters"]
+    assert stored["view"] == {"class_path": "DropView", "init_args": {"edges": 0.1, "features": 0.3}}
+    assert stored["contrast"]["anchors"] == 64 and stored["pseudo_labels"]["init_args"]["warmup_epochs"] == 3
+    again = ArgumentParser(exit_on_error=False)
+    again.add_class_arguments(CSG2L, "model")
+    made = again.instantiate_classes(again.parse_object({"model": stored})).model
+    assert (made.view, made.contrast, made.pseudo_labels) == (module.view, module.contrast, module.pseudo_labels)
+    assert made.hparams == module.hparams
 
 
 def test_without_a_graph_data_module(tmp_path):
