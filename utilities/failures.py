@@ -6,6 +6,7 @@ python train.py … --debug        or the environment variable D2PRUNE_DEBUG=1
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -19,8 +20,10 @@ from utilities.distributed import ProcessFailedError
 DEBUG = "D2PRUNE_DEBUG"
 EXPLAINED = (MisconfigurationException, ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 """Errors whose message says what to do. Others are defects, of which the traceback says most."""
-PATIENCE = timedelta(seconds=5)
-"""How long a process waits for the first one's store before it speaks for itself."""
+FAILED = "failed"
+"""Key of the number of processes that have failed."""
+PATIENCE = timedelta(seconds=30)
+"""How long the first process keeps its store for others that fail, and others wait for that store."""
 
 
 @contextmanager
@@ -38,8 +41,10 @@ def failures_in_one_sentence() -> Iterator[None]:
         if os.environ.get(DEBUG):
             raise
         message = one_line(str(error)) or type(error).__name__
-        if not isinstance(error, ProcessFailedError) and _is_first_to_say(message):
+        told_by_another = isinstance(error, ProcessFailedError)
+        if _is_first_to_say(message) and not told_by_another:
             print(f"error: {message} (`--debug` shows where.)", file=sys.stderr, flush=True)
+        _wait_for_others()
         sys.exit(1)
 
 
@@ -53,6 +58,22 @@ def _is_first_to_say(message: str) -> bool:
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
     key = f"said:{hashlib.sha256(message.encode()).hexdigest()}"
     with suppress(Exception):  # the first process may be gone, with its store; then better twice than not at all
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
-        return store.add(key, 1) == 1
+        store = _store()
+        first = store.add(key, 1) == 1
+        store.add(FAILED, 1)
+        return first
     return True
+
+
+def _wait_for_others() -> None:
+    """Keep the store of the first process until all have failed, so that none of them speaks for want of it."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() > 0:
+        return
+    with suppress(Exception):
+        store, end = _store(), time.monotonic() + PATIENCE.total_seconds()
+        while store.add(FAILED, 0) < dist.get_world_size() and time.monotonic() < end:
+            time.sleep(0.05)
+
+
+def _store() -> dist.TCPStore:
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
