@@ -6,6 +6,7 @@ _HOME = {
     "AdmmSolver": "blockwise.solvers",
     "AttentionImages": "attention_images",
     "AttentionRule": "blockwise.update_rules",
+    "AverageWeights": "average_weights",
     "BlockProgressBar": "blockwise.progress",
     "BlockwisePruning": "blockwise_pruning",
     "Diagnostics": "blockwise.run",

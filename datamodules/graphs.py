@@ -21,13 +21,14 @@ from torch_geometric.utils import coalesce
 
 from datamodules.graph_sources import Graph, load_graph, split_nodes
 from datamodules.neighbors import NeighborSampler, SeedLoader
+from utilities.contract import GraphData, GraphFacts
 
 Split = Literal["public", "random", "geom-gcn"]
 NOISE_STREAM = 1
 LARGEST_SEED = 2**32 - 1
 
 
-class GraphDataModule(LightningDataModule):
+class GraphDataModule(LightningDataModule, GraphData):
     """A graph with training, validation and test nodes.
 
     Without `batch_size`, each batch of each dataloader is the whole graph, `data`, one step an epoch. It is a
@@ -179,6 +180,16 @@ class GraphDataModule(LightningDataModule):
             f"{f' ({added:,} of them noise)' * bool(added)}, {self.num_classes} classes, {self.num_features:,} features"
             f"{', rows sum to 1' * normalize}; split: {self.split_name} ({sizes} nodes)"
         )
+
+    def graph_facts(self) -> GraphFacts:
+        """Graph, number and names of its classes, and whether batches are sampled.
+
+        Raises:
+            RuntimeError: If `setup` has not read the graph.
+        """
+        if self.data is None or self.num_classes is None:
+            raise RuntimeError("The graph expected `setup` to be called before it is used; call it, or use a Trainer.")
+        return GraphFacts(self.data, self.num_classes, tuple(self.classes or ()), self.hparams.batch_size is not None)
 
     def train_dataloader(self) -> "WholeGraph | SeedLoader":
         """The whole graph, or subgraphs around all nodes, labelled or not, in an order that depends on seed and epoch."""

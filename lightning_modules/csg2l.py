@@ -236,6 +236,10 @@ class CSG2L(NodeModule):
             anchors,
         )
 
+    def spectrum(self) -> Tensor | None:
+        """Singular values (q,) of the base matrix; None for views that have none."""
+        return self.factor_s if isinstance(self.view, SvdView) else None
+
     @torch.no_grad()
     def pairs(self, batch: Data, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Similarities, weights and positives of all pairs of some nodes, (n, n) each; None without pseudo-labels."""

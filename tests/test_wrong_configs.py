@@ -314,6 +314,11 @@ GRAPHS = [
     ),
     (
         "graph",
+        ["--trainer.callbacks", "EMAWeightAveraging"],
+        "`trainer.callbacks` expected AverageWeights for a graph module but got EMAWeightAveraging, .*Give callbacks.Aver",
+    ),
+    (
+        "graph",
         ["--trainer.callbacks", "callbacks.SaveModel"],
         "SaveModel needs a module with a `save`, such as CausalLM, but got",
     ),

@@ -1,6 +1,6 @@
 """The contract between data modules and modules that prune, train or evaluate a model: what each side tells the other.
 
-Both sides go through `data_of` and `model_of`, so neither probes the other's attributes. Graphs have a contract of their own.
+Both sides go through `data_of`, `graph_data_of` and `model_of`, so neither probes the other's attributes.
 """
 
 from abc import ABC, abstractmethod
@@ -101,6 +101,39 @@ class PlainData(CalibrationData):
         )
 
 
+@dataclass(frozen=True)
+class GraphFacts:
+    """What a data module says of its graph.
+
+    Attributes:
+        graph: The whole graph on the CPU, a torch-geometric Data.
+        num_classes: Number of classes of its nodes.
+        class_names: Names of the classes; empty where the source has none.
+        sampled: Whether batches are subgraphs around some nodes; else each is the whole graph.
+    """
+
+    graph: Any
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    sampled: bool = False
+
+
+class GraphData(ABC):
+    """A data module of one graph, for modules that learn on nodes."""
+
+    @abstractmethod
+    def graph_facts(self) -> GraphFacts:
+        """Facts about the graph, once `setup` has read it."""
+
+    @abstractmethod
+    def all_nodes_dataloader(self) -> Any:
+        """Batches of all nodes in order, for one process that asks alone."""
+
+
+class AveragesParametersOnly:
+    """A callback that averages weights and leaves buffers, such as the factors of a graph, as the module has them."""
+
+
 class TellsModelFacts(ABC):
     """A module that tells data modules about its model."""
 
@@ -113,6 +146,25 @@ def data_of(trainer: Any) -> CalibrationData:
     """The data module of a Lightning trainer, or what stands for plain dataloaders."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, CalibrationData) else PlainData()
+
+
+def graph_data_of(trainer: Any, asking: object) -> GraphData:
+    """The data module of a Lightning trainer, which has to hold a graph.
+
+    Args:
+        trainer: A Lightning trainer.
+        asking: Who needs it, for the error.
+
+    Raises:
+        ValueError: If the trainer has another data module, or none.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, GraphData):
+        raise ValueError(
+            f"{type(asking).__name__} needs a data module that is a GraphData, such as GraphDataModule, but got "
+            f"{type(data).__name__}. Give it as `trainer.fit(module, datamodule=…)` or in the config's `data`."
+        )
+    return data
 
 
 def model_of(trainer: Any) -> ModelFacts:

@@ -7,12 +7,10 @@ A batch is a torch-geometric Data: x (N, F), edge_index (2, E), y (N,), train_ma
 import math
 import warnings
 from abc import abstractmethod
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +21,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from functional.graph import masked_cross_entropy
 from lightning_modules.base.resumable import ResumableModule
 from lightning_modules.parts.graph_encoders import GlobalOperator, GraphEncoder, sparse_features
+from lightning_modules.parts.node_predictions import NodePredictions
 from lightning_modules.parts.node_probes import clustering_scores, linear_probe
+from utilities.contract import AveragesParametersOnly, GraphFacts, graph_data_of
 from utilities.distributed import gathered, world_size
 
 
@@ -34,14 +34,15 @@ class NodeModule(ResumableModule):
     sampled graphs each draws its own, losses are means over the labelled nodes of all, and metrics are of all.
 
     Args:
-        learning_rate: Of Adam.
-        weight_decay: L2 of Adam, on all parameters.
-        supervised: Whether there are logits, learned from the labels of training nodes. Without, accuracy is that of a logistic
-            regression on the embeddings.
-        probe_seed: Of the regression and the k-means at `test`.
+        learning_rate: Learning rate of Adam.
+        weight_decay: L2 penalty of Adam, on all parameters.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     supervised = True
+    """Whether there are logits, learned from the labels of training nodes; else a regression on the embeddings is scored."""
     needs_labels = False
     """Whether a batch without labelled nodes teaches nothing."""
     draws_edges = False
@@ -57,8 +58,11 @@ class NodeModule(ResumableModule):
                 raise ValueError(f"Argument `{name}` expected to be at least 0 and finite but got {value}.")
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.metrics = nn.ModuleDict()
+        self.num_classes = 0
         self._ready = False
         self._learned = False
+        self._embedded: Tensor | None = None
+        self._predicted = NodePredictions()
         self._sparse: tuple[Tensor, Tensor] | None = None
         self._local: tuple[Tensor, GlobalOperator] | None = None
 
@@ -112,15 +116,21 @@ class NodeModule(ResumableModule):
         return masked_cross_entropy(logits, labels, mask, self.count(batch, mask))
 
     @property
-    def graph(self) -> Data:
-        """The whole graph of the trainer's data module."""
-        module = getattr(self.trainer, "datamodule", None)
-        if not hasattr(module, "num_classes"):
-            raise ValueError(
-                f"{type(self).__name__} needs a data module with `data` and `num_classes`, such as GraphDataModule, "
-                f"but got {type(module).__name__}. Give it as `trainer.fit(module, datamodule=…)` or in the config's `data`."
-            )
-        return module.data
+    def graph_facts(self) -> GraphFacts:
+        """Facts about the graph of the trainer's data module.
+
+        Raises:
+            ValueError: If the trainer has no data module with a graph.
+        """
+        return graph_data_of(self.trainer, self).graph_facts()
+
+    def spectrum(self) -> Tensor | None:
+        """Singular values (q,) in falling order, where the module has a low-rank view."""
+        return None
+
+    def pairs(self, batch: Data, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Similarities, weights and positives of all pairs of some nodes, (n, n) each, where the module weighs pairs."""
+        return None
 
     def features(self, batch: Data) -> Tensor:
         """Features of the nodes of a batch; those of the whole graph sparse where that is faster, converted once."""
@@ -144,8 +154,9 @@ class NodeModule(ResumableModule):
         """Build once, when the graph is known."""
         if self._ready:
             return
-        data, self.num_classes = self.graph, self.trainer.datamodule.num_classes
-        self.build(data, self.num_classes)
+        facts = self.graph_facts
+        self.num_classes = facts.num_classes
+        self.build(facts.graph, self.num_classes)
         scores = {
             "accuracy": MulticlassAccuracy(self.num_classes, average="micro"),
             "macro_f1": MulticlassF1Score(self.num_classes, average="macro"),
@@ -153,15 +164,23 @@ class NodeModule(ResumableModule):
         }
         metrics = MetricCollection({"loss": MeanMetric(), **scores}, compute_groups=False)
         self.metrics.update({split: metrics.clone() for split in ("val", "test")})
-        if self.trainer.world_size > 1 and self.trainer.datamodule.hparams.get("batch_size"):
+        if self.trainer.world_size > 1 and facts.sampled:
             torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)  # weights of all become those of the first
         self._ready = True
 
     def setup(self, stage: str) -> None:
-        """Let a callback that averages weights leave alone what is not learned, such as the factors."""
+        """Refuse a callback that could average what is not learned, such as the factors.
+
+        Raises:
+            ValueError: If a callback averages weights and does not promise to leave buffers alone.
+        """
         for callback in self.trainer.callbacks:
-            if isinstance(callback, WeightAveraging) and stage == "fit":
-                callback._average_model.use_buffers = False
+            if stage == "fit" and isinstance(callback, WeightAveraging) and not isinstance(callback, AveragesParametersOnly):
+                raise ValueError(
+                    f"Argument `trainer.callbacks` expected AverageWeights for a graph module but got "
+                    f"{type(callback).__name__}, which can average buffers too, such as the factors. Give "
+                    "callbacks.AverageWeights."
+                )
 
     def on_fit_start(self) -> None:
         """With DistributedDataParallel, find parameters for which it would wait forever."""
@@ -226,7 +245,7 @@ class NodeModule(ResumableModule):
         self.metrics[split].reset()
         # In float32 a sum would depend on which process adds what; MPS has nothing wider.
         self.metrics[split]["loss"].set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
-        self._embedded: Tensor | None = None
+        self._embedded = None
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the validation nodes; without logits those of a linear probe."""
@@ -241,7 +260,7 @@ class NodeModule(ResumableModule):
             self._log_scores("test")
         scores: dict[str, float] = {}
         if self.trainer.is_global_zero:
-            embeddings, data = self.embed_all()[0], self.graph
+            embeddings, data = self.embed_all()[0], self.graph_facts.graph
             masks = (data.train_mask.cpu(), data.val_mask.cpu(), data.test_mask.cpu())
             scores["probe_accuracy"] = linear_probe(embeddings, data.y.cpu(), *masks)
             if not self.supervised:
@@ -266,7 +285,7 @@ class NodeModule(ResumableModule):
     def _probe(self) -> float:
         if not self.trainer.is_global_zero:
             return 0.0
-        data = self.graph
+        data = self.graph_facts.graph
         train, val = data.train_mask.cpu(), data.val_mask.cpu()
         return linear_probe(self._embedded, data.y.cpu(), train, val, val)
 
@@ -278,7 +297,7 @@ class NodeModule(ResumableModule):
         """
         training, parts = self.training, []
         self.eval()
-        for batch in self.trainer.datamodule.all_nodes_dataloader():
+        for batch in graph_data_of(self.trainer, self).all_nodes_dataloader():
             batch = self.trainer.datamodule.transfer_batch_to_device(batch, self.device, 0)
             seeds = slice(0, int(batch.get("num_seeds", batch.num_nodes)))
             parts.append([None if values is None else values[seeds].float().cpu() for values in self.encode(batch)])
@@ -294,27 +313,12 @@ class NodeModule(ResumableModule):
         if logits is not None:
             found["probabilities"] = logits[seeds].float().softmax(-1)
         if "num_seeds" in batch or self.trainer.is_global_zero:  # each process has the whole graph
-            self._predicted.append({name: value.cpu() for name, value in found.items()})
+            self._predicted.add(found)
         return found
-
-    def on_predict_epoch_start(self) -> None:
-        self._predicted: list[dict[str, Tensor]] = []
 
     def on_predict_epoch_end(self) -> None:
         """Write predictions.safetensors, nodes in their order, to the run's folder."""
-        from safetensors.torch import save_file
-
-        processes = gathered(self._predicted)
-        if not self.trainer.is_global_zero:
-            return
-        parts = [part for predicted in processes for part in predicted]
-        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        order = found["node_ids"].argsort()
-        found = {name: values[order] for name, values in found.items()}
-        folder = Path(getattr(self.logger, "log_dir", None) or self.trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(found, folder / "predictions.safetensors")
-        rank_zero_info(f"{', '.join(found)} of {len(found['node_ids'])} nodes written to {folder / 'predictions.safetensors'}.")
+        self._predicted.write(self.trainer)
 
     def configure_optimizers(self) -> Any:
         """Adam."""

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file
 
-from callbacks import GraphMonitor
+from callbacks import AverageWeights, GraphMonitor
 from datamodules import GraphDataModule
 from lightning_modules import CSG2L, DGI, GRACE, ClusteredLabels, Contrast, NodeClassifier, PredictedLabels, SvdView
 
@@ -99,7 +98,7 @@ def run(name, devices, folder, measured):
         watch,
         *[Half(folder)] * (name == "sampled"),
         *[GraphMonitor(2)] * monitored,
-        *[EMAWeightAveraging(decay=0.9)] * (name == "averaged"),
+        *[AverageWeights(decay=0.9)] * (name == "averaged"),
     ]
     logger = TensorBoardLogger(folder, "run", "whole") if monitored else False
     trainer, module = Trainer(max_epochs=4, callbacks=callbacks, logger=logger, **common), make()

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
+from callbacks import AverageWeights
 from datamodules import GraphDataModule, ImageDataModule
 from lightning_modules import (
     CSG2L,
@@ -55,8 +56,8 @@ CASES = {
     "sampled": (lambda: (CSG2L(**LABELLED), graph(**SAMPLED)), {}),
     "within an epoch": (lambda: (NodeClassifier(hidden_channels=16), graph(**SAMPLED)), {"every_n_train_steps": 3}),
     "without validation": (lambda: (DGI(hidden_channels=16), graph()), {"limit_val_batches": 0}),
-    "ema": (lambda: (CSG2L(**LABELLED), graph()), {"callback": lambda: EMAWeightAveraging(decay=0.8)}),
-    "swa": (lambda: (CSG2L(**LABELLED), graph(**SAMPLED)), {"callback": WeightAveraging}),
+    "ema": (lambda: (CSG2L(**LABELLED), graph()), {"callback": lambda: AverageWeights(decay=0.8)}),
+    "swa": (lambda: (CSG2L(**LABELLED), graph(**SAMPLED)), {"callback": lambda: AverageWeights(decay=None)}),
     "images": (lambda: (vision(mixup=0.3, cutmix=0.5), digits()), {"limit_train_batches": 5}),
     "images without validation": (lambda: (vision(), digits()), {"limit_train_batches": 5, "limit_val_batches": 0}),
     "images, saved after validation": (

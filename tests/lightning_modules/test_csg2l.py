@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
-from callbacks import GraphMonitor
+from callbacks import AverageWeights, GraphMonitor
 from datamodules import GraphDataModule
 from functional.graph import reweighted_info_nce
 from lightning_modules import (
@@ -267,3 +267,24 @@ def test_hyperparameters_are_plain_values_of_all_groups(tmp_path):
 def test_without_a_graph_data_module(tmp_path):
     with pytest.raises(ValueError, match="needs a data module"):
         quiet(tmp_path).fit(CSG2L(), [0])
+
+
+def test_callbacks_that_may_average_factors_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected AverageWeights for a graph module but got EMAWeightAveraging, which can"):
+        trained(CSG2L(**SMALL), tmp_path, 1, callbacks=[EMAWeightAveraging(decay=0.9)])
+    with pytest.raises(ValueError, match=r"`decay` expected to be in \[0, 1\), or null for the mean, but got 1.5"):
+        AverageWeights(decay=1.5)
+
+
+def test_averaged_weights_are_the_mean_over_steps_and_factors_stay(tmp_path):
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen.append(module.encoder.head.convs[0].lin.weight.detach().clone())
+
+    module, plain = CSG2L(**SMALL), CSG2L(**SMALL)
+    trained(module, tmp_path, 5, callbacks=[AverageWeights(decay=None), Watch()])
+    trained(plain, tmp_path, 5)
+    torch.testing.assert_close(module.encoder.head.convs[0].lin.weight, torch.stack(seen).mean(0))
+    assert torch.equal(module.factor_u, plain.factor_u) and torch.equal(seen[-1], plain.encoder.head.convs[0].lin.weight)
