@@ -19,7 +19,7 @@ PRELOADED = (
     "datamodules.text",
 )
 """Imported once in a server, from which every run is forked: importing takes longer than a tiny run."""
-LIMIT = 120.0
+LIMIT = 600.0
 """Seconds after which a run counts as hanging."""
 GRACE = 20.0
 """Seconds that a process has to notice that another one has failed."""
@@ -170,6 +170,7 @@ def finish(processes: list, limit: float = LIMIT) -> list[int | None]:
                 process.join(max(end - time.monotonic(), 0.0))
             for process in processes:
                 process.kill()
+                process.join()
         time.sleep(0.01)
     codes = [process.exitcode for process in processes]
     for process in processes:
