@@ -19,7 +19,9 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.utils import coalesce
 
-from datamodules.graph_sources import Graph, load_graph, split_nodes
+from datamodules.graph_sources import load_graph
+from datamodules.graph_splits import split_nodes
+from datamodules.graph_types import Graph
 from datamodules.neighbors import NeighborSampler, SeedLoader
 from utilities.contract import GraphData, GraphFacts
 
@@ -49,7 +51,7 @@ class GraphDataModule(LightningDataModule, GraphData):
         source: digits, wine or breast_cancer (scikit-learn's tables as kNN graphs of standardised features), karate
             (featureless, so `x` is the identity), Cora, CiteSeer, PubMed, cornell, texas, wisconsin, Actor, Photo, Computers,
             CS, Physics, WikiCS, ogbn-arxiv (needs the package ogb), or the path of a .npz file with CSR attributes, edges and
-            labels (`datamodules.graph_sources.read_npz`).
+            labels (`datamodules.graph_files.read_npz`).
         root: Folder in which data sets are, or to which they are downloaded; null takes data.
         split: random: `labels_per_class` nodes of each class for training, then `num_val` and `num_test` of the others. public:
             that of the data set; what it lacks is drawn as in random. geom-gcn: the ten splits of Pei et al. (2020).
@@ -134,7 +136,7 @@ class GraphDataModule(LightningDataModule, GraphData):
 
     def prepare_data(self) -> None:
         """With several processes, let one download what all will read."""
-        if getattr(self.trainer, "world_size", 1) > 1:
+        if self.trainer is not None and self.trainer.world_size > 1:
             self._load()
 
     def _load(self) -> Graph:

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch_geometric.data import Data
 
 from datamodules import GraphDataModule, TextDataModule
-from datamodules.graph_sources import read_npz
+from datamodules.graph_files import read_npz
 from datamodules.image_classes import read_classes
 from datamodules.image_sources import FolderImages
 from datamodules.text_sources import read_file

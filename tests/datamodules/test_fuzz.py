@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from datamodules.graph_sources import Graph, read_npz
+from datamodules.graph_files import read_npz
+from datamodules.graph_types import Graph
 from datamodules.image_classes import read_classes
 from datamodules.image_sources import FolderImages
 from datamodules.text_sources import read_file
