@@ -32,7 +32,7 @@ VARIANTS = {
     "no contrast": {"contrast_weight": 0.0},
     "no pseudo-label cross-entropy": {"pseudo_weight": 0.0},
 }
-"""Of CSG2L's methods, asked for by name: --methods "csg2l, default: no reweighting"."""
+"""Variants of CSG2L's methods, asked for by name: --methods "csg2l, default: no reweighting"."""
 DATASETS = ("Cora", "CiteSeer", "acm")
 WEIGHTS, SCANNED_LABELS, SCAN_SEEDS = (0.0, 0.1, 0.3, 1.0), (1, 5, 20), range(2100, 2105)
 NEAR, TOO_FAR = 0.002, 0.01

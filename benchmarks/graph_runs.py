@@ -52,7 +52,7 @@ class Run:
         self.steps = Steps(self.module, self.batch)
 
     def advance(self) -> bool:
-        """One more epoch; whether there is another."""
+        """Train for one more epoch, and tell whether there is another."""
         if not self.module.supervised:
             return self._advance_probed()
         with self.steps.on_stream():
@@ -128,11 +128,11 @@ class Steps:
             self.stream.wait_stream(torch.cuda.current_stream())
 
     def on_stream(self):
-        """Where this run's work goes."""
+        """Put what follows on this run's stream."""
         return torch.cuda.stream(self.stream) if self.captures else contextlib.nullcontext()
 
     def train(self, epoch: int) -> None:
-        """One epoch. A phase begins with three steps run for real, then its step is captured."""
+        """Train for one epoch. A phase begins with three steps run for real, then its step is captured."""
         if not self.captures:
             return self._step(epoch)
         since = epoch - max(phase for phase in self.phases if phase <= epoch)
@@ -260,7 +260,7 @@ def run_missing(rows: list[tuple[dict, dict]], out: Path, keys: tuple[str, ...],
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the studies of graphs have in common."""
+    """Add the options that all studies of graphs have."""
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--data", type=Path, required=True, help="folder with Cora/, CiteSeer/ and npz/")
     parser.add_argument("--workers", type=int, default=max(os.cpu_count() or 2, 2) // (4 if on_gpu else 1), help="processes")

@@ -66,14 +66,14 @@ def measured(function: Callable[[int, int], Callable[[], object]], nodes: int, a
 
 
 def peak() -> float:
-    """GiB."""
+    """Return the peak memory in GiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def graph(nodes: int) -> Data:
-    """Undirected, at random."""
+    """Draw an undirected graph at random."""
     half = torch.randint(nodes, (2, nodes * EDGES_A_NODE // 2))
     data = Data(
         x=torch.randn(nodes, FEATURES), edge_index=torch.cat([half, half.flip(0)], 1), y=torch.randint(CLASSES, (nodes,))
@@ -84,13 +84,13 @@ def graph(nodes: int) -> Data:
 
 
 def factors(nodes: int, anchors: int) -> Callable[[], object]:
-    """The randomised SVD."""
+    """Prepare the randomised SVD."""
     edges = graph(nodes).edge_index
     return lambda: low_rank_factors(edges, nodes, RANK)
 
 
 def contrast(nodes: int, anchors: int) -> Callable[[], object]:
-    """Value and gradient."""
+    """Prepare value and gradient of the contrast."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     first, second = (torch.nn.functional.normalize(torch.randn(nodes, DIMENSIONS, device=device)) for _ in range(2))
     views = [view.requires_grad_() for view in (first, second)]
@@ -100,7 +100,7 @@ def contrast(nodes: int, anchors: int) -> Callable[[], object]:
 
 
 def epoch(nodes: int, anchors: int) -> Callable[[], object]:
-    """Losses, gradients and a step of Adam, after the warm-up."""
+    """Prepare losses, gradients and a step of Adam, after the warm-up."""
     data, module = graph(nodes), CSG2L()
     module.build(data, CLASSES)
     module.to(data.x.device).train()

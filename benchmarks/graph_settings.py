@@ -33,7 +33,7 @@ PSEUDO = {
     "confident": [0.6, 0.8],
     "warmup_epochs": [60],
 }
-"""Of wider spaces what was ever worth it, on splits of other seeds; commit 70822f4 has the wider ones."""
+"""The part of wider spaces that was ever worth it, on splits of other seeds; commit 70822f4 has the wider ones."""
 DEFAULT = {
     "encoder": "gcn",
     "hidden_channels": 64,

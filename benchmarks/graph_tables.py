@@ -51,7 +51,7 @@ def environment(row: dict[str, str]) -> str:
 
 
 def hardware(rows: list[dict[str, str]]) -> str:
-    """Where the rows of a table were measured."""
+    """Name the machines on which the rows of a table were measured."""
     return " and ".join(sorted({environment(row) for row in rows}))
 
 

@@ -1,4 +1,4 @@
-"""What to look at while a graph module trains: similarities and weights of pairs, spectrum, embeddings in the plane."""
+"""Curves and pictures of a graph module in training: similarities and weights of pairs, spectrum, embeddings in the plane."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -104,7 +104,7 @@ class GraphMonitor(Callback):
 
 
 def _writer(trainer: Trainer) -> Any | None:
-    """TensorBoard's SummaryWriter, if the trainer logs to one."""
+    """Return TensorBoard's SummaryWriter, if the trainer logs to one."""
     return trainer.logger.experiment if isinstance(trainer.logger, TensorBoardLogger) else None
 
 
@@ -113,7 +113,7 @@ def _class_name(label: int, names: Sequence[str]) -> str:
 
 
 def spectrum_figure(values: Tensor):
-    """Singular values of the base matrix, (q,), in falling order."""
+    """Draw the singular values of the base matrix, (q,), in falling order."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.2), layout="constrained", dpi=110)

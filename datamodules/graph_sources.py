@@ -1,4 +1,4 @@
-"""Where graphs come from: kNN graphs of scikit-learn's tables, karate club, PyG's and OGB's data sets, .npz files.
+"""Sources of graphs: kNN graphs of scikit-learn's tables, karate club, PyG's and OGB's data sets, .npz files.
 
 graph_files.py reads downloads and files, graph_splits.py splits the nodes; graph_types.py has what all of them make.
 
@@ -24,7 +24,7 @@ def load_graph(source: str, root: str, split: str, knn: int) -> Graph:
         source: One of ACCEPTED_SOURCES; names in any case.
         root: Folder of PyG's and OGB's data sets.
         split: geom-gcn reads other files of Planetoid.
-        knn: Neighbours of each row of a table.
+        knn: Number of neighbours of each row of a table.
 
     Raises:
         ValueError: If the source is unknown, or cannot be downloaded or read, or `knn` is too large for it.
@@ -45,7 +45,7 @@ def load_graph(source: str, root: str, split: str, knn: int) -> Graph:
 
 
 def _knn_graph(name: str, knn: int) -> Graph:
-    """Rows of a table of scikit-learn, standardised, each joined with its `knn` nearest others (Euclidean)."""
+    """Join each row of a table of scikit-learn, standardised, with its `knn` nearest others (Euclidean)."""
     import sklearn.datasets
     from sklearn.neighbors import NearestNeighbors
     from sklearn.preprocessing import StandardScaler

@@ -13,15 +13,15 @@ SPLIT_STREAM = 0
 def split_nodes(
     graph: Graph, split: str, labels_per_class: int | None, num_val: int, num_test: int | None, fold: int, seed: int
 ) -> tuple[tuple[Tensor, Tensor, Tensor], str]:
-    """Masks (N,) of training, validation and test nodes, disjoint, and what to call the split.
+    """Return masks (N,) of training, validation and test nodes, disjoint, and a name for the split.
 
     Args:
-        graph: With its own splits.
+        graph: Graph with its own splits.
         split: public, random or geom-gcn.
-        labels_per_class: Training nodes of each class; None takes 20, or all that the split has.
-        num_val: Validation nodes, where they are drawn.
-        num_test: Test nodes, where they are drawn; None takes the rest.
-        fold: Which of several splits.
+        labels_per_class: Number of training nodes of each class; None takes 20, or all that the split has.
+        num_val: Number of validation nodes, where they are drawn.
+        num_test: Number of test nodes, where they are drawn; None takes the rest.
+        fold: Number of the split, of several, from 0.
         seed: Seed of what is drawn.
 
     Raises:
@@ -52,7 +52,7 @@ def split_nodes(
 
 
 def _stored_split(graph: Graph, split: str, labels_per_class: int | None, fold: int) -> tuple[Masks, int | None, str]:
-    """Masks (N,) of a split of the data set itself, to how many labels a class it is to be cut (None: not), and its name."""
+    """Return masks (N,) of the data set's own split, the labels a class to which it is cut (None: not), and its name."""
     if not (graph.public if split == "public" else graph.geom_gcn):
         raise ValueError(f"Argument `split` expected one that {graph.name} has but got {split!r}; use random.")
     masks, name, cut = graph.geom_gcn, split, labels_per_class
@@ -79,7 +79,7 @@ def _stored_split(graph: Graph, split: str, labels_per_class: int | None, fold: 
 
 
 def _subsample(graph: Graph, pool: Tensor, count: int, what: str, rng: np.random.Generator) -> Tensor:
-    """`count` nodes of each class from a pool, as a mask (N,)."""
+    """Draw `count` nodes of each class from a pool, as a mask (N,)."""
     chosen = []
     for label in range(graph.num_classes):
         members = (pool & (graph.y == label)).nonzero().flatten().numpy()
@@ -94,7 +94,7 @@ def _subsample(graph: Graph, pool: Tensor, count: int, what: str, rng: np.random
 
 
 def _draw(graph: Graph, free: Tensor, sizes: dict[str, int | None], rng: np.random.Generator) -> dict[str, Tensor]:
-    """Disjoint masks (N,) of nodes from a pool by name; a size that is None takes the rest, at least one node."""
+    """Draw disjoint masks (N,) of nodes from a pool by name; a size that is None takes the rest, at least one node."""
     nodes = rng.permutation(free.nonzero().flatten().numpy())
     wanted = sum(1 if size is None else size for size in sizes.values())
     if wanted > len(nodes):

@@ -1,4 +1,4 @@
-"""Graph: what a source makes, whatever it reads: nodes, edges, labels and the splits that come with them.
+"""Graph: the form that every source gives its graph: nodes, edges, labels and the splits that come with them.
 
 Legend: N nodes, E directed edges (each undirected edge twice), F features.
 """
@@ -44,7 +44,7 @@ class Graph:
         return int(self.y.max()) + 1
 
     def class_name(self, label: int) -> str:
-        """For messages."""
+        """Name a class in messages."""
         return f"{label} ({self.classes[label]})" if self.classes and self.classes[label] != str(label) else str(label)
 
 

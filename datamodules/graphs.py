@@ -55,17 +55,17 @@ class GraphDataModule(LightningDataModule, GraphData):
         root: Folder in which data sets are, or to which they are downloaded; null takes data.
         split: random: `labels_per_class` nodes of each class for training, then `num_val` and `num_test` of the others. public:
             that of the data set; what it lacks is drawn as in random. geom-gcn: the ten splits of Pei et al. (2020).
-        labels_per_class: Training nodes of each class; null takes 20, or all that a public or geom-gcn split has. Of these
-            splits, fewer are drawn; a .npz file has its own training nodes for 20, 40 and 60.
-        num_val: Validation nodes; of no effect on splits that have them.
-        num_test: Test nodes; of no effect on splits that have them; -1 or null takes all that are left.
-        fold: Which of several public or geom-gcn splits.
+        labels_per_class: Number of training nodes of each class; null takes 20, or all that a public or geom-gcn split has. Of
+            these splits, fewer are drawn; a .npz file has its own training nodes for 20, 40 and 60.
+        num_val: Number of validation nodes; of no effect on splits that have them.
+        num_test: Number of test nodes; of no effect on splits that have them; -1 or null takes all that are left.
+        fold: Number of the public or geom-gcn split, of several, from 0.
         edge_noise: Number of edges added at random between nodes that have none, as a share of the number of edges.
-        knn: Neighbours of each node of a kNN graph; of no effect on others.
+        knn: Number of neighbours of each node of a kNN graph; of no effect on others.
         row_normalize: Divide each node's features by their sum. Only done to words (Planetoid, WebKB, Actor, Amazon, Coauthor,
             .npz files without negative values), never to standardised features, embeddings or the identity.
-        batch_size: Seeds a step, over all processes; null takes the whole graph as one batch.
-        fanout: Neighbours drawn of each node, a hop; -1 takes all. Of no effect without `batch_size`.
+        batch_size: Number of seeds a step, over all processes; null takes the whole graph as one batch.
+        fanout: Number of neighbours drawn of each node, for each hop; -1 takes all. Of no effect without `batch_size`.
         seed: Seed of the split, the noise, the order of seeds and their neighbours.
     """
 
@@ -129,13 +129,13 @@ class GraphDataModule(LightningDataModule, GraphData):
         self.classes: list[str] | None = None
         """Names of the classes; None too if the source has none."""
         self.split_name: str | None = None
-        """What the split is, for logs and tables."""
+        """Name of the split, for logs and tables."""
         self._neighbors: NeighborSampler | None = None
         self._on_device: tuple[torch.device, Data] | None = None
         self._told = False
 
     def prepare_data(self) -> None:
-        """With several processes, let one download what all will read."""
+        """Let one of several processes download the data that all will read."""
         if self.trainer is not None and self.trainer.world_size > 1:
             self._load()
 
@@ -184,7 +184,7 @@ class GraphDataModule(LightningDataModule, GraphData):
         )
 
     def graph_facts(self) -> GraphFacts:
-        """Graph, number and names of its classes, and whether batches are sampled.
+        """Tell the graph, number and names of its classes, and whether batches are sampled.
 
         Raises:
             RuntimeError: If `setup` has not read the graph.
@@ -194,23 +194,23 @@ class GraphDataModule(LightningDataModule, GraphData):
         return GraphFacts(self.data, self.num_classes, tuple(self.classes or ()), self.hparams.batch_size is not None)
 
     def train_dataloader(self) -> "WholeGraph | SeedLoader":
-        """The whole graph, or subgraphs around all nodes, labelled or not, in an order that depends on seed and epoch."""
+        """Give the whole graph, or subgraphs around all nodes, labelled or not, in an order that depends on seed and epoch."""
         return self._loader(shuffle=True)
 
     def val_dataloader(self) -> "WholeGraph | SeedLoader":
-        """The whole graph, or subgraphs around validation nodes, the same in each epoch."""
+        """Give the whole graph, or subgraphs around validation nodes, the same in each epoch."""
         return self._loader("val_mask")
 
     def test_dataloader(self) -> "WholeGraph | SeedLoader":
-        """The whole graph, or subgraphs around test nodes."""
+        """Give the whole graph, or subgraphs around test nodes."""
         return self._loader("test_mask")
 
     def predict_dataloader(self) -> "WholeGraph | SeedLoader":
-        """The whole graph, or subgraphs around all nodes in order."""
+        """Give the whole graph, or subgraphs around all nodes in order."""
         return self._loader()
 
     def all_nodes_dataloader(self) -> "WholeGraph | SeedLoader":
-        """As for prediction, but all nodes for the process that asks."""
+        """Give what prediction gets, but all nodes to the process that asks."""
         return self._loader(alone=True)
 
     def _loader(self, mask: str | None = None, shuffle: bool = False, alone: bool = False) -> "WholeGraph | SeedLoader":

@@ -24,7 +24,7 @@ class NeighborSampler:
 
     Args:
         data: The graph, with `x` (N, F), `y` (N,), the three masks (N,) and `edge_index` (2, E), undirected and coalesced.
-        fanout: Neighbours of each node, a hop; -1 takes all.
+        fanout: Number of neighbours of each node, for each hop; -1 takes all.
     """
 
     def __init__(self, data: Data, fanout: Sequence[int]) -> None:
@@ -35,7 +35,7 @@ class NeighborSampler:
         self._place = torch.full((data.num_nodes,), -1)  # in the subgraph; -1 everywhere between calls
 
     def sample(self, seeds: Tensor, generator: torch.Generator) -> Data:
-        """The subgraph of the edges drawn around `seeds`, undirected, coalesced and without self-loops as the whole graph is.
+        """Draw the subgraph around `seeds`, undirected, coalesced and without self-loops as the whole graph is.
 
         Nodes at its border have fewer neighbours in it than in the graph.
 
@@ -64,7 +64,7 @@ class NeighborSampler:
         return Data(x=whole.x[nodes], edge_index=edge_index, y=whole.y[nodes], node_ids=nodes, num_seeds=len(seeds), **masks)
 
     def expand(self, nodes: Tensor, fanout: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """At most `fanout` distinct neighbours of each node: positions in `nodes` (e,) and the neighbours (e,)."""
+        """Draw at most `fanout` distinct neighbours of each node: positions in `nodes` (e,) and the neighbours (e,)."""
         degree = self.degree[nodes]
         owner = torch.repeat_interleave(degree)
         first = degree.cumsum(0) - degree
@@ -87,10 +87,10 @@ class SeedLoader:
     Args:
         neighbors: Makes the subgraphs.
         seeds: Distinct nodes (S,).
-        batch_size: Seeds a step, or in order a subgraph; the last has what is left.
+        batch_size: Number of seeds a step, or in order a subgraph; the last has what is left.
         seed: Seed of all draws.
-        shuffle: Whether the order is drawn anew each epoch.
-        rank: Which of the processes this is.
+        shuffle: Whether to draw the order anew each epoch.
+        rank: Number of this process, from 0.
         world_size: Number of processes.
     """
 
@@ -113,7 +113,7 @@ class SeedLoader:
 
     @property
     def sampler(self) -> "SeedLoader":
-        """Itself: Lightning calls `set_epoch` of a loader's sampler before each epoch."""
+        """Return itself: Lightning calls `set_epoch` of a loader's sampler before each epoch."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -121,7 +121,7 @@ class SeedLoader:
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch were given, for a checkpoint within it."""
+        """Tell how many batches of the epoch were given, for a checkpoint within it."""
         return {"given": self._given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

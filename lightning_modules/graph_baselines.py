@@ -1,4 +1,4 @@
-"""What CSG2L is compared with, on the same data, encoders and measures: supervised GNN, pseudo-labels, DGI, GRACE."""
+"""Baselines of CSG2L on the same data, encoders and measures: supervised GNN, pseudo-labels, DGI, GRACE."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class _Encoded(NodeModule):
         super().__init__(learning_rate, weight_decay)
 
     def build(self, data: Data, num_classes: int) -> None:
-        """The encoder; with logits where supervised."""
+        """Make the encoder; with logits where supervised."""
         options, classes = self.hparams, num_classes if self.supervised else 0
         self.encoder = GraphEncoder(
             options.encoder,
@@ -33,7 +33,7 @@ class _Encoded(NodeModule):
         )
 
     def encode(self, batch: Data) -> tuple[Tensor, Tensor | None]:
-        """Hidden layer and logits."""
+        """Return hidden layer and logits."""
         return self.encoder(self.features(batch), batch.edge_index, self.local_operator(batch))
 
 
@@ -41,17 +41,17 @@ class NodeClassifier(_Encoded):
     """A GNN trained on the labelled nodes; optionally with cross-entropy on its own confident predictions (Lee, 2013).
 
     Args:
-        encoder: As for CSG2L, like the next four.
-        hidden_channels: Width.
-        num_layers: Of the encoder.
-        dropout: Of features and hidden layer.
+        encoder: Name of an encoder, or path of a class, as for CSG2L.
+        hidden_channels: Width of the hidden layer.
+        num_layers: Number of layers of the encoder.
+        dropout: Share of the features and of the hidden layer that is dropped.
         encoder_args: Further arguments of the encoder.
         pseudo_weight: Weight of the cross-entropy on pseudo-labels; 0 for none.
-        alignment: As for CSG2L, like the next.
-        confident: Share of the nodes that is trusted.
-        warmup_epochs: Epochs without pseudo-labels.
-        learning_rate: Of Adam.
-        weight_decay: Of Adam.
+        alignment: Correction of pseudo-labels towards equally frequent classes, as for CSG2L's PredictedLabels.
+        confident: Share of the nodes that is trusted, as many of each class.
+        warmup_epochs: Number of epochs without pseudo-labels.
+        learning_rate: Learning rate of Adam.
+        weight_decay: Weight decay of Adam.
     """
 
     needs_labels = True
@@ -76,12 +76,12 @@ class NodeClassifier(_Encoded):
         self.alignment_share = 0.0
 
     def build(self, data: Data, num_classes: int) -> None:
-        """Encoder, and how far pseudo-labels are corrected."""
+        """Make the encoder, and compute how far pseudo-labels are corrected."""
         super().build(data, num_classes)
         self.alignment_share = alignment_share(self.hparams.alignment, int(data.train_mask.sum()), num_classes)
 
     def losses(self, batch: Data, epoch: int) -> dict[str, Tensor]:
-        """Cross-entropy on labelled and, after the warm-up, on confident nodes."""
+        """Compute the cross-entropy on labelled and, after the warm-up, on confident nodes."""
         logits = self.encode(batch)[1]
         loss = self.cross_entropy(batch, logits, batch.y, batch.train_mask)
         found = {"cross_entropy": loss}
@@ -96,7 +96,14 @@ class NodeClassifier(_Encoded):
 class DGI(_Encoded):
     """Deep Graph Infomax (ICLR 2019) with torch-geometric's objective: nodes against shuffled features, by their mean.
 
-    Args: as for NodeClassifier.
+    Args:
+        encoder: Name of an encoder, or path of a class, as for CSG2L.
+        hidden_channels: Width of the hidden layer.
+        num_layers: Number of layers of the encoder.
+        dropout: Share of the features and of the hidden layer that is dropped.
+        encoder_args: Further arguments of the encoder.
+        learning_rate: Learning rate of Adam.
+        weight_decay: Weight decay of Adam.
     """
 
     supervised = False
@@ -124,7 +131,7 @@ class DGI(_Encoded):
         )
 
     def losses(self, batch: Data, epoch: int) -> dict[str, Tensor]:
-        """Binary cross-entropy of nodes and of corrupted nodes."""
+        """Compute the binary cross-entropy of nodes and of corrupted nodes."""
         return {"loss": self.infomax.loss(*self.infomax(batch.x, batch.edge_index))}
 
 
@@ -132,17 +139,17 @@ class GRACE(_Encoded):
     """Deep Graph Contrastive Representation Learning (2020): two views with dropped edges and features, InfoNCE between all.
 
     Args:
-        encoder: As for CSG2L, like the next four.
-        hidden_channels: Width.
-        num_layers: Of the encoder.
-        dropout: Of features and hidden layer.
+        encoder: Name of an encoder, or path of a class, as for CSG2L.
+        hidden_channels: Width of the hidden layer.
+        num_layers: Number of layers of the encoder.
+        dropout: Share of the features and of the hidden layer that is dropped.
         encoder_args: Further arguments of the encoder.
         drop_edges: Shares of edges left out of the two views.
         drop_features: Shares of features set to zero in the two views.
-        temperature: τ.
+        temperature: τ of InfoNCE.
         head_channels: Width of the projection head.
-        learning_rate: Of Adam.
-        weight_decay: Of Adam.
+        learning_rate: Learning rate of Adam.
+        weight_decay: Weight decay of Adam.
     """
 
     supervised = False
@@ -170,7 +177,7 @@ class GRACE(_Encoded):
         self.head = nn.Sequential(nn.Linear(self.hparams.hidden_channels, width), nn.ELU(), nn.Linear(width, width))
 
     def losses(self, batch: Data, epoch: int) -> dict[str, Tensor]:
-        """InfoNCE with the pairs of both views as negatives."""
+        """Compute the InfoNCE with the pairs of both views as negatives."""
         projected = []
         for edges, features in zip(self.hparams.drop_edges, self.hparams.drop_features, strict=True):
             kept = dropout_edge(batch.edge_index, edges, force_undirected=True)[0]

@@ -40,17 +40,17 @@ def reweighted_info_nce(
     anchors: Tensor | None = None,
     block_size: int = 2048,
 ) -> Tensor:
-    """Mean over anchors and over both directions (a against b, b against a). Memory is O(B·N), whatever N.
+    """Compute the mean loss over anchors and both directions (a against b, b against a), in O(B·N) memory.
 
     Args:
         z_a: (N, D), normally of unit length.
         z_b: (N, D).
         labels: (N,) pseudo-labels ŷ; None for plain InfoNCE, R = 1 and P_i = {i}.
         confident: (N,) bool, the set C; None for all.
-        form: Where R enters, see above.
+        form: Name of the formula above, which says where R enters.
         beta: Exponent β; 0 makes R = 1 but leaves multi_positive its positives.
         temperature: τ.
-        reweight: Which confident pairs R weighs: those of equal pseudo-labels (positives), of different ones, or both.
+        reweight: Confident pairs that R weighs: those of equal pseudo-labels (positives), of different ones, or both.
         intra_view: Whether pairs i ≠ j within the anchor's own view stand in the denominators too, with R from their own S.
         anchors: (A,) nodes whose rows count, and over whose rows min-max is taken; None for all.
         block_size: B; rows that are held at once. Any value gives the same loss and gradients.
@@ -85,7 +85,7 @@ def reweighted_info_nce(
 def pair_weights(
     z_a: Tensor, z_b: Tensor, labels: Tensor, confident: Tensor, beta: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Similarities S, weights R and positives (j ∈ C with ŷ_i = ŷ_j) of all pairs of a few nodes, each (N, N): to look at."""
+    """Return similarities S, weights R and positives (j ∈ C with ŷ_i = ŷ_j) of all pairs of a few nodes, each (N, N)."""
     rows = torch.arange(len(z_a), device=z_a.device)
     similarity = z_a @ z_b.T
     extremes = (similarity.min(), similarity.max())
@@ -126,13 +126,13 @@ class _Contrast(torch.autograd.Function):
 
 
 def _extremes(own: Tensor, view: Tensor, within: bool, anchors: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest similarity of the anchors' rows over all blocks."""
+    """Find the smallest and the largest similarity of the anchors' rows over all blocks."""
     found = [_range(own[rows] @ view.T, rows, within) for rows in anchors.split(block_size)]
     return torch.stack([low for low, _ in found]).min(), torch.stack([high for _, high in found]).max()
 
 
 def _range(similarity: Tensor, rows: Tensor, within: bool) -> tuple[Tensor, Tensor]:
-    """Smallest and largest of some rows (B, N); within a view without the diagonal."""
+    """Find the smallest and the largest of some rows (B, N); within a view without the diagonal."""
     if not within:
         return similarity.aminmax()
     low, high = (similarity.scatter(1, rows[:, None], bound) for bound in (float("inf"), float("-inf")))
@@ -148,7 +148,7 @@ def _weights(
     beta: float,
     reweight: str,
 ) -> tuple[Tensor | None, Tensor]:
-    """R of some rows, (B, N), or None for R = 1, and the positives, j ∈ C with the anchor's pseudo-label."""
+    """Return R of some rows, (B, N), or None for R = 1, and the positives, j ∈ C with the anchor's pseudo-label."""
     same = labels[rows, None] == labels
     positive = same & confident
     if beta == 0:
@@ -168,7 +168,7 @@ def _weights(
 def _constants(
     similarity: Tensor, rows: Tensor, extremes: tuple | None, within: bool, weights, form: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """c, v, w of some rows of one view, (B, N) each: factors of S, of e^S, and weights of the positives, up to their sum.
+    """Return c, v, w of some rows of one view, (B, N) each: factors of S, of e^S, weights of positives up to their sum.
 
     None for c or v stands for ones; for w, for the node itself alone. Pairs within a view are no positives.
     """
@@ -192,7 +192,7 @@ def _constants(
 
 
 def _rows(similarities: list[Tensor], parts: list[tuple], rows: Tensor, temperature: float) -> tuple[Tensor, list[Tensor]]:
-    """Sum over some anchors, and its slope in each view's S, (B, N) each; the first view is the one across."""
+    """Return the sum over some anchors, and its slope in each view's S, (B, N) each; the first view is the one across."""
     floor = torch.finfo(similarities[0].dtype).tiny  # of e^S's factors: log 0 would make the loss infinite
     logits, tops = [], []
     for similarity, (c, v, _) in zip(similarities, parts, strict=True):

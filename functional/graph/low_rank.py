@@ -28,13 +28,13 @@ class Factors(NamedTuple):
 
 
 def normalized_adjacency(edge_index: Tensor, num_nodes: int, regularization: float | None = None) -> Tensor:
-    """Symmetrically normalised adjacency matrix, sparse CSR (N, N) in float64.
+    """Make the symmetrically normalised adjacency matrix, sparse CSR (N, N) in float64.
 
     Args:
         edge_index: (2, E); edges given twice count twice, loops at a node are ignored.
         num_nodes: N.
-        regularization: None for Ã = D̃^-½ (A + I) D̃^-½ with D̃ = D + I. A number τ for D_τ^-½ A D_τ^-½ with D_τ = D + τ·d̄·I,
-            d̄ the mean degree. D counts the edges that arrive at a node. A row or column of degree 0 is zero.
+        regularization: Kind of matrix: None for Ã = D̃^-½ (A + I) D̃^-½ with D̃ = D + I. A number τ for D_τ^-½ A D_τ^-½ with
+            D_τ = D + τ·d̄·I, d̄ the mean degree. D counts the edges that arrive at a node. A row or column of degree 0 is zero.
 
     Raises:
         ValueError: If an edge names a node outside [0, N), or τ is negative.
@@ -66,7 +66,7 @@ class SparseMatrix:
         self.matrix, self.transposed = matrix, matrix.t().to_sparse_csr()
 
     def __matmul__(self, dense: Tensor) -> Tensor:
-        """(M, C) -> (N, C)."""
+        """Multiply: (M, C) -> (N, C)."""
         return _Product.apply(self.matrix, self.transposed, dense)
 
 
@@ -94,7 +94,7 @@ def low_rank_factors(
     power_iterations: int = 4,
     seed: int = 0,
 ) -> Factors:
-    """Seeded truncated SVD of a base matrix, through products with it alone.
+    """Compute a seeded truncated SVD of a base matrix, through products with it alone.
 
     Args:
         edge_index: (2, E).
@@ -107,7 +107,7 @@ def low_rank_factors(
         teleport: α in (0, 1) or None.
         oversampling: Columns beyond q in the random sketch.
         power_iterations: Products with M Mᵀ, orthonormalised in between; more separate close singular values better.
-        seed: Of the sketch; one seed gives one result on one kind of device.
+        seed: Seed of the sketch; one seed gives one result on one kind of device.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -164,17 +164,17 @@ def _randomized_svd(
 
 
 def propagate(factors: Factors, hidden: Tensor) -> Tensor:
-    """P_g(H) = U (s ⊙ (Vᵀ H)): (N, C) -> (N, C) in O(N q C)."""
+    """Compute P_g(H) = U (s ⊙ (Vᵀ H)): (N, C) -> (N, C) in O(N q C)."""
     return factors.u @ (factors.s[:, None] * (factors.v.T @ hidden))
 
 
 def strongest_edges(factors: Factors, num_edges: int) -> Tensor:
-    """The k largest positive entries of every row of U diag(s) Vᵀ off its diagonal, as edges, in blocks of rows.
+    """Find the k largest positive entries of every row of U diag(s) Vᵀ off its diagonal, as edges, in blocks of rows.
 
     For layers whose aggregation is not linear, so that no low-rank product can stand in for it.
 
     Args:
-        factors: Of N nodes.
+        factors: Factors of N nodes.
         num_edges: k, at most N − 1 are taken.
 
     Returns:

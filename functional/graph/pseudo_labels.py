@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 
 def pseudo_labels(logits: Tensor, labels: Tensor, known: Tensor, alignment: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Most probable class, and its probability; on nodes whose label is known that label, and 1.
+    """Return the most probable class and its probability; on nodes whose label is known that label, and 1.
 
     Args:
         logits: (N, C).
@@ -32,7 +32,7 @@ def pseudo_labels(logits: Tensor, labels: Tensor, known: Tensor, alignment: floa
 
 
 def alignment_share(prior: float, known: int, num_classes: int) -> float:
-    """Share of the alignment that so many known labels leave to a prior of equally frequent classes.
+    """Compute the share of the alignment that so many known labels leave to a prior of equally frequent classes.
 
     Args:
         prior: a ≥ 0, worth as many labels of each class as it says; 0 for no alignment.
@@ -46,7 +46,7 @@ def alignment_share(prior: float, known: int, num_classes: int) -> float:
 
 
 def confident_share(confidence: Tensor, labels: Tensor, share: float, num_classes: int) -> Tensor:
-    """The nodes of each label with the highest confidence, at most share · N / C of a label, rounded up.
+    """Choose the nodes of each label with the highest confidence, at most share · N / C of a label, rounded up.
 
     By class, since a threshold on probabilities leaves out classes that are hard while labels are few; as many of each class,
     since a class that is predicted too often would otherwise teach itself.
@@ -54,7 +54,7 @@ def confident_share(confidence: Tensor, labels: Tensor, share: float, num_classe
     Args:
         confidence: (N,).
         labels: (N,) from 0.
-        share: In [0, 1].
+        share: Share of the nodes, in [0, 1].
         num_classes: C.
 
     Returns:
@@ -70,13 +70,13 @@ def confident_share(confidence: Tensor, labels: Tensor, share: float, num_classe
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of the nodes in a mask, 0 if there is none; unlike indexing, never waits for a GPU.
+    """Compute the mean cross-entropy of the nodes in a mask, 0 if there is none; unlike indexing, never wait for a GPU.
 
     Args:
         logits: (N, C).
         labels: (N,).
         mask: (N,) bool.
-        count: By which the sum is divided; the nodes of the mask when None.
+        count: Divisor of the sum; the number of nodes of the mask when None.
     """
     total = cross_entropy(logits, labels.where(mask, -1), ignore_index=-1, reduction="sum")
     count = mask.sum() if count is None else count
@@ -84,12 +84,12 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor, count: Te
 
 
 def cluster(embeddings: Tensor, num_clusters: int, seed: int) -> tuple[Tensor, Tensor]:
-    """k-means labels in the place of pseudo-labels where no label is known, and closeness to the own centroid.
+    """Label nodes by k-means where no label is known, and measure how close each is to its centroid.
 
     Args:
         embeddings: (N, D).
-        num_clusters: At most N are made.
-        seed: Of k-means++.
+        num_clusters: Number of clusters; at most N are made.
+        seed: Seed of k-means++.
 
     Returns:
         Labels (N,) and closeness (N,) = 1 / (1 + distance), on the embeddings' device.

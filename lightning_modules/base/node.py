@@ -72,11 +72,11 @@ class NodeModule(ResumableModule):
 
     @abstractmethod
     def encode(self, batch: Data) -> tuple[Tensor, Tensor | None]:
-        """Embeddings (N, H) and, where supervised, logits (N, C)."""
+        """Compute embeddings (N, H) and, where supervised, logits (N, C)."""
 
     @abstractmethod
     def losses(self, batch: Data, epoch: int) -> dict[str, Tensor]:
-        """What is minimised, under `loss`, and what else is worth a curve."""
+        """Compute the loss to minimise, under `loss`, and its terms, each worth a curve."""
 
     def training_step(self, batch: Data, batch_idx: int) -> Tensor | None:
         """Minimise the losses of a batch and log each."""
@@ -99,11 +99,11 @@ class NodeModule(ResumableModule):
 
     @staticmethod
     def shared(batch: Data) -> bool:
-        """Whether other processes have other nodes of the same step."""
+        """Tell whether other processes have other nodes of the same step."""
         return "num_seeds" in batch and world_size() > 1
 
     def count(self, batch: Data, mask: Tensor) -> Tensor:
-        """Nodes in a mask, of all processes by their number: gradients are means over processes."""
+        """Count the nodes in a mask, of all processes by their number: gradients are means over processes."""
         total = mask.sum()
         if self.shared(batch):
             total = total.float()
@@ -112,7 +112,7 @@ class NodeModule(ResumableModule):
         return total
 
     def cross_entropy(self, batch: Data, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Mean over the nodes in a mask; of a shared step, what makes the mean over processes that over all their nodes."""
+        """Average over the nodes in a mask; in a shared step so that the mean over processes is that over all their nodes."""
         return masked_cross_entropy(logits, labels, mask, self.count(batch, mask))
 
     @property
@@ -125,15 +125,15 @@ class NodeModule(ResumableModule):
         return graph_data_of(self.trainer, self).graph_facts()
 
     def spectrum(self) -> Tensor | None:
-        """Singular values (q,) in falling order, where the module has a low-rank view."""
+        """Return the singular values (q,) in falling order; None for modules without a low-rank view."""
         return None
 
     def pairs(self, batch: Data, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Similarities, weights and positives of all pairs of some nodes, (n, n) each, where the module weighs pairs."""
+        """Return similarities, weights and positives of all pairs of some nodes, (n, n) each; None where they have none."""
         return None
 
     def features(self, batch: Data) -> Tensor:
-        """Features of the nodes of a batch; those of the whole graph sparse where that is faster, converted once."""
+        """Return the features of a batch; those of the whole graph sparse where that is faster, converted once."""
         if not self.encoder.takes_sparse or "num_seeds" in batch:
             return batch.x
         if self._sparse is None or self._sparse[0] is not batch.x:
@@ -142,7 +142,7 @@ class NodeModule(ResumableModule):
         return self._sparse[1]
 
     def local_operator(self, batch: Data) -> GlobalOperator | None:
-        """Products with Ã in the place of the layers' own, slower ones, where both are the same; made once a graph."""
+        """Make products with Ã that replace the layers' own, slower ones, where both are the same; once a graph."""
         if not self.encoder.symmetric or "num_seeds" in batch:
             return None
         if self._local is None or self._local[0] is not batch.edge_index:
@@ -183,7 +183,7 @@ class NodeModule(ResumableModule):
                 )
 
     def on_fit_start(self) -> None:
-        """With DistributedDataParallel, find parameters for which it would wait forever."""
+        """Find parameters for which DistributedDataParallel would wait forever."""
         model = self.trainer.model
         if not isinstance(model, DistributedDataParallel):
             return
@@ -208,7 +208,7 @@ class NodeModule(ResumableModule):
             )
 
     def forward(self, batch: Data) -> tuple[Tensor, Tensor | None]:
-        """Embeddings and logits."""
+        """Compute embeddings and logits."""
         return self.encode(batch)
 
     def validation_step(self, batch: Data, batch_idx: int) -> None:
@@ -291,7 +291,7 @@ class NodeModule(ResumableModule):
 
     @torch.no_grad()
     def embed_all(self) -> tuple[Tensor, Tensor | None]:
-        """Embeddings (N, H) and logits (N, C) of all nodes in their order, on the CPU, in evaluation mode.
+        """Compute embeddings (N, H) and logits (N, C) of all nodes in their order, on the CPU, in evaluation mode.
 
         A process can ask alone: it takes no other's help.
         """
@@ -306,7 +306,7 @@ class NodeModule(ResumableModule):
         return torch.cat(embeddings), None if logits[0] is None else torch.cat(logits)
 
     def predict_step(self, batch: Data, batch_idx: int) -> dict[str, Tensor]:
-        """Embeddings and, where supervised, class probabilities of the nodes of a batch."""
+        """Return embeddings and, where supervised, class probabilities of the nodes of a batch."""
         embeddings, logits = self.encode(batch)
         seeds = slice(0, int(batch.get("num_seeds", batch.num_nodes)))
         found = {"node_ids": batch.node_ids[seeds], "embeddings": embeddings[seeds].float()}
@@ -321,5 +321,5 @@ class NodeModule(ResumableModule):
         self._predicted.write(self.trainer)
 
     def configure_optimizers(self) -> Any:
-        """Adam."""
+        """Make Adam over all parameters."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)

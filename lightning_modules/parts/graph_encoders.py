@@ -55,7 +55,7 @@ DENSE_ENOUGH = 0.1
 
 
 def sparse_features(x: Tensor) -> Tensor:
-    """Bags of words as sparse CSR, on which a linear map on a CPU takes a tenth of the time; other features as they are."""
+    """Convert bags of words to sparse CSR, where a linear map on a CPU takes a tenth of the time; leave other features."""
     if x.is_cuda or x.layout != torch.strided or x.requires_grad or torch.count_nonzero(x) > DENSE_ENOUGH * x.numel():
         return x
     with warnings.catch_warnings():
@@ -64,7 +64,7 @@ def sparse_features(x: Tensor) -> Tensor:
 
 
 def drop_columns(x: Tensor, share: float) -> Tensor:
-    """Features (N, F), dense or CSR, with some columns set to zero at random."""
+    """Set some columns of features (N, F), dense or CSR, to zero at random."""
     kept = (torch.rand(x.shape[1], device=x.device) >= share).to(x.dtype)
     if x.layout == torch.strided:
         return x * kept
@@ -79,9 +79,9 @@ class GlobalOperator:
     """P_g(H) = (1 − μ)·Ã H + μ·U(s ⊙ VᵀH) on the nodes of one batch, and the strongest edges of its low-rank part.
 
     Args:
-        edge_index: (2, E), of the batch.
-        num_nodes: N, of the batch.
-        factors: Rows of the batch's nodes. With some nodes of a graph only, sums run over these.
+        edge_index: Edges (2, E) of the batch.
+        num_nodes: N, the number of nodes of the batch.
+        factors: Factors, with the rows of the batch's nodes. With some nodes of a graph only, sums run over these.
         mix: μ in [0, 1]; 0 needs no factors and is the local view.
     """
 
@@ -92,7 +92,7 @@ class GlobalOperator:
         self._edges: Tensor | None = None
 
     def __call__(self, hidden: Tensor, kind: str = "symmetric") -> Tensor:
-        """(N, …) -> (N, …); `kind` is symmetric, mean or sum."""
+        """Propagate (N, …) -> (N, …); `kind` is symmetric, mean or sum."""
         x = hidden.flatten(1)
         x = x if kind == "symmetric" else x * self.root
         if self.adjacency is None:
@@ -106,7 +106,7 @@ class GlobalOperator:
 
     @property
     def edges(self) -> Tensor:
-        """(2, E_g), computed on first use."""
+        """Strongest edges (2, E_g) of the low-rank part, computed on first use."""
         if self._edges is None:
             self._edges = strongest_edges(self.factors, STRONGEST)
         return self._edges
@@ -122,7 +122,7 @@ class GraphEncoder(nn.Module):
         hidden_channels: Width of the hidden representation.
         out_channels: Number of classes; 0 for no logits.
         num_layers: Message passing layers in all; for APPNP and SGC, linear layers: always 2.
-        dropout: Between the layers and on the input.
+        dropout: Share that is dropped between the layers and of the input.
         arguments: Further arguments of the encoder, such as heads of GAT or K and alpha of APPNP.
     """
 
@@ -181,7 +181,7 @@ class GraphEncoder(nn.Module):
                 layer.register_propagate_forward_hook(self._replace)
 
     def forward(self, x: Tensor, edge_index: Tensor, operator: GlobalOperator | None = None) -> tuple[Tensor, Tensor | None]:
-        """Hidden (N, H) and logits (N, C) of the local view, or with an operator those of its view."""
+        """Compute hidden layer (N, H) and logits (N, C) of the local view, or with an operator those of its view."""
         if operator is not None:
             edge_index = edge_index[:, :0] if self.linear else operator.edges
         self._operator = operator if self.linear else None
@@ -200,13 +200,13 @@ class GraphEncoder(nn.Module):
                 layer.normalize = True
 
     def _dropped(self, x: Tensor) -> Tensor:
-        """Dropout of the features; of sparse ones among those stored, the others being zero anyway."""
+        """Drop features; of sparse ones among those stored, the others being zero anyway."""
         if x.layout != torch.sparse_csr:
             return self.dropout(x)
         return _with_values(x, self.dropout(x.values()))
 
     def _replace(self, layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-        """In the global view, what a layer aggregates; its edges were left out, so that its own aggregation costs nothing."""
+        """Aggregate for a layer in the global view; its edges were left out, so that its own aggregation costs nothing."""
         if self._operator is None:
             return None
         x = inputs[2]["x"]
@@ -214,7 +214,7 @@ class GraphEncoder(nn.Module):
 
 
 def _kind(layer: nn.Module) -> str | None:
-    """How a layer aggregates: symmetric, mean, sum; None if not linearly."""
+    """Tell how a layer aggregates: symmetric, mean, sum; None if not linearly."""
     if isinstance(layer, SYMMETRIC):
         return "symmetric" if getattr(layer, "normalize", True) else "sum"
     if isinstance(layer, MEAN):
@@ -224,7 +224,7 @@ def _kind(layer: nn.Module) -> str | None:
 
 
 def _aggregates_by_normalized_adjacency(layer: nn.Module) -> bool:
-    """Whether a layer multiplies by Ã itself: loops added with weight 1, nothing dropped."""
+    """Tell whether a layer multiplies by Ã itself: loops added with weight 1, nothing dropped."""
     if not isinstance(layer, conv.GCNConv | conv.APPNP):
         return False
     return (

@@ -1,4 +1,4 @@
-"""What node embeddings are good for: logistic regression and k-means of scikit-learn."""
+"""Measures of node embeddings: logistic regression and k-means of scikit-learn."""
 
 import torch
 from torch import Tensor
@@ -8,18 +8,18 @@ STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def linear_probe(embeddings: Tensor, labels: Tensor, train: Tensor, val: Tensor, scored: Tensor) -> float:
-    """Accuracy of `probe_predictions` on the `scored` nodes, (N,) bool."""
+    """Measure the accuracy of `probe_predictions` on the `scored` nodes, (N,) bool."""
     return float((probe_predictions(embeddings, labels, train, val) == labels)[scored].double().mean())
 
 
 def probe_predictions(embeddings: Tensor, labels: Tensor, train: Tensor, val: Tensor) -> Tensor:
-    """Classes (N,) by a logistic regression on unit-length embeddings of the `train` nodes.
+    """Predict classes (N,) by a logistic regression on unit-length embeddings of the `train` nodes.
 
     Args:
         embeddings: (N, D).
         labels: (N,).
         train: (N,) bool.
-        val: (N,) bool; choose the regularisation.
+        val: (N,) bool; these nodes choose the regularisation.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -31,7 +31,7 @@ def probe_predictions(embeddings: Tensor, labels: Tensor, train: Tensor, val: Te
 
 
 def clustering_scores(embeddings: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> dict[str, float]:
-    """Normalised mutual information and adjusted Rand index of k-means clusters against the labels."""
+    """Measure k-means clusters against the labels: normalised mutual information and adjusted Rand index."""
     from sklearn.cluster import KMeans
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
