@@ -122,6 +122,7 @@ class DGI(_Encoded):
         self.save_hyperparameters()
 
     def build(self, data: Data, num_classes: int) -> None:
+        """Make the encoder and the objective around it."""
         super().build(data, num_classes)
         self.infomax = DeepGraphInfomax(
             self.hparams.hidden_channels,
@@ -172,6 +173,7 @@ class GRACE(_Encoded):
         self.save_hyperparameters()
 
     def build(self, data: Data, num_classes: int) -> None:
+        """Make the encoder and the projection head."""
         super().build(data, num_classes)
         width = self.hparams.head_channels
         self.head = nn.Sequential(nn.Linear(self.hparams.hidden_channels, width), nn.ELU(), nn.Linear(width, width))

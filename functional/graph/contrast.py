@@ -85,7 +85,15 @@ def reweighted_info_nce(
 def pair_weights(
     z_a: Tensor, z_b: Tensor, labels: Tensor, confident: Tensor, beta: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return similarities S, weights R and positives (j ∈ C with ŷ_i = ŷ_j) of all pairs of a few nodes, each (N, N)."""
+    """Return similarities S, weights R and positives (j ∈ C with ŷ_i = ŷ_j) of all pairs of a few nodes, each (N, N).
+
+    Args:
+        z_a: (N, D), normally of unit length.
+        z_b: (N, D).
+        labels: (N,) pseudo-labels ŷ.
+        confident: (N,) bool, the set C.
+        beta: Exponent β of R.
+    """
     rows = torch.arange(len(z_a), device=z_a.device)
     similarity = z_a @ z_b.T
     extremes = (similarity.min(), similarity.max())

@@ -59,6 +59,9 @@ def confident_share(confidence: Tensor, labels: Tensor, share: float, num_classe
 
     Returns:
         (N,) bool. Among equal confidence earlier nodes come first.
+
+    Raises:
+        ValueError: If the share is out of range.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"Argument `share` expected to be in [0, 1] but got {share}.")

@@ -236,9 +236,11 @@ class NodeModule(ResumableModule):
                 metric.update(predicted, labels)
 
     def on_validation_epoch_start(self) -> None:
+        """Start with no measured node."""
         self._restart("val")
 
     def on_test_epoch_start(self) -> None:
+        """Start with no measured node."""
         self._restart("test")
 
     def _restart(self, split: str) -> None:

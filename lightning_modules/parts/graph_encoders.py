@@ -33,6 +33,7 @@ class Diffusion(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        """Compute the propagated hidden layer (N, H)."""
         hidden = self.linear(x)
         return self.propagation(self.dropout(hidden.relu()) if self.nonlinear else hidden, edge_index)
 
