@@ -20,7 +20,6 @@ from typing_extensions import override
 
 from callbacks.base.push import check_access, check_repository, upload
 from callbacks.blockwise.allocations import Allocation, AllocationName
-from callbacks.blockwise.choice import chosen
 from callbacks.blockwise.exchange import give_back, processes_of
 from callbacks.blockwise.placement import Placement, give_back_placement, windows_at_a_time
 from callbacks.blockwise.plan import Plan, plan_of, pruned_roles
@@ -33,6 +32,7 @@ from callbacks.blockwise.solvers import Solver, SolverName
 from callbacks.blockwise.update_rules import UpdateRule, UpdateRuleName
 from functional.pruning.precision import Precision
 from lightning_modules.base.prunable import PrunableModule
+from utilities.choice import chosen
 from utilities.contract import data_of
 from utilities.distributed import Processes
 from utilities.files import OutputDirectory, check_space

@@ -4,8 +4,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from datamodules.checks import import_needed
 from datamodules.image_sources import HubImages, Images
+from utilities.extras import import_needed
 
 INDEX = re.compile(r"[0-9]{1,9}")
 

@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from datamodules.checks import import_needed
 from datamodules.image_draws import Pool
+from utilities.extras import import_needed
 from utilities.safe_load import brief
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:/]+)?")
@@ -134,7 +134,7 @@ class HubImages(EncodedImages):
 
     def __init__(self, root: str, split: str) -> None:
         self.where = f"split {split!r} of {root!r}"
-        datasets = import_needed("datasets", repr(root), "'d2prune[data]'")
+        datasets = import_needed("datasets", repr(root), "--editable '.[data]'")
         repository, _, config = root.partition(":")
         try:
             rows = datasets.load_dataset(repository, config or None, split=split)

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from torch import Tensor
 
-from datamodules.checks import import_needed
+from utilities.extras import import_needed
 
 NO_AUGMENTATION = (
     "input_size",

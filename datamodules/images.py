@@ -16,7 +16,6 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
-from datamodules.checks import check_int, import_needed
 from datamodules.image_batches import Collate, ImageDataset
 from datamodules.image_classes import map_labels, read_classes
 from datamodules.image_draws import Pool
@@ -33,7 +32,9 @@ from datamodules.image_sources import (
 )
 from datamodules.image_transform import check_augmentation, make_transform
 from datamodules.shards import in_order
+from utilities.checks import check_integer
 from utilities.contract import CalibrationData, DataFacts, model_of
+from utilities.extras import import_needed
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 STAGES = ("fit", "validate", "predict")
@@ -92,13 +93,13 @@ class ImageDataModule(LightningDataModule, CalibrationData):
         for name, value in (("root", root), ("train", train), ("val", val), ("classes", classes)):
             if value == "":
                 raise ValueError(f"Argument `{name}` expected to be a name but got ''; give one or leave it out.")
-        check_int("num_calibration", num_calibration, 1)
-        check_int("num_heldout", num_heldout, 0)
-        check_int("seed", seed, 0)
-        check_int("batch_size", batch_size, 1)
-        check_int("num_workers", num_workers, 0)
+        check_integer("num_calibration", num_calibration, 1)
+        check_integer("num_heldout", num_heldout, 0)
+        check_integer("seed", seed, 0)
+        check_integer("batch_size", batch_size, 1)
+        check_integer("num_workers", num_workers, 0)
         if image_size is not None:
-            check_int("image_size", image_size, 1)
+            check_integer("image_size", image_size, 1)
         for name, value in (("mean", mean), ("std", std)):
             if value is not None and (len(value) != 3 or (name == "std" and min(value) <= 0)):
                 raise ValueError(f"Argument `{name}` expected a number for R, G and B but got {value}; null takes the model's.")
@@ -225,7 +226,7 @@ class ImageDataModule(LightningDataModule, CalibrationData):
         Raises:
             ValueError: If a folder has no images or together they have fewer than `number` that can be read.
         """
-        check_int("number", number, 1)
+        check_integer("number", number, 1)
         try:
             images = LooseImages([source] if isinstance(source, str) else source)
         except ValueError as error:

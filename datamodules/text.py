@@ -22,7 +22,6 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from datamodules.checks import check_int
 from datamodules.shards import in_order
 from datamodules.text_sources import read_documents
 from datamodules.text_windows import (
@@ -34,6 +33,7 @@ from datamodules.text_windows import (
     split_by_document,
     split_by_position,
 )
+from utilities.checks import check_integer
 from utilities.contract import CalibrationData, DataFacts, model_of
 from utilities.hub import has_tokenizer, resolve_model_path
 
@@ -94,14 +94,14 @@ class TextDataModule(LightningDataModule, CalibrationData):
             raise ValueError(
                 f"Argument `sampling` expected joined or document but got {sampling!r}; joined draws from the whole text."
             )
-        check_int("seq_len", seq_len, 2)  # the first token of a window is never predicted
-        check_int("num_calibration", num_calibration, 1)
-        check_int("num_heldout", num_heldout, 0)
+        check_integer("seq_len", seq_len, 2)  # the first token of a window is never predicted
+        check_integer("num_calibration", num_calibration, 1)
+        check_integer("num_heldout", num_heldout, 0)
         if batch_size != "auto":
-            check_int("batch_size", batch_size, 1)
-        check_int("num_workers", num_workers, 0)
+            check_integer("batch_size", batch_size, 1)
+        check_integer("num_workers", num_workers, 0)
         if seed is not None:
-            check_int("seed", seed, 0)
+            check_integer("seed", seed, 0)
         if not isinstance(text_field, str) or not text_field:
             raise ValueError(f"Argument `text_field` expected the name of a field or column but got {text_field!r}; give one.")
         given = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None

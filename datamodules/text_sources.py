@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from datamodules.checks import import_needed
+from utilities.extras import import_needed
 from utilities.safe_load import brief
 
 # Suffix -> kind; a kind is also the name of the builder that `datasets` has for it.
@@ -35,7 +35,7 @@ ACCEPTED_SOURCES = f"""Accepted are
   <repo>:<config>:<split>          a dataset on the hub, e.g. Salesforce/wikitext:wikitext-2-raw-v1:validation
 or a list of these."""
 
-DATA_EXTRA = "'d2prune[data]'"
+DATA_EXTRA = "--editable '.[data]'"
 """Package that pip installs for parquet files and hub datasets."""
 
 _HUB_FILE = re.compile(r"hf://datasets/[^/]+/[^/]+/.+")

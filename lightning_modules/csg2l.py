@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from callbacks.blockwise.choice import check_integer, check_one_of, chosen
 from functional.graph import (
     Factors,
     alignment_share,
@@ -32,9 +31,10 @@ from lightning_modules.parts.csg2l_settings import (
     SvdView,
     View,
     ViewName,
-    check_share,
 )
 from lightning_modules.parts.graph_encoders import GlobalOperator, GraphEncoder
+from utilities.checks import check_integer, check_one_of, check_share
+from utilities.choice import chosen
 
 Fusion = Literal["mean", "local", "concat", "attention"]
 
@@ -125,7 +125,7 @@ class CSG2L(NodeModule):
         self._operator: tuple[Tensor, GlobalOperator] | None = None
 
     def build(self, data: Data, num_classes: int) -> None:
-        """Encoder, heads, and the factors of the whole graph as buffers: moved, saved and resumed with the module."""
+        """Make encoder, heads, and the factors of the whole graph as buffers: moved, saved and resumed with the module."""
         options = self.hparams
         classes = num_classes if options.supervised else 0
         self.encoder = GraphEncoder(
@@ -156,7 +156,7 @@ class CSG2L(NodeModule):
         self.register_buffer("closeness", torch.zeros(data.num_nodes))
 
     def operator(self, batch: Data) -> GlobalOperator:
-        """The global view's propagation on a batch; kept for the next step on the same graph."""
+        """Return the global view's propagation on a batch; kept for the next step on the same graph."""
         if self._operator is None or self._operator[0] is not batch.edge_index:
             with torch.inference_mode(False):  # training uses what validation may have made
                 u, s, v = self.factor_u, self.factor_s, self.factor_v
@@ -166,7 +166,7 @@ class CSG2L(NodeModule):
         return self._operator[1]
 
     def views(self, batch: Data) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-        """Hidden (N, H) and logits (N, C) of the local and of the other view."""
+        """Compute hidden layer (N, H) and logits (N, C) of the local and of the other view."""
         x = self.features(batch)
         local = self.encoder(x, batch.edge_index, self.local_operator(batch))
         if not isinstance(self.view, DropView):
@@ -174,7 +174,7 @@ class CSG2L(NodeModule):
         return local, self.encoder(*self.view.draw(x, batch.edge_index)) if self.training else local
 
     def fused(self, local: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> Tensor | None:
-        """Logits (N, C) of both views as one."""
+        """Join the logits (N, C) of both views."""
         if local[1] is None:
             return None
         if self.hparams.fusion == "local":
@@ -187,17 +187,17 @@ class CSG2L(NodeModule):
         return gate * local[1] + (1 - gate) * other[1]
 
     def encode(self, batch: Data) -> tuple[Tensor, Tensor | None]:
-        """Embeddings are the mean of the hidden layers of both views."""
+        """Return embeddings, the mean of the hidden layers of both views, and logits."""
         local, other = self.views(batch)
         return (local[0] + other[0]) / 2, self.fused(local, other)
 
     @property
     def needs_labels(self) -> bool:
-        """Only without the contrast."""
+        """Whether a batch without labelled nodes teaches nothing, as is so without the contrast."""
         return not self.contrast.weight
 
     def losses(self, batch: Data, epoch: int) -> dict[str, Tensor]:
-        """Cross-entropy on labelled nodes, contrast, cross-entropy on pseudo-labels."""
+        """Compute the cross-entropy on labelled nodes, the contrast, and the cross-entropy on pseudo-labels."""
         found: dict[str, Tensor] = {}
         local, other = self.views(batch)
         logits, loss = self.fused(local, other), 0.0
@@ -217,7 +217,7 @@ class CSG2L(NodeModule):
         return found | {"loss": loss}
 
     def contrastive_loss(self, local: Tensor, other: Tensor, labels: Tensor | None, confident: Tensor | None) -> Tensor:
-        """Reweighted InfoNCE between the projected hidden layers."""
+        """Compute the reweighted InfoNCE between the projected hidden layers."""
         options = self.contrast
         z_a, z_b = (nn.functional.normalize(self.head(hidden)) for hidden in (local, other))
         anchors = None
@@ -237,12 +237,12 @@ class CSG2L(NodeModule):
         )
 
     def spectrum(self) -> Tensor | None:
-        """Singular values (q,) of the base matrix; None for views that have none."""
+        """Return the singular values (q,) of the base matrix; None for views that have none."""
         return self.factor_s if isinstance(self.view, SvdView) else None
 
     @torch.no_grad()
     def pairs(self, batch: Data, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Similarities, weights and positives of all pairs of some nodes, (n, n) each; None without pseudo-labels."""
+        """Return similarities, weights and positives of all pairs of some nodes, (n, n) each; None without pseudo-labels."""
         local, other = self.views(batch)
         labels, confident = self.trusted(batch, self.fused(local, other), self.current_epoch)
         if labels is None:
@@ -251,7 +251,7 @@ class CSG2L(NodeModule):
         return pair_weights(z_a[nodes], z_b[nodes], labels[nodes], confident[nodes], self.contrast.beta)
 
     def trusted(self, batch: Data, logits: Tensor | None, epoch: int) -> tuple[Tensor | None, Tensor | None]:
-        """Pseudo-labels (N,) and the confident set (N,), or None for both while warming up."""
+        """Return pseudo-labels (N,) and the confident set (N,), or None for both while warming up."""
         if epoch < self.warmup_epochs:
             return None, None
         if logits is not None:
@@ -263,7 +263,7 @@ class CSG2L(NodeModule):
         return labels, confident_share(confidence, labels, self.pseudo_labels.confident, classes)
 
     def on_train_epoch_start(self) -> None:
-        """Without labels, cluster the embeddings now and then."""
+        """Cluster the embeddings now and then, where there are no labels."""
         super().on_train_epoch_start()
         since = self.current_epoch - self.warmup_epochs
         if not isinstance(self.pseudo_labels, ClusteredLabels) or since < 0:
@@ -278,7 +278,7 @@ class CSG2L(NodeModule):
         self.closeness.copy_(closeness)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Its factors are loaded next."""
+        """Forget the operator, since other factors are loaded next."""
         super().on_load_checkpoint(checkpoint)
         self._operator = None
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from callbacks.blockwise.choice import Choice
+from utilities.choice import Choice
 
 AllocationName = Literal["uniform", "owl", "error"]
 

@@ -8,13 +8,13 @@ from typing import Any, Literal, get_args
 from typing_extensions import Self
 
 from callbacks.blockwise.allocations import Allocation, UniformAllocation
-from callbacks.blockwise.choice import check_one_of
 from callbacks.blockwise.solvers import ObsSolver, Solver
 from callbacks.blockwise.update_rules import AttentionRule, FixedRule, UpdateRule
 from functional.pruning import UPDATED, ActivationNorm, parse_pattern
 from functional.pruning.masks import check_sparsity
 from functional.pruning.precision import Precision, check_precision
 from functional.pruning.statistics import check_activation_norm
+from utilities.checks import check_one_of
 
 Method = Literal["d2prune", "magnitude", "wanda", "sparsegpt", "d2_wanda", "d2_sparsegpt"]
 DUAL = ("d2prune", "d2_wanda", "d2_sparsegpt")

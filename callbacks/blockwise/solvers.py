@@ -2,7 +2,8 @@
 
 from typing import Any, Literal
 
-from callbacks.blockwise.choice import Choice, check_integer
+from utilities.checks import check_integer
+from utilities.choice import Choice
 
 SolverName = Literal["obs", "admm"]
 

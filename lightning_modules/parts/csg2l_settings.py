@@ -8,31 +8,20 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.utils import dropout_edge
 
-from callbacks.blockwise.choice import Choice, check_integer, check_one_of
 from functional.graph import Factors, low_rank_factors
 from functional.graph.contrast import FORMS, Form
 from functional.graph.low_rank import BASES, Base
 from lightning_modules.parts.graph_encoders import drop_columns
+from utilities.checks import check_at_least_zero, check_integer, check_one_of, check_share
+from utilities.choice import Choice
 
 ViewName = Literal["svd", "drop"]
 PseudoLabelsName = Literal["predicted", "clustered"]
 Reweight = Literal["both", "positives", "negatives"]
 
 
-def check_share(argument: str, value: float) -> None:
-    """Raise a ValueError unless a value is in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"Argument `{argument}` expected to be in [0, 1] but got {value}.")
-
-
-def check_at_least_zero(argument: str, value: float) -> None:
-    """Raise a ValueError unless a value is a finite number of at least 0."""
-    if not 0 <= value < inf:
-        raise ValueError(f"Argument `{argument}` expected to be at least 0 and finite but got {value}.")
-
-
 class View(Choice):
-    """What the local view is contrasted with."""
+    """The other view, with which the local one is contrasted."""
 
     draws_edges: ClassVar[bool]
     """Whether each step has other edges."""
@@ -108,10 +97,10 @@ class Contrast:
 
     Args:
         weight: λ, the weight of the contrast in the loss; 0 leaves it out, and then no other setting of it applies.
-        form: Where the weights R of pairs enter: hsan, negatives or multi_positive.
+        form: Place of the weights R of pairs in the loss: hsan, negatives or multi_positive.
         beta: Exponent of R; 0 makes all pairs weigh the same.
         reweight: Pairs that R weighs: both, positives or negatives. Does not apply with a beta of 0.
-        temperature: τ.
+        temperature: τ of InfoNCE.
         intra_view: Whether pairs within a view are negatives too.
         head_channels: Width of the projection head between hidden layer and contrast; 0 for none.
         anchors: Number of nodes drawn in each step whose rows of S count; 0 for all.
@@ -152,7 +141,7 @@ class Contrast:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Settings by name, as a config has them."""
+        """Return the settings by name, as a config has them."""
         return asdict(self)
 
 

@@ -192,5 +192,5 @@ def test_what_a_user_is_told(tasks, text, tiny_model, tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="EvaluateTasks needs a language model, CausalLM, but got TinyViT"):
         quiet(tmp_path, EvaluateTasks(["tiny_choice"], str(tasks))).validate(tiny_vit(), [])
     monkeypatch.setattr("utilities.extras.find_spec", lambda name: None if name == "lm_eval" else find_spec(name))
-    with pytest.raises(ModuleNotFoundError, match=r"lm_eval is not installed\. Run `pip install '\.\[eval\]'`"):
+    with pytest.raises(ModuleNotFoundError, match=r"lm_eval is not installed\. Run `pip install --editable '\.\[eval\]'`"):
         quiet(tmp_path, EvaluateTasks(["tiny_choice"], str(tasks))).validate(module, text)

@@ -131,5 +131,5 @@ def test_what_a_user_is_told(pruned, text, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"cannot be exported as ONNX \(RuntimeError: no such operator\)"):
         quiet(tmp_path, ExportOnnx()).validate(CausalLM(pruned), text, verbose=False)
     monkeypatch.setattr("utilities.extras.find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
-    with pytest.raises(ModuleNotFoundError, match=r"onnxscript is not installed\. Run `pip install '\.\[export\]'`"):
+    with pytest.raises(ModuleNotFoundError, match=r"onnxscript is not installed\. Run `pip install --editable '\.\[export\]'`"):
         quiet(tmp_path, ExportOnnx()).validate(CausalLM(pruned), text)

@@ -198,7 +198,7 @@ def test_what_a_user_is_told(pruned, text, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"`linears` expected to be some of self_attn.q_proj, .* but got q_proj"):
         quiet(tmp_path, LoRA(linears=["q_proj"])).fit(CausalLM(pruned), text)
     monkeypatch.setattr("utilities.extras.find_spec", lambda name: None if name == "peft" else importlib.util.find_spec(name))
-    with pytest.raises(ModuleNotFoundError, match=r"peft is not installed. Run `pip install '\.\[lora\]'`"):
+    with pytest.raises(ModuleNotFoundError, match=r"peft is not installed. Run `pip install --editable '\.\[lora\]'`"):
         quiet(tmp_path, LoRA()).fit(CausalLM(pruned), text)
     (tmp_path / "adapter_config.json").write_text("{}")
     for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):

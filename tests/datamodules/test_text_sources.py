@@ -250,10 +250,10 @@ def test_what_datasets_cannot_load_is_a_value_error(tmp_path, monkeypatch):
 
 def test_the_extra_is_named_when_it_is_missing(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r"'imdb::train' needs the package 'datasets': pip .*d2prune\[data\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"'imdb::train' needs the package 'datasets': pip .*--editable '\.\[data\]"):
         read_documents("imdb::train", "text")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ModuleNotFoundError, match=r"f\.parquet' needs the package .*pip install 'd2prune\[data\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"f\.parquet' needs the package .*pip install --editable '\.\[data\]'"):
         read_documents(str(folder / "f.parquet"), "text")
     assert read_documents(str(folder / "d.jsonl.gz"), "text") == TEXTS
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.blockwise.choice import check_integer, check_one_of
 from callbacks.blockwise.update_rules.base import HELD_METHOD, UPDATE_METHOD, UpdateRule
 from callbacks.blockwise.update_rules.probe import AttentionProbe, Reference
 from functional.pruning import InputStatistics, PruneResult, partial_update
 from lightning_modules.parts.architectures import PrunableLinear
+from utilities.checks import check_integer, check_one_of
 
 Candidates = Literal["single", "all", "partial"]
 Objective = Literal["output", "divergence"]

@@ -11,8 +11,8 @@ A held projection is masked by D²-Wanda and its remaining weights stay; all oth
 from collections.abc import Mapping
 from typing import Literal
 
-from callbacks.blockwise.choice import Choice
 from lightning_modules.parts.architectures import PrunableLinear
+from utilities.choice import Choice
 
 UpdateRuleName = Literal["fixed", "outlier", "perplexity", "attention"]
 ROLES = ("q", "k", "v")

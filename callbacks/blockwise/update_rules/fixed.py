@@ -5,9 +5,9 @@ from typing import Literal, get_args
 
 from typing_extensions import override
 
-from callbacks.blockwise.choice import check_one_of
 from callbacks.blockwise.update_rules.base import ROLES, UpdateRule
 from lightning_modules.parts.architectures import PrunableLinear
+from utilities.checks import check_one_of
 
 Held = Literal["q", "k", "v", "none", "all"]
 

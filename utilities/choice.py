@@ -52,15 +52,3 @@ def chosen(argument: str, value: str | C, base: type[C]) -> C:
         names = ", ".join(f"{short} ({cls.__name__})" for short, cls in classes.items())
         raise ValueError(f"Argument `{argument}` expected to be one of {names} but got {value!r}.")
     return classes[value]()
-
-
-def check_one_of(argument: str, value: object, accepted: tuple[object, ...]) -> None:
-    """Raise a ValueError unless a value is one of those accepted."""
-    if value not in accepted:
-        raise ValueError(f"Argument `{argument}` expected to be one of {', '.join(map(str, accepted))} but got {value!r}.")
-
-
-def check_integer(argument: str, value: object, least: int) -> None:
-    """Raise a ValueError unless a value is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"Argument `{argument}` expected to be an integer of at least {least} but got {value!r}.")

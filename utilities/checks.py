@@ -1,0 +1,27 @@
+"""Checks of settings, each of which names the argument, what it expected and what it got."""
+
+from math import inf
+
+
+def check_one_of(argument: str, value: object, accepted: tuple[object, ...]) -> None:
+    """Raise a ValueError unless a value is one of those accepted."""
+    if value not in accepted:
+        raise ValueError(f"Argument `{argument}` expected to be one of {', '.join(map(str, accepted))} but got {value!r}.")
+
+
+def check_integer(argument: str, value: object, least: int) -> None:
+    """Raise a ValueError unless a value is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Argument `{argument}` expected to be an integer of at least {least} but got {value!r}.")
+
+
+def check_share(argument: str, value: float) -> None:
+    """Raise a ValueError unless a value is in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"Argument `{argument}` expected to be in [0, 1] but got {value}.")
+
+
+def check_at_least_zero(argument: str, value: float) -> None:
+    """Raise a ValueError unless a value is a finite number of at least 0."""
+    if not 0 <= value < inf:
+        raise ValueError(f"Argument `{argument}` expected to be at least 0 and finite but got {value}.")
