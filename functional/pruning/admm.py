@@ -10,10 +10,10 @@ fixes columns from left to right, stops short of that minimum; "Fast and Effecti
     Z ← M ⊙ (V + U)                     the projection on the mask
     U ← U + V − Z                       multipliers, which are 0 where weights are kept
 
-from Z = the OBS solution and the multipliers that belong to it, U = (1 − M) ⊙ (W D⁻¹ − Z) G / ρ. An iteration is one product of
-the weight with Q. With ones in the diagonal ρ needs no tuning: on linears of SmolLM2 ρ = 1 is within 0.1 % of the minimum after
-20 iterations (ρ = 0.3: 0.5 %, ρ = 0.1: 18 %). The first iterations leave the plane of the mask's solutions and may be worse
-than OBS: `ITERATIONS` are made, and whoever calls compares the error of each row with that of OBS (`prune_linears` does).
+The iteration starts from Z = the OBS solution and the multipliers that belong to it, U = (1 − M) ⊙ (W D⁻¹ − Z) G / ρ. A step
+costs one product of the weight with Q. With ones in the diagonal ρ needs no tuning: on linears of SmolLM2, ρ = 1 is within
+0.1 % of the minimum after 20 iterations (ρ = 0.3: 0.5 %, ρ = 0.1: 18 %). Some rows may still be worse than with OBS, so the
+caller compares the errors of each row (`prune_linears` does).
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -25,11 +25,11 @@ Solver = Literal["obs", "admm"]
 
 ITERATIONS = 20
 PENALTY = 1.0
-"""ρ."""
+"""Penalty ρ."""
 
 
 class Preconditioned(NamedTuple):
-    """What ADMM needs of a Hessian.
+    """Matrices that ADMM derives from a Hessian.
 
     Attributes:
         gram: G, (I, I).
@@ -45,12 +45,15 @@ class Preconditioned(NamedTuple):
 
 
 def precondition(hessian: Tensor, damping: float) -> Preconditioned:
-    """G and Q of a Hessian, float32, whatever its rank: Q exists since ρ is positive.
+    """Return G and Q of a Hessian in float32. Q exists whatever the rank, since ρ is positive.
 
     Args:
         hessian: (I, I), symmetric, positive semi-definite, float32, in units in which its diagonal is no further from 1 than
             float32 holds; changed in place.
         damping: Share of the mean diagonal that is added, as for OBS.
+
+    Returns:
+        G, Q, the diagonal of D and the dead inputs.
     """
     dead = hessian.diagonal() == 0
     diagonal = hessian.diagonal() + dead
@@ -66,14 +69,25 @@ def precondition(hessian: Tensor, damping: float) -> Preconditioned:
 def admm_update(
     weight: Tensor, start: Tensor, mask: Tensor, preconditioned: Preconditioned, iterations: int = ITERATIONS
 ) -> Tensor:
-    """New weights for a mask, (O, I), float32, 0 outside it.
+    """Solve for new weights under a fixed mask.
 
     Args:
         weight: W, (O, I), float32; rows of several matrices that read the same inputs may lie one below the other.
-        start: Weights to start from, those of :func:`functional.pruning.solver.obs_prune`, (O, I), 0 outside the mask.
+        start: Weights to start from, (O, I), 0 outside the mask, as :func:`functional.pruning.solver.obs_prune` returns them.
         mask: (O, I), bool, True = kept.
-        preconditioned: Of the inputs.
-        iterations: Number of them.
+        preconditioned: Result of `precondition` for the inputs.
+        iterations: Number of ADMM steps.
+
+    Returns:
+        Weights (O, I), float32, 0 outside the mask.
+
+    Examples:
+        Two correlated inputs, of which the second is dropped: the first takes over what they share.
+
+        >>> hessian = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+        >>> weight, mask = torch.tensor([[2.0, 1.0]]), torch.tensor([[True, False]])
+        >>> admm_update(weight, weight * mask, mask, precondition(hessian, damping=0.0))
+        tensor([[2.5000, 0.0000]])
     """
     gram, inverse, scale, dead = preconditioned
     dropped = ~mask | dead
@@ -88,6 +102,10 @@ def admm_update(
 
 
 def check_solver(solver: str) -> None:
-    """Raise a ValueError unless `solver` is known."""
+    """Check that a solver is known.
+
+    Raises:
+        ValueError: If it is neither obs nor admm.
+    """
     if solver not in get_args(Solver):
         raise ValueError(f"Argument `solver` expected to be obs or admm but got {solver!r}.")

@@ -1,4 +1,4 @@
-"""How many weights each part of a model loses, given how many it loses in all. Pure functions; a part is a block, or a linear.
+"""Share a total number of zeros out over the parts of a model. Pure functions; a part is a block or a linear.
 
     uniform   the same share S everywhere
     owl       parts with more outliers among their scores |W_ij| ‖X_j‖ keep more (OWL, arXiv 2310.05175):
@@ -12,10 +12,11 @@ E_b(S) estimates the relative error of the block's output h' if its input h is t
 
     E_b(S) = r_b · mean over its linears of e(S)     r_b = mean over tokens of ‖h' − h‖² / ‖h'‖²
 
-r_b is the share of the hidden states that the block itself writes: what it gets wrong of that, the residual stream dilutes.
-e(S) is the relative error of a linear, estimated without a Gram matrix as if its inputs were uncorrelated: with
-s_ij = W_ij² ‖X_j‖², the sum of the ⌊S · numel⌋ smallest s over the sum of all, the error of a Wanda mask of the whole matrix,
-no weight updated. Here every token of X is scaled to length 1, or a few huge ones (attention sinks) would decide.
+r_b is the share of the hidden states that the block itself writes: the residual stream dilutes an error in that share.
+e(S) is the relative error of a linear, estimated without a Gram matrix as if its inputs were uncorrelated. With
+s_ij = W_ij² ‖X_j‖² it is the sum of the ⌊S · numel⌋ smallest s divided by the sum of all s: the error of a Wanda mask over the
+whole matrix, without a weight update. Every token of X is scaled to length 1 first; otherwise a few huge tokens (attention
+sinks) would decide.
 
 The curve of a sorted sum is convex, and piecewise linear between its grid points, so taking pieces in the order of their slopes
 per weight until the zeros are spent solves the problem exactly: the slope of the last piece is μ.
@@ -31,19 +32,23 @@ from torch import Tensor
 Allocation = Literal["uniform", "owl", "error"]
 
 GRID = 1000
-"""Pieces of an error curve."""
+"""Number of pieces of an error curve."""
 MOST_SCORES = 2**18
-"""Scores of a linear that are sorted for its curve; of a larger one every n-th row is looked at."""
+"""Largest number of scores that are sorted for the curve of a linear; larger linears are sampled at every n-th row."""
 LARGEST_STEP = 0.1
-"""How far `error` goes from the sparsity of all, at most; and never more than half of the way to 0 or 1."""
+"""Largest distance between the sparsity of a part and that of the model under `error`; at most half of the way to 0 or 1."""
 
 
 def outlier_ratio_of_scores(scores: Sequence[Tensor], threshold: float) -> float:
-    """D: share of the scores that are larger than `threshold` times their mean.
+    """Return D, the share of the scores that are larger than `threshold` times their mean.
 
     Args:
         scores: |W_ij| ‖X_j‖ of the linears of one part, float32, any shapes.
         threshold: M.
+
+    Examples:
+        >>> outlier_ratio_of_scores([torch.tensor([1.0, 1.0, 1.0]), torch.tensor([9.0])], threshold=2.0)
+        0.25
     """
     count = sum(part.numel() for part in scores)
     mean = sum(part.sum(dtype=torch.float64).item() for part in scores) / count
@@ -51,15 +56,19 @@ def outlier_ratio_of_scores(scores: Sequence[Tensor], threshold: float) -> float
 
 
 def owl_sparsities(ratios: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float) -> list[float]:
-    """S_b of every part, which sum to `sparsity` over all weights.
+    """Return S_b of every part; over all weights they average to `sparsity`.
 
-    What the shift δ would carry below 0 or above 1 stays there, and δ makes up for it.
+    Parts that the shift δ would carry below 0 or above 1 are clipped, and δ makes up for it.
 
     Args:
         ratios: D_b.
         sizes: n_b, weights of each part.
         sparsity: S.
         spread: Λ.
+
+    Examples:
+        >>> [round(share, 3) for share in owl_sparsities([0.01, 0.02, 0.03], [10, 10, 10], sparsity=0.5, spread=0.08)]
+        [0.58, 0.5, 0.42]
     """
     outliers, counts = np.asarray(ratios, dtype=float), np.asarray(sizes, dtype=float)
     width = outliers.max() - outliers.min()
@@ -74,16 +83,16 @@ def owl_sparsities(ratios: Sequence[float], sizes: Sequence[int], sparsity: floa
 
 
 def unit_tokens(x: Tensor) -> Tensor:
-    """Every token of x, (..., features), scaled to length 1; float32. A token that is 0 stays so."""
+    """Scale every token of x, (..., features), to length 1 in float32. A zero token stays zero."""
     x = x.float()
-    largest = x.abs().amax(-1, keepdim=True)  # its square may not be held by float32
+    largest = x.abs().amax(-1, keepdim=True)  # divided out first: float32 may not hold its square
     x = x / largest.masked_fill(largest == 0, 1)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / length.masked_fill(length == 0, 1)
 
 
 def written_share(before: Tensor, after: Tensor) -> Tensor:
-    """Σ over tokens of ‖h' − h‖² / ‖h'‖², a float32 scalar; of a token with h' = 0 it is 0.
+    """Sum ‖h' − h‖² / ‖h'‖² over tokens; a token with h' = 0 counts 0. Returns a float32 scalar.
 
     Args:
         before: h, (..., features).
@@ -94,11 +103,18 @@ def written_share(before: Tensor, after: Tensor) -> Tensor:
 
 
 def error_curve(weight: Tensor, square_norm: Tensor) -> Tensor:
-    """e at the sparsities k / GRID, k = 0 ... GRID: float64, (GRID + 1,), from 0 to 1, convex.
+    """Return e at the sparsities k / GRID, k = 0 ... GRID: float64, (GRID + 1,), from 0 to 1, convex.
 
     Args:
         weight: W, (O, I).
         square_norm: ‖X_j‖², (I,).
+
+    Examples:
+        Half of the weights carry a tenth of the energy.
+
+        >>> curve = error_curve(torch.tensor([[1.0, 3.0]]), square_norm=torch.ones(2))
+        >>> [round(float(curve[k]), 3) for k in (0, GRID // 2, GRID)]
+        [0.0, 0.1, 1.0]
     """
     rows = weight[:: -(-weight.numel() // MOST_SCORES)]  # whole rows: every n-th weight might always be of the same inputs
     weights, norms = rows.to(square_norm.device, torch.float32), square_norm.float()
@@ -115,7 +131,7 @@ def error_curve(weight: Tensor, square_norm: Tensor) -> Tensor:
 def equal_slopes(
     curves: Sequence[Sequence[float]], sizes: Sequence[int], sparsity: float, low: float, high: float
 ) -> list[float]:
-    """S_b of every part with the least Σ_b E_b(S_b), which sum to `sparsity` over all weights.
+    """Minimise Σ_b E_b(S_b) over shares S_b that average to `sparsity` over all weights.
 
     Args:
         curves: E_b at k / K, k = 0 ... K, each convex.
@@ -123,6 +139,15 @@ def equal_slopes(
         sparsity: S, from `low` to `high`.
         low: Least S_b.
         high: Largest S_b.
+
+    Returns:
+        S_b of every part.
+
+    Examples:
+        The first part loses more, since its curve is flatter.
+
+        >>> equal_slopes([[0.0, 0.1, 0.2], [0.0, 0.4, 1.0]], sizes=[10, 10], sparsity=0.5, low=0.4, high=0.6)
+        [0.6, 0.4]
     """
     pieces = []
     for part, (curve, size) in enumerate(zip(curves, sizes, strict=True)):
@@ -141,30 +166,39 @@ def equal_slopes(
 
 
 def bounds(sparsity: float) -> tuple[float, float]:
-    """Least and largest sparsity of a part that `error` may choose."""
+    """Return the least and the largest sparsity that `error` may choose for a part."""
     step = min(LARGEST_STEP, sparsity / 2, (1 - sparsity) / 2)
     return sparsity - step, sparsity + step
 
 
 def whole_numbers(shares: Sequence[float], sizes: Sequence[int], units: Sequence[int], zeros: int) -> list[int]:
-    """Numbers of zeros near shares · sizes, multiples of the units, that sum to `zeros` where any do.
+    """Round shares to numbers of zeros that are multiples of the units and sum to `zeros`.
 
-    First everything is rounded down; then those with the largest remainders get one unit more; what is left then, less than
-    a unit of most, goes evenly to the linears that can have any number. Without such linears the sum may stay short of
-    `zeros` by less than the smallest unit. No linear loses all of its weights.
+    First everything is rounded down. Then the linears with the largest remainders get one unit more. The rest is spread evenly
+    over the linears whose unit is 1. Without such linears the sum may stay short of `zeros` by less than the smallest unit. No
+    linear loses all of its weights.
 
     Args:
         shares: Wanted share of zeros of each linear, in [0, 1].
-        sizes: Its number of weights.
-        units: Its number of rows where all rows lose equally many, else 1.
-        zeros: Of all linears together.
+        sizes: Number of weights of each linear.
+        units: Number of rows of each linear whose rows all lose equally many weights, else 1.
+        zeros: Number of zeros of all linears together.
+
+    Returns:
+        Number of zeros of each linear.
+
+    Examples:
+        The first linear loses the same number in each of its 4 rows.
+
+        >>> whole_numbers([0.5, 0.55], sizes=[12, 20], units=[4, 1], zeros=17)
+        [4, 13]
     """
     wanted = [share * size / unit for share, size, unit in zip(shares, sizes, units, strict=True)]
     largest = [size - unit for size, unit in zip(sizes, units, strict=True)]
     found = [min(int(number) * unit, most) for number, unit, most in zip(wanted, units, largest, strict=True)]
     left = zeros - sum(found)
     by_remainder = sorted(range(len(sizes)), key=lambda i: (int(wanted[i]) - wanted[i], i))
-    if left < 0:  # shares that sum to more than `zeros`
+    if left < 0:  # the shares sum to more than `zeros`
         for i in reversed(by_remainder):
             fewer = min(found[i] // units[i], -(left // units[i]))
             found[i], left = found[i] - fewer * units[i], left + fewer * units[i]

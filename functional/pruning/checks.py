@@ -1,4 +1,4 @@
-"""Checks of the arguments of `prune_linear`, before anything is computed."""
+"""Check the arguments of `prune_linear` before anything is computed."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,26 @@ def check_arguments(
     block_size: int,
     damping: float,
 ) -> None:
-    """Raise a ValueError that names the first argument of `prune_linear` that is out of range or does not fit."""
+    """Check the arguments of `prune_linear`, where they are explained.
+
+    Args:
+        weight: W, (O, I).
+        inputs: Statistics of x.
+        outputs: Statistics of y, or None.
+        method: Name of the method.
+        methods: Names of all methods.
+        sparsity: Share of zeros.
+        groups: N:M, or None.
+        lambda1: λ1.
+        lambda2: λ2.
+        scale: s, or auto.
+        activation_norm: rms or official.
+        block_size: Columns of a block of the weight update.
+        damping: Share of the mean diagonal that is added to the Hessian.
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the others; names the first such argument.
+    """
     if method not in methods:
         raise ValueError(f"Argument `method` expected to be one of {', '.join(methods)} but got {method!r}.")
     if weight.ndim != 2 or not weight.is_floating_point() or weight.shape[1] != inputs.features:
@@ -56,7 +75,17 @@ def check_arguments(
 
 
 def check_scores(scores: Tensor, lambda1: float, lambda2: float, scale: float) -> None:
-    """Raise a ValueError if scores have left the range of float32."""
+    """Check that scores have not left the range of float32.
+
+    Args:
+        scores: Any shape.
+        lambda1: λ1, for the error.
+        lambda2: λ2, for the error.
+        scale: s, for the error.
+
+    Raises:
+        ValueError: If a score is NaN or Inf.
+    """
     if not torch.isfinite(scores).all():
         raise ValueError(
             f"Arguments `lambda1` = {lambda1:g}, `lambda2` = {lambda2:g} and `scale` = {scale:g} give scores that overflow "

@@ -1,4 +1,7 @@
-"""Where Triton kernels are used: on a GPU, if Triton works there; else the same by PyTorch's own operators, said once."""
+"""Choose between Triton kernels and PyTorch's own operators.
+
+Kernels are used on a GPU where Triton works. Otherwise PyTorch's operators compute the same, and a warning says so once.
+"""
 
 import importlib.util
 import logging
@@ -13,11 +16,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MISSING: list[str] = []
-"""What Triton was found to lack; once found it is not tried again."""
+"""Reasons why Triton cannot be used here. Once there is one, Triton is not tried again."""
 
 
 def by_kernels(like: Tensor, kernels: Callable[[], T], plain: Callable[[], T]) -> T:
-    """What the kernels give where they can be had for a tensor, else what the plain operators give."""
+    """Run the kernels if they are available for a tensor, else the plain operators.
+
+    Args:
+        like: A tensor of the computation; its device decides.
+        kernels: Computes the result by kernels.
+        plain: Computes the same result by PyTorch's operators.
+    """
     if not like.is_cuda or MISSING or not _has_triton():
         return plain()
     try:

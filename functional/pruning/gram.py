@@ -12,16 +12,22 @@ from torch import Tensor
 from functional.pruning.precision import HALF, float32_matmul
 
 PANEL, PANEL_ON_GPU = 256, 2048
-"""Rows of a panel: measured on both."""
+"""Rows of a panel on a CPU and on a GPU, the fastest of those measured."""
 
 
 def add_products(gram: Tensor, tokens: Tensor, precision: Literal["highest", "high"]) -> None:
-    """Add tokensᵀ tokens to a sum, right of the diagonal only.
+    """Add tokensᵀ tokens to a sum, on and right of the diagonal only.
 
     Args:
-        gram: (I, I), float64; changed in place. `symmetric` fills the rest in.
+        gram: (I, I), float64; changed in place. `symmetric` fills in the rest.
         tokens: (T, I), any floating dtype.
         precision: Precision of the products, see :mod:`functional.pruning.precision`.
+
+    Examples:
+        >>> gram = torch.zeros(2, 2, dtype=torch.float64)
+        >>> add_products(gram, torch.tensor([[1.0, 2.0], [0.0, 1.0]]), "highest")
+        >>> symmetric(gram).tolist()
+        [[1.0, 2.0], [2.0, 5.0]]
     """
     exact_products = tokens.is_cuda and tokens.dtype in HALF and precision == "high"
     if not exact_products:
@@ -37,7 +43,7 @@ def add_products(gram: Tensor, tokens: Tensor, precision: Literal["highest", "hi
 
 
 def symmetric(gram: Tensor) -> Tensor:
-    """Fill in what `add_products` left out below the diagonal; changes and returns `gram`, (I, I)."""
+    """Fill in the entries below the diagonal that `add_products` left out; changes and returns `gram`, (I, I)."""
     width = _panel(gram)
     for start in range(0, len(gram), width):
         panel, below = slice(start, start + width), slice(start + width, None)

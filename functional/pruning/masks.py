@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 LARGEST_COMPARED_GROUP = 8
-"""Larger groups of an N:M pattern are sorted, smaller ones compared entry by entry."""
+"""Largest group of an N:M pattern that is compared entry by entry; larger groups are sorted."""
 
 
 class Pattern(NamedTuple):
@@ -34,10 +34,16 @@ class Pattern(NamedTuple):
 
 
 def parse_pattern(pattern: str | Pattern | None) -> Pattern | None:
-    """ "2:4" -> Pattern(zeros=2, group=4); None stays None.
+    """Parse an N:M pattern; None and a Pattern are returned as they are.
 
     Raises:
         ValueError: If it is not of the form N:M with 0 < N < M.
+
+    Examples:
+        >>> parse_pattern("2:4")
+        Pattern(zeros=2, group=4)
+        >>> parse_pattern("2:4").sparsity
+        0.5
     """
     if pattern is None or isinstance(pattern, Pattern):
         return pattern
@@ -51,22 +57,41 @@ def parse_pattern(pattern: str | Pattern | None) -> Pattern | None:
 
 
 def check_sparsity(sparsity: float) -> None:
-    """Raise a ValueError unless 0 <= sparsity < 1."""
+    """Check that a sparsity is a share of zeros.
+
+    Raises:
+        ValueError: Unless 0 <= sparsity < 1.
+    """
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
         raise ValueError(f"Argument `sparsity` expected to be a share of zeros in [0, 1) but got {sparsity!r}.")
 
 
 def zeros_wanted(numel: int, sparsity: float) -> int:
-    """⌊numel · sparsity⌋ with the sparsity as it was meant: 29 % of 100 is 29, and 2/3 of 6 is 4, despite binary rounding.
+    """Return ⌊numel · sparsity⌋, undoing the binary rounding of the sparsity: 29 % of 100 is 29, and 2/3 of 6 is 4.
 
     A `Fraction` is taken as it is, so that any number of zeros can be asked for.
+
+    Examples:
+        >>> zeros_wanted(100, 0.29), int(100 * 0.29)
+        (29, 28)
     """
     exact = sparsity if isinstance(sparsity, Fraction) else Fraction(float(sparsity)).limit_denominator(10**6)
     return int(numel * exact)
 
 
 def zeros_of(shape: tuple[int, int], method: str, sparsity: float, pattern: str | Pattern | None) -> int:
-    """How many zeros `prune_linear` puts into a weight of this shape, (O, I)."""
+    """Return the number of zeros that `prune_linear` puts into a weight.
+
+    Args:
+        shape: (O, I).
+        method: Name of the method; some drop equally many weights in every row.
+        sparsity: Share of zeros; not used with a pattern.
+        pattern: N:M, or None.
+
+    Examples:
+        >>> [zeros_of((3, 5), method, 0.5, None) for method in ("sparsegpt", "wanda")]
+        [7, 6]
+    """
     rows, columns = shape
     groups = parse_pattern(pattern)
     if groups is not None:
@@ -77,14 +102,27 @@ def zeros_of(shape: tuple[int, int], method: str, sparsity: float, pattern: str 
 
 
 def keep_largest(scores: Tensor, num_zeros: int) -> Tensor:
-    """Drop the `num_zeros` smallest scores of the whole matrix: bool, like `scores`."""
+    """Drop the `num_zeros` smallest scores of the whole matrix: bool, like `scores`.
+
+    Examples:
+        >>> keep_largest(torch.tensor([[4.0, 1.0], [2.0, 3.0]]), num_zeros=2)
+        tensor([[ True, False],
+                [False,  True]])
+    """
     return keep_largest_of_rows(scores.reshape(1, -1), num_zeros).view_as(scores)
 
 
 def keep_largest_of_rows(scores: Tensor, num_zeros: int) -> Tensor:
     """Drop the `num_zeros` smallest scores of every row (last dimension): bool, like `scores`.
 
-    On a CPU by partial sorting in linear time. On a GPU a full sort is faster than what finds a threshold.
+    A CPU sorts partially, in linear time. On a GPU a full sort is faster than a search for the threshold.
+
+    Examples:
+        Ties lose from the left.
+
+        >>> keep_largest_of_rows(torch.tensor([[4.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), num_zeros=1)
+        tensor([[ True, False,  True],
+                [False,  True,  True]])
     """
     if num_zeros in (0, scores.shape[-1]) or scores.numel() == 0:
         return torch.full_like(scores, num_zeros == 0, dtype=torch.bool)
@@ -99,6 +137,10 @@ def keep_largest_of_groups(scores: Tensor, pattern: Pattern) -> Tensor:
 
     Raises:
         ValueError: If M does not divide the number of columns.
+
+    Examples:
+        >>> keep_largest_of_groups(torch.tensor([[4.0, 1.0, 2.0, 3.0]]), parse_pattern("2:4"))
+        tensor([[ True, False, False,  True]])
     """
     check_divisible(scores.shape[1], pattern)
     groups = scores.reshape(scores.shape[0], -1, pattern.group)
@@ -110,14 +152,14 @@ def keep_largest_of_groups(scores: Tensor, pattern: Pattern) -> Tensor:
 def mask_by_rows_or_matrix(
     scores: Tensor, shares: Sequence[float], pattern: Pattern | None, parts: Sequence[int], rows: bool
 ) -> Tensor:
-    """Masks of several matrices one below the other, for methods without a weight update: bool, like `scores`.
+    """Choose the masks of several stacked matrices, for methods without a weight update: bool, like `scores`.
 
     Args:
         scores: (ΣO, I).
         shares: Share of zeros of each matrix; not used with a pattern.
         pattern: N:M, or None.
         parts: Number of rows of each matrix.
-        rows: Whether each row drops its own smallest scores, or the whole matrix does.
+        rows: Whether scores are compared within each row; if not, within the whole matrix.
     """
     if pattern is not None:
         return keep_largest_of_groups(scores, pattern)
@@ -127,7 +169,11 @@ def mask_by_rows_or_matrix(
 
 
 def check_divisible(in_features: int, pattern: Pattern) -> None:
-    """Raise a ValueError unless rows of `in_features` weights fall into whole groups."""
+    """Check that rows of `in_features` weights fall into whole groups.
+
+    Raises:
+        ValueError: If M does not divide `in_features`.
+    """
     if in_features % pattern.group:
         raise ValueError(
             f"Argument `pattern`: {pattern} needs rows that fall into groups of {pattern.group}, but in_features is "
@@ -148,7 +194,7 @@ def _keep_above_threshold(scores: Tensor, num_zeros: int) -> Tensor:
 
 
 def _rank(scores: Tensor) -> Tensor:
-    """How many scores of the same group (last dimension) are smaller, or equal and further left; int64, like `scores`."""
+    """Count the scores of the same group (last dimension) that are smaller, or equal and further left; int64."""
     rank = torch.zeros_like(scores, dtype=torch.int64)
     for k in range(scores.shape[-1]):
         other = scores[..., k : k + 1]

@@ -1,9 +1,9 @@
-"""How exact float32 matrix products are on tensor cores.
+"""Precision of float32 matrix products on tensor cores.
 
 highest   inputs are multiplied as float32
-high      as TF32 on a GPU that has it, 10 bits of mantissa, with sums in float32; half precision inputs are multiplied as
-          they are, which is exact, with sums in float32
-auto      as exact as the inputs: float32 as by highest, half precision as by high
+high      inputs are multiplied as TF32 (10 bits of mantissa) on a GPU that has it; half precision inputs are multiplied as they
+          are, which is exact; sums are float32
+auto      highest for float32 inputs, high for half precision inputs: as exact as the inputs
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,22 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def check_precision(precision: str) -> None:
-    """Raise a ValueError unless `precision` is known."""
+    """Check that a precision is known.
+
+    Raises:
+        ValueError: If it is not auto, highest or high.
+    """
     if precision not in get_args(Precision):
         raise ValueError(f"Argument `precision` expected to be auto, highest or high but got {precision!r}.")
 
 
 def resolved(precision: Precision, dtype: torch.dtype) -> Literal["highest", "high"]:
-    """What `auto` is for inputs of a dtype."""
+    """Resolve `auto` for inputs of a dtype.
+
+    Examples:
+        >>> resolved("auto", torch.bfloat16), resolved("auto", torch.float32)
+        ('high', 'highest')
+    """
     if precision == "auto":
         return "high" if dtype in HALF else "highest"
     return precision
@@ -31,7 +40,7 @@ def resolved(precision: Precision, dtype: torch.dtype) -> Literal["highest", "hi
 
 @contextmanager
 def float32_matmul(precision: Literal["highest", "high"], device: torch.device) -> Iterator[None]:
-    """While open, float32 products have this precision, whatever the program has set, autocast included."""
+    """Compute float32 products with a given precision within the context, whatever the program has set, autocast included."""
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision(precision)

@@ -10,9 +10,9 @@
 
 With an N:M pattern every method compares within each group of M weights of a row.
 
-Defined beyond the paper: weights of dead inputs (always 0) are pruned first, and with the update become 0 even where they are
-kept, as in the released code; without any live input all count alike, so |W| decides. Rows that the OBS update, which fixes
-columns from left to right, would leave with a larger error than no update stay without it. Scales do not matter as long as
+Defined beyond the paper: weights of dead inputs (always 0) are pruned first, and the update sets them to 0 even where they are
+kept, as in the released code. Without any live input all inputs count alike, so |W| decides. The OBS update fixes columns from
+left to right; rows that it would leave with a larger error than no update stay without it. Scales do not matter as long as
 float32 holds the sums of squares: far from 1 the solve works in units, powers of two, in which the largest weight and the most
 energetic input are about 1.
 """
@@ -53,10 +53,10 @@ class PruneResult:
     Attributes:
         weight: (O, I), in the dtype and on the device of the given weight; exactly 0 where the mask is False.
         mask: (O, I), bool, True = kept.
-        error: Σ ‖(W − Ŵ) x‖² over the calibration tokens; estimated where the statistics have a Gram matrix of a part of them.
+        error: Σ ‖(W − Ŵ) x‖² over the calibration tokens; an estimate if only some of them entered the Gram matrix.
         norm: Σ ‖W x‖² over the calibration tokens.
         scores: (O, I), float32, the scores that chose the mask.
-        damping: Share of the Hessian's mean diagonal that was added; None without weight update.
+        damping: Share of the Hessian's mean diagonal that was added; None without a weight update.
     """
 
     weight: Tensor
@@ -106,9 +106,9 @@ def prune_linear(
         scale: s in the activation norms; auto is the number of tokens of a sample, which makes `rms` the root mean square.
         activation_norm: rms (Alg. 1) or official (the released code), see :mod:`functional.pruning.statistics`.
         block_size: Columns that the weight update handles, and compares, at a time.
-        damping: Share of the Hessian's mean diagonal added to it; grows, with a warning, where that is not enough.
-        solver: How kept weights are updated: obs, or admm, which continues from there with the same mask
-            (functional.pruning.admm) and is taken where it lowers the error of a row.
+        damping: Share of the Hessian's mean diagonal that is added to it; grows, with a warning, if that is not enough.
+        solver: Update of the kept weights: obs, or admm, which continues from the OBS solution with the same mask
+            (functional.pruning.admm) and replaces rows whose error it lowers.
 
     Returns:
         The pruned weight, its mask and its error on the calibration tokens.
@@ -116,6 +116,15 @@ def prune_linear(
     Raises:
         ValueError: If an argument is out of range, the shapes do not fit, or weight or statistics are not finite.
         NotPositiveDefiniteError: (a ValueError) If the Hessian cannot be factorised.
+
+    Examples:
+        The first input is ten times larger than the others, so Wanda keeps its weight although it is the smallest.
+
+        >>> x = torch.tensor([[[10.0, 1.0, 1.0], [10.0, -1.0, 1.0]]])  # 1 sample, 2 tokens, 3 features
+        >>> inputs = InputStatistics(3).update(x, sample_index=0)
+        >>> result = prune_linear(torch.tensor([[1.0, 2.0, 3.0]]), inputs, method="wanda", sparsity=0.34)
+        >>> result.weight, result.error
+        (tensor([[1., 0., 3.]]), 8.0)
     """
     given = method, sparsity, pattern, lambda1, lambda2, scale, activation_norm, block_size, damping, solver
     return prune_linears([weight], inputs, [outputs], *given)[0]
@@ -137,12 +146,29 @@ def prune_linears(
     damping: float = 0.01,
     solver: Solver = "obs",
 ) -> list[PruneResult]:
-    """Prune linear maps that read the same x together, which is faster: each as by `prune_linear`, with its arguments.
+    """Prune linear maps that read the same x together. The results are those of `prune_linear`, sooner.
 
     Args:
-        weights: W of each map, (O, I).
-        outputs: Statistics of y of each map.
+        weights: W of each map, (O, I), any floating dtype; not modified.
+        inputs: Statistics of x.
+        outputs: Statistics of y of each map; None where the method does not need them.
+        method: One of `METHODS`.
         sparsity: Share of zeros of each map, or one for all.
+        pattern: "N:M", or None.
+        lambda1: λ1, weight of the first-order activation term.
+        lambda2: λ2, weight of the second-order activation term.
+        scale: s in the activation norms, or auto.
+        activation_norm: rms or official.
+        block_size: Columns that the weight update handles, and compares, at a time.
+        damping: Share of the Hessian's mean diagonal that is added to it.
+        solver: Update of the kept weights: obs or admm.
+
+    Returns:
+        The result of each map.
+
+    Raises:
+        ValueError: If an argument is out of range, the shapes do not fit, or weights or statistics are not finite.
+        NotPositiveDefiniteError: (a ValueError) If the Hessian cannot be factorised.
     """
     check_solver(solver)
     groups = parse_pattern(pattern)
@@ -167,7 +193,7 @@ def prune_linears(
 
 @torch.no_grad()
 def partial_update(result: PruneResult, weight: Tensor, inputs: InputStatistics, share: float) -> PruneResult:
-    """The same mask with a share of the weight update only: M ⊙ W + share · (Ŵ − M ⊙ W).
+    """Take only a share of the weight update, with the same mask: M ⊙ W + share · (Ŵ − M ⊙ W).
 
     Args:
         result: Ŵ with its mask M, from :func:`prune_linear` with a method that updates.
@@ -189,7 +215,7 @@ def partial_update(result: PruneResult, weight: Tensor, inputs: InputStatistics,
 
 @dataclass
 class _Solved:
-    """What a method makes of a stack: pruned weights and row errors of each part; mask and scores of the whole stack."""
+    """Result of a method for a stack: pruned weights and row errors of each part; mask and scores of the whole stack."""
 
     weights: list[Tensor]
     errors: list[Tensor]
@@ -206,12 +232,12 @@ def _activation_norms(
     mode: ActivationNorm,
     scale: float,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """x̂ and ŷ in the stack's units, where the method has activation terms."""
+    """Return x̂ and ŷ in the stack's units if the method has activation terms, else None twice."""
     if not method.startswith("d2_"):
         return None, None
     of_inputs = inputs.updated_activation_norm if method in UPDATED else inputs.activation_norm
     root = stack.x_unit**0.5
-    given = [y for y in outputs if y is not None]  # all: the arguments have been checked
+    given = [y for y in outputs if y is not None]  # none is missing: the arguments have been checked
     y_norms = [y.activation_norm(mode, scale) * root * unit for y, unit in zip(given, stack.units, strict=True)]
     return of_inputs(mode, scale) * root, torch.cat(y_norms)
 
@@ -226,7 +252,7 @@ def _with_update(
     damping: float,
     solver: Solver,
 ) -> _Solved:
-    """:func:`obs_prune` with the scores of the inverse Hessian, then `solver`; dead inputs count nothing if others live."""
+    """Run :func:`obs_prune` with the scores of the inverse Hessian, then `solver`; dead inputs score 0 if others live."""
     factor, dead, used_damping = inverse_factor_of(inputs, damping)
     dead = dead & ~dead.all()
     terms = terms_of(factor.diagonal().square().reciprocal().masked_fill(dead, 0))
@@ -249,7 +275,7 @@ def _without_update(
     shares: list[float],
     groups: Pattern | None,
 ) -> _Solved:
-    """Mask by |W| or by the energies of the inputs; without any energy all inputs count alike."""
+    """Mask by |W| or by the energies of the inputs; if all energies are 0, all inputs count alike."""
     if method == "magnitude":
         scores = stack.scaled.abs()
     else:
@@ -286,7 +312,7 @@ def _results(stack: Stack, inputs: InputStatistics, solved: _Solved, method: str
 
 
 def _in_units_of(scores: Tensor, method: str, x_unit: float, w_unit: float) -> Tensor:
-    """Scores as the table has them; what float32 cannot hold becomes its largest number."""
+    """Take the units out of scores; values that float32 cannot hold become its largest number."""
     if w_unit == x_unit == 1:
         return scores
     for unit in (w_unit,) if method == "magnitude" else (w_unit, w_unit, x_unit):

@@ -1,4 +1,4 @@
-"""Improve solved weights row by row: undo updates that harm, continue OBS by ADMM where that lowers the error."""
+"""Improve solved weights row by row: undo updates that raise the error, continue OBS by ADMM where that lowers it."""
 
 import logging
 
@@ -14,7 +14,7 @@ from functional.pruning.statistics import InputStatistics
 log = logging.getLogger(__name__)
 
 LEAST_GAIN = 1e-4
-"""Relative gain from which a refined row is taken: more than float32 rounding can produce."""
+"""Relative gain from which on a refined row is taken; float32 rounding stays below it."""
 
 Rows = tuple[list[Tensor], list[Tensor]]
 """Weights of each part (O, I), and the errors of their rows (O,), float64 on the CPU."""
@@ -23,14 +23,17 @@ Rows = tuple[list[Tensor], list[Tensor]]
 def undo_harmful_updates(
     pruned: list[Tensor], errors: list[Tensor], stack: Stack, mask: Tensor, inputs: InputStatistics
 ) -> Rows:
-    """Where the update leaves a part with a larger error than the mask alone, return its harmed rows to their dense values.
+    """Put harmed rows back to their dense values, in parts whose error after the update is larger than with the mask alone.
 
     Args:
         pruned: Updated weights of each part.
-        errors: Errors of their rows.
+        errors: Errors of the rows of each part.
         stack: The dense weights.
         mask: (ΣO, I), True = kept.
         inputs: Statistics of x.
+
+    Returns:
+        Weights of each part, and the errors of their rows.
     """
     masks = stack.split(mask)
     without = energies_of([dense.masked_fill(kept, 0) for dense, kept in zip(stack.dense, masks, strict=True)], inputs)
@@ -58,18 +61,21 @@ def refine_by_admm(
 
     Args:
         pruned: Weights of each part.
-        errors: Errors of their rows.
+        errors: Errors of the rows of each part.
         stack: The dense weights.
         start: OBS solution of the whole stack, (ΣO, I), in the stack's units.
         mask: (ΣO, I), True = kept.
         inputs: Statistics of x.
         damping: Share of the Hessian's mean diagonal that is added to it.
+
+    Returns:
+        Weights of each part, and the errors of their rows.
     """
     with float32_matmul("highest", mask.device):
         refined = stack.in_own_units(admm_update(stack.scaled, start, mask, preconditioned_of(inputs, damping)))
     refined = [new.to(old.dtype) for new, old in zip(refined, pruned, strict=True)]
     for i, (new, found) in enumerate(zip(refined, energies_of(stack.differences(refined), inputs), strict=True)):
-        better = found < (1 - LEAST_GAIN) * errors[i]  # False where a row has left the range of its dtype: that is NaN
+        better = found < (1 - LEAST_GAIN) * errors[i]  # False for NaN: the row has left the range of its dtype
         pruned[i] = torch.where(better.to(new.device)[:, None], new, pruned[i])
         errors[i] = torch.where(better, found, errors[i])
     return pruned, errors

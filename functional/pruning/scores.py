@@ -1,12 +1,12 @@
-"""Scores of the weights of one linear map, larger = keep. D²Prune Eq. 13-15, with what they extend.
+"""Scores of the weights of one linear map, larger = keep: D²Prune Eq. 13-15 and the scores that they extend.
 
     S = S_W + λ1 ŷ_i |W_ij| x̂_j − λ2 W_ij² x̂_j²
 
-The minus is the implementation's sign; the constant ½ of the OBS term is dropped, as in the released code: λ1 = 1 belongs to
-that scale. S_W is the second-order weight term: W² ‖X_j‖² / N without weight update, W² / [H⁻¹]_jj with it.
+The sign of the last term is that of the released code, which also drops the constant ½ of the OBS term; λ1 = 1 belongs to that
+scale. S_W is the second-order weight term: W² ‖X_j‖² / N without a weight update, W² / [H⁻¹]_jj with it.
 
-Worth knowing: with `rms` norms and λ2 = 0, x̂_j² is proportional to ‖X_j‖², so a row of the score without weight update is
-increasing in |W_ij| x̂_j alone: D²-Wanda then keeps exactly what Wanda keeps, whatever λ1.
+With `rms` norms and λ2 = 0, x̂_j² is proportional to ‖X_j‖². Without a weight update the scores of a row then grow with
+|W_ij| x̂_j alone, so D²-Wanda keeps exactly the weights that Wanda keeps, whatever λ1.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ScoreTerms:
-    """A score as a function of one weight: a_j W_ij² + r_i c_j |W_ij|, so that it can be taken anew while weights change.
+    """A score as a function of one weight, a_j W_ij² + r_i c_j |W_ij|, which can be evaluated again after weights change.
 
     Attributes:
         square: a, (I,).
-        linear: c, (I,), or None where there is no such term.
-        rows: r, (O,), or None.
+        linear: c, (I,), or None without this term.
+        rows: r, (O,), or None without this term.
+
+    Examples:
+        >>> terms = ScoreTerms(square=torch.tensor([1.0, 2.0]))
+        >>> terms(torch.tensor([[3.0, -1.0]]))
+        tensor([[9., 2.]])
     """
 
     square: Tensor
@@ -30,14 +35,14 @@ class ScoreTerms:
     rows: Tensor | None = None
 
     def __call__(self, weight: Tensor, columns: slice = slice(None)) -> Tensor:
-        """Scores (O, columns) of some columns from their current weights."""
+        """Return the scores (O, columns) of some columns from their current weights."""
         score = self.square[columns] * weight.square()
         if self.linear is None or self.rows is None:
             return score
         return score + self.rows[:, None] * (weight.abs() * self.linear[columns])
 
     def coefficients(self, columns: slice, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """a, c of some columns, and r; zeros where there is no such term."""
+        """Return a and c of some columns, and r; zeros without these terms."""
         square = self.square[columns]
         if self.linear is None or self.rows is None:
             return square, torch.zeros_like(square), square.new_zeros(num_rows)
@@ -47,14 +52,19 @@ class ScoreTerms:
 def score_terms(
     second_order: Tensor, x_norm: Tensor | None, y_norm: Tensor | None, lambda1: float, lambda2: float
 ) -> ScoreTerms:
-    """The dual Taylor score, or its second-order weight term alone.
+    """Build the dual Taylor score, or its second-order weight term alone.
 
     Args:
-        second_order: S_W / W²: 1/U_jj² with weight update (U_jj² is the conditional [H⁻¹]_jj), ‖X_j‖² / N without, (I,).
+        second_order: S_W / W², (I,): 1 / U_jj² with a weight update (U_jj² is the conditional [H⁻¹]_jj), ‖X_j‖² / N without.
         x_norm: x̂, (I,), or None for no activation terms.
-        y_norm: ŷ, (O,).
+        y_norm: ŷ, (O,), or None for no activation terms.
         lambda1: λ1.
         lambda2: λ2.
+
+    Examples:
+        >>> one, two = torch.ones(1), torch.full((1,), 2.0)
+        >>> score_terms(one, x_norm=two, y_norm=two, lambda1=1.0, lambda2=0.0)(torch.tensor([[3.0]]))  # 3² + 2 · 3 · 2
+        tensor([[21.]])
     """
     if x_norm is None:
         return ScoreTerms(second_order)

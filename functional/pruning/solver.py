@@ -1,8 +1,8 @@
 """Optimal-brain-surgeon weight update, column by column: SparseGPT's solver with any score.
 
-With H⁻¹ = Uᵀ U, U upper triangular, U_jj² is the [H⁻¹]_jj that is left once all columns before j are fixed. Column by column
-err = (w − q) / U_jj, where q is w on the kept rows and 0 elsewhere, and the later columns lose err · U_j,: . Columns are
-worked off in blocks: inside a block one by one, after it all later columns at once.
+With H⁻¹ = Uᵀ U, U upper triangular, U_jj² is the value of [H⁻¹]_jj once all columns before j are fixed. For each column,
+err = (w − q) / U_jj, where q is w on the kept rows and 0 on the others, and err · U_j,: is subtracted from the later columns.
+Columns are processed in blocks: one by one inside a block, then all later columns at once.
 """
 
 import logging
@@ -33,10 +33,10 @@ class NotPositiveDefiniteError(ValueError):
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
-    """Upper triangular U with H⁻¹ = Uᵀ U of the damped Hessian.
+    """Factorise the inverse of the damped Hessian: H⁻¹ = Uᵀ U with U upper triangular.
 
-    Dead inputs (H_jj = 0) get H_jj = 1; then `damping` · mean(diag H) is added to the diagonal. Where the Cholesky
-    factorisation fails, the damping grows tenfold, logged as a warning, up to 10.
+    Dead inputs (H_jj = 0) get H_jj = 1; then `damping` · mean(diag H) is added to the diagonal. If the Cholesky factorisation
+    fails, the damping grows tenfold, up to 10, and a warning says so.
 
     U comes from one factorisation: H = R Rᵀ with R upper triangular (Cholesky from the last column to the first), U = R⁻¹.
 
@@ -49,6 +49,11 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, flo
 
     Raises:
         NotPositiveDefiniteError: If no damping up to the limit helps, or the Hessian is not finite.
+
+    Examples:
+        >>> factor, dead, damping = inverse_factor(torch.diag(torch.tensor([4.0, 0.0])), damping=0.0)
+        >>> factor.tolist(), dead.tolist()
+        ([[0.5, 0.0], [0.0, 1.0]], [False, True])
     """
     if not torch.isfinite(hessian).all():
         raise NotPositiveDefiniteError("The Hessian holds NaN or Inf: the calibration inputs of this linear are not finite.")
@@ -83,22 +88,31 @@ def obs_prune(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the mask and update the kept weights.
 
-    Unstructured: every block of `block_size` columns drops its smallest scores over all rows, such that the zeros of all
-    columns so far are always ⌊entries · sparsity⌋. N:M: each group of M columns is chosen when the sweep reaches it, from
-    the weights as updated by then; `block_size` is then only a matter of speed and rounded to whole groups.
+    Unstructured: every block of `block_size` columns drops its smallest scores over all rows, so that the zeros of all columns
+    so far are always ⌊entries · sparsity⌋. N:M: each group of M columns is chosen when the sweep reaches it, from the weights
+    as updated by then; `block_size` then only matters for speed and is rounded to whole groups.
 
     Args:
         weight: (O, I), float32; not modified.
         factor: U of :func:`inverse_factor`, (I, I).
         terms: The score of a weight.
-        sparsity: Share of zeros, without a pattern; of each of the parts, or one for all.
-        pattern: N:M; M divides I.
-        block_size: Columns a block.
-        parts: Numbers of rows, which sum to O, if the weight is several matrices that read the same inputs, one below the
-            other. Each gets its own share of zeros; the result is as if they were pruned one by one.
+        sparsity: Share of zeros of each part, or one for all; not used with a pattern.
+        pattern: N:M, or None; M divides I.
+        block_size: Columns of a block.
+        parts: Numbers of rows of the parts, which sum to O, if the weight stacks several matrices that read the same inputs.
+            Each gets its own share of zeros; the result is as if they were pruned one by one.
 
     Returns:
         New weights (O, I), mask (O, I; True = kept), and the scores that chose it (O, I).
+
+    Examples:
+        Two correlated inputs: the kept weight takes over a half of the dropped one.
+
+        >>> factor, _, _ = inverse_factor(torch.tensor([[1.0, 0.5], [0.5, 1.0]]), damping=0.0)
+        >>> terms = ScoreTerms(factor.diagonal().square().reciprocal())
+        >>> weight, mask, _ = obs_prune(torch.tensor([[1.0, 2.0]]), factor, terms, 0.5, pattern=None, block_size=2)
+        >>> weight, mask
+        (tensor([[0.0000, 2.5000]]), tensor([[False,  True]]))
     """
     if pattern is not None:
         block_size = max(block_size // pattern.group, 1) * pattern.group
@@ -114,28 +128,28 @@ def obs_prune(
 
 
 class Run(NamedTuple):
-    """Parts of one size and share of zeros that follow one another: what is done to one can be done to all in one call."""
+    """Consecutive parts with the same number of rows and share of zeros, which are handled in one call."""
 
     first: int
     last: int
-    """Rows `first` to `last` - 1 of the weight."""
+    """The run has rows `first` to `last` - 1 of the weight."""
     rows: int
-    """Of a part."""
+    """Number of rows of a part."""
     sparsity: float
 
     def num_zeros(self, start: int, end: int) -> int:
-        """Of columns `start` to `end` - 1 of a part, such that those of all columns so far are ⌊entries · sparsity⌋."""
+        """Return the zeros of columns `start` to `end` - 1 of a part; all columns so far have ⌊entries · sparsity⌋."""
         return zeros_wanted(self.rows * end, self.sparsity) - zeros_wanted(self.rows * start, self.sparsity)
 
 
 class Task(NamedTuple):
-    """What is to be done to a weight: see `obs_prune`."""
+    """Arguments of `obs_prune` as the sweeps need them."""
 
     factor: Tensor
     terms: ScoreTerms
     pattern: Pattern | None
     blocks: list[tuple[int, int]]
-    """First column and last column + 1 of each."""
+    """First column and last column + 1 of each block."""
     runs: list[Run]
 
 
@@ -144,7 +158,7 @@ Pruned = tuple[Tensor, Tensor, Tensor]
 
 
 def _prune_by_columns(weight: Tensor, task: Task) -> Pruned:
-    """On any device; changes `weight`."""
+    """Prune with PyTorch's operators, on any device; changes `weight`."""
     factor, terms, pattern = task.factor, task.terms, task.pattern
     mask = torch.ones_like(weight, dtype=torch.bool)
     scores = torch.zeros_like(weight)
@@ -165,7 +179,7 @@ def _prune_by_columns(weight: Tensor, task: Task) -> Pruned:
 
 
 def _prune_by_kernels(weight: Tensor, task: Task) -> Pruned:
-    """The same by the kernels of `solver_triton`."""
+    """Prune with the kernels of `solver_triton`; changes `weight`."""
     from functional.pruning.solver_triton import Sweeper
 
     sweeper = Sweeper(weight, task.factor.contiguous(), task.terms.coefficients(slice(None), len(weight)))
@@ -183,7 +197,7 @@ def _prune_by_kernels(weight: Tensor, task: Task) -> Pruned:
 
 
 def _runs(parts: list[int], shares: list[float]) -> list[Run]:
-    """Parts, by their numbers of rows, and their shares of zeros."""
+    """Join consecutive parts that have the same number of rows and share of zeros."""
     runs, first = [], 0
     for (rows, share), alike in groupby(zip(parts, shares, strict=True)):
         last = first + rows * len(list(alike))
@@ -197,9 +211,10 @@ Swept = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _sweep(weight: Tensor, mask: Tensor, factor: Tensor, terms: ScoreTerms, block: slice, pattern: Pattern | None) -> Swept:
-    """One block of columns, column by column; held transposed: a column side by side is a quarter faster on a CPU.
+    """Sweep one block column by column.
 
-    Columns beyond the next few get their share of the update later, all at once.
+    The block is transposed, so that a column is contiguous: a quarter faster on a CPU. Columns beyond the next
+    `SWEPT_AT_A_TIME` are updated later, all at once.
     """
     weight, kept = (x.T.clone(memory_format=torch.contiguous_format) for x in (weight, mask))
     errors, scores = torch.zeros_like(weight), torch.zeros_like(weight)
@@ -220,5 +235,5 @@ def _sweep(weight: Tensor, mask: Tensor, factor: Tensor, terms: ScoreTerms, bloc
 
 
 def _fits_kernel(block_size: int, pattern: Pattern | None) -> bool:
-    """Whether a row of a block fits into the registers of solver_triton's kernels."""
+    """Return whether a row of a block fits into the registers of solver_triton's kernels."""
     return block_size <= LARGEST_KERNEL_BLOCK and (pattern is None or pattern.group <= LARGEST_KERNEL_GROUP)

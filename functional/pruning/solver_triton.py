@@ -1,8 +1,8 @@
-"""One block of columns of the weight update in three GPU launches: scores, a sort, the sweep over the columns.
+"""Update one block of columns in three GPU launches: scores, a sort, the sweep over the columns.
 
-`solver` does the same with a launch for every operation and column. In the sweep a program owns a few rows and walks over the
-columns with all of them in registers; rows do not depend on each other. All kernels read and write whole matrices in place of
-copies of the block. Runs on CPU tensors too under ``TRITON_INTERPRET=1``, which is how it is tested where there is no GPU.
+`solver` does the same with a launch for every operation and column. In the sweep a program owns a few rows, which do not depend
+on others, keeps their columns in registers and walks over them. All kernels read and write whole matrices rather than copies of
+the block. With ``TRITON_INTERPRET=1`` they run on CPU tensors, which is how they are tested without a GPU.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 4
-"""Rows of a program of the sweep: 128 columns of 4 rows fit into the registers of four warps."""
+"""Rows of one program of the sweep: 128 columns of 4 rows fit into the registers of four warps."""
 SCORED_ROWS = 16
 
 
@@ -82,7 +82,7 @@ def _sweep_kernel(
         later = tl.load(line + column, mask=(column > j) & (column < width), other=0.0)
         weight = tl.where(here & (kept == 0)[:, None], 0.0, weight - step[:, None] * later[None, :])
         error = tl.where(here, step[:, None], error)
-    # Never in place: a small tile is held by several warps, and one could store before another has loaded.
+    # Not in place: several warps hold a small tile, and one could store before another has loaded.
     tl.store(new_ptr + at, weight, mask=inside)
     tl.store(kept_ptr + at, keep, mask=inside)
     tl.store(score_ptr + at, score, mask=inside)
@@ -90,17 +90,17 @@ def _sweep_kernel(
 
 
 class Sweeper:
-    """The state of one weight update: matrices that are filled block by block.
+    """State of one weight update: matrices that are filled block by block.
 
     Args:
-        weight: (O, I), float32, contiguous; the caller subtracts from its later columns what `sweep` returns.
+        weight: (O, I), float32, contiguous; after each sweep the caller updates its later columns from the errors.
         factor: U, (I, I), upper triangular, contiguous.
-        terms: Coefficients of W² (I,), of |W| (I,), and of |W| by row (O,).
+        terms: Coefficients of W², (I,), and of |W| by column, (I,), and by row, (O,).
 
     Attributes:
         new: Swept weights, (O, I).
         kept: Mask, (O, I), as bytes.
-        scores: What chose it, (O, I).
+        scores: Scores that chose the mask, (O, I).
     """
 
     def __init__(self, weight: Tensor, factor: Tensor, terms: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -110,7 +110,7 @@ class Sweeper:
         self.kept = torch.empty_like(weight, dtype=torch.int8)
 
     def score(self, start: int, width: int) -> Tensor:
-        """Scores of a block of columns, (O, width), contiguous."""
+        """Compute the scores of a block of columns, (O, width), contiguous."""
         rows, columns = self._weight.shape
         scores = self._weight.new_empty(rows, width)
         _score_kernel[(triton.cdiv(rows, SCORED_ROWS),)](
@@ -122,22 +122,30 @@ class Sweeper:
     def sweep(
         self, start: int, width: int, errors: Tensor, rows: tuple[int, int, int], scores: Tensor | None, num_zeros: int
     ) -> None:
-        """Choose by order, and sweep.
+        """Drop the smallest scores of each part, and sweep.
 
         Args:
             start: First column.
             width: Number of columns.
-            errors: (O, width), takes (w − q) / U_jj.
-            rows: First row, last row + 1, and rows of a part: each part drops `num_zeros` of its entries.
-            scores: Of `score`.
-            num_zeros: Smallest scores of each part that are dropped.
+            errors: (O, width), receives (w − q) / U_jj.
+            rows: First row, last row + 1, and number of rows of a part.
+            scores: Result of `score`.
+            num_zeros: Number of entries that each part drops.
         """
         first, last, of_part = rows
         order = torch.sort(scores[first:last].view(-1, of_part * width), dim=-1, stable=True)
         self._launch(start, width, errors, first, last, of_part, (scores, order.values, order.indices), num_zeros, 0, 0)
 
     def sweep_groups(self, start: int, width: int, errors: Tensor, zeros: int, group: int) -> None:
-        """Choose `zeros` of every `group` columns when the sweep reaches them, from the weights as updated by then."""
+        """Sweep, and choose the mask of each group of columns on the way, from the weights as updated by then.
+
+        Args:
+            start: First column.
+            width: Number of columns.
+            errors: (O, width), receives (w − q) / U_jj.
+            zeros: N of the pattern.
+            group: M of the pattern.
+        """
         last = len(self._weight)
         unused = (self._weight, self._weight, self._weight)
         self._launch(start, width, errors, 0, last, last, unused, 0, zeros, group)

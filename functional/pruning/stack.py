@@ -1,4 +1,4 @@
-"""Weights that read the same inputs, one below the other, and the energies of their rows over the calibration tokens."""
+"""Stack weights that read the same inputs, and measure the energies of their rows over the calibration tokens."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from functional.pruning.precision import float32_matmul
 from functional.pruning.statistics import InputStatistics
 
 FREE = 16
-"""Powers of two by which the largest weight may be away from 1 before units are needed."""
+"""Distance of the largest weight from 1, in powers of two, up to which no units are needed."""
 
 
 class Stack:
-    """Weights that read the same inputs, stacked in units in which float32 holds what a solve makes of them.
+    """Weights that read the same inputs, stacked in units that keep a solve within the range of float32.
 
     Args:
         weights: (O, I) each, any floating dtype and device; not modified.
@@ -23,9 +23,9 @@ class Stack:
     Attributes:
         originals: The weights as given.
         dense: The weights as float32 on the device of the statistics.
-        parts: Number of rows of each.
-        units: Factor of each in `scaled`.
-        scaled: All of them, (ΣO, I); not to be modified.
+        parts: Number of rows of each weight.
+        units: Factor of each weight in `scaled`.
+        scaled: All weights times their factors, (ΣO, I); not to be modified.
         x_unit: Factor of squares of x.
 
     Raises:
@@ -48,19 +48,19 @@ class Stack:
         self.x_unit = unit(inputs)
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """Rows of the whole stack, (ΣO, …), by part."""
+        """Split rows of the whole stack, (ΣO, …), into those of each part."""
         return list(x.split(self.parts))
 
     def differences(self, pruned: Sequence[Tensor]) -> list[Tensor]:
-        """W − Ŵ of each part, float32."""
+        """Return W − Ŵ of each part, float32."""
         return [dense - new.float() for dense, new in zip(self.dense, pruned, strict=True)]
 
     def in_own_units(self, weights: Tensor) -> list[Tensor]:
-        """Weights in the units of `scaled`, (ΣO, I), by part and without units."""
+        """Split weights in the units of `scaled`, (ΣO, I), into parts without units."""
         return [part / factor for part, factor in zip(self.split(weights), self.units, strict=True)]
 
     def in_own_dtypes(self, weights: Tensor) -> list[Tensor]:
-        """As `in_own_units`, in the dtypes of the given weights.
+        """Do the same as `in_own_units`, and cast to the dtypes of the given weights.
 
         Raises:
             ValueError: If a dtype cannot hold its weight.
@@ -78,15 +78,16 @@ class Stack:
 
 
 def energies_of(weights: Sequence[Tensor], inputs: InputStatistics) -> list[Tensor]:
-    """Σ ‖w x‖² = w G wᵀ of each row over the calibration tokens, never below 0: float64 on the CPU, (O,) per weight.
+    """Return Σ ‖w x‖² = w G wᵀ of each row over the calibration tokens, never below 0: float64 on the CPU, (O,) per weight.
 
-    Where the Gram matrix holds a part of the tokens, the energy is scaled up to all.
+    If only some of the tokens entered the Gram matrix, the energy is scaled up to all.
     """
     x_unit, found = unit(inputs) ** 0.5, []
     units = [safe_unit(largest, FREE) for largest in _largest(weights)]
     with float32_matmul(inputs.precision, inputs.gram.device):
         for weight, w_unit in zip(weights, units, strict=True):
-            scaled = weight if w_unit == x_unit == 1 else weight * w_unit * x_unit  # float32 need not hold their product
+            # One factor after the other: their product may leave float32.
+            scaled = weight if w_unit == x_unit == 1 else weight * w_unit * x_unit
             found.append((scaled @ inputs.gram).mul_(scaled).sum(1))
     rows = torch.cat(found).cpu().double().clamp_min(0).split([len(weight) for weight in weights])
     share = inputs.gram_tokens / inputs.num_tokens
@@ -94,5 +95,5 @@ def energies_of(weights: Sequence[Tensor], inputs: InputStatistics) -> list[Tens
 
 
 def _largest(weights: Sequence[Tensor]) -> list[float]:
-    """Largest magnitude of each, with one wait for the device; NaN if a weight holds any."""
+    """Return the largest magnitude of each weight, NaN if it holds any; waits for the device only once."""
     return torch.stack([weight.abs().max() for weight in weights]).tolist()

@@ -1,8 +1,8 @@
 """Calibration statistics of one linear map y = W x + b: sums over calibration samples, divided once at the end.
 
-What a batch adds is computed in float32 and summed in float64, so neither the order of batches nor their distribution over
-processes leaves a trace; other batch sizes differ by float32 rounding. Each sum is declared with `add_sum`, as a torchmetrics
-state with `dist_reduce_fx="sum"`: to combine processes, add what `sums` and `counts` return.
+Batches are computed in float32 and summed in float64, so neither their order nor their distribution over processes changes the
+result; another batch size changes it by float32 rounding. Each sum is declared with `add_sum`, like a torchmetrics state with
+`dist_reduce_fx="sum"`. To combine processes, add up what `sums` and `counts` return.
 
 The norms of D²Prune (Eq. 13-15) come in two modes. With N samples, `scale` s, n = 1..N the position of a sample in the
 calibration set and ‖·‖ the Euclidean norm over the tokens of one sample:
@@ -32,7 +32,7 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 class _Statistics:
-    """Sums over samples of per-channel norms: what inputs and outputs have in common.
+    """Sums over samples of per-channel norms, for inputs and outputs.
 
     Args:
         features: Number of channels. The sums live on the device of the first batch.
@@ -48,7 +48,7 @@ class _Statistics:
         self.num_samples = 0
         self.num_tokens = 0
         self.peaks: list[Tensor] = []
-        """Largest magnitude of each update, float32 scalars where the data was: NaN or Inf if it held any. Not summed."""
+        """Largest magnitude of each update, NaN or Inf if it held any: float32 scalars where the data was. Not summed."""
         self._device: torch.device | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._sums: dict[str, Tensor] = {}
@@ -62,16 +62,16 @@ class _Statistics:
         self._shapes[name] = shape
 
     def counts(self) -> dict[str, int]:
-        """Counts by name, reduced over processes by addition."""
+        """Return counts by name, to be reduced over processes by addition."""
         return {name: getattr(self, name) for name in self._counts}
 
     def sums(self) -> dict[str, Tensor]:
-        """Sums by name, float64; reduce over processes in place by addition, and `counts` beside them."""
+        """Return sums by name, float64, to be reduced over processes in place by addition, together with `counts`."""
         self._derived.clear()
         return {name: self._sum(name) for name in self._shapes}
 
     def derived(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` returns, kept under `key` until the statistics change."""
+        """Return the result of `make`, cached under `key` until the statistics change."""
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]
@@ -96,6 +96,11 @@ class _Statistics:
 
         Raises:
             ValueError: If the shape or the positions do not fit.
+
+        Examples:
+            >>> inputs = InputStatistics(2).update(torch.tensor([[[3.0, 0.0], [4.0, 1.0]]]), sample_index=0)
+            >>> inputs.square_norm, inputs.num_tokens
+            (tensor([25.,  1.]), 2)
         """
         if x.ndim != 3 or x.shape[-1] != self.features:
             raise ValueError(
@@ -116,7 +121,11 @@ class _Statistics:
         return self
 
     def merge(self, other: Self) -> Self:
-        """Add the sums of `other`, which has the same features, to these."""
+        """Add the sums of `other`, which has the same features, to these.
+
+        Raises:
+            ValueError: If `other` is of another class or has other features.
+        """
         if type(other) is not type(self) or other.features != self.features:
             raise ValueError(
                 f"Argument `other` expected to be {type(self).__name__}({self.features}) but got "
@@ -134,7 +143,7 @@ class _Statistics:
         return self
 
     def activation_norm(self, mode: ActivationNorm, scale: float) -> Tensor:
-        """ŷ (outputs), or x̂ of a layer without weight update (inputs): float32, (features,)."""
+        """Return ŷ (outputs), or x̂ of a layer without weight update (inputs): float32, (features,)."""
         check_activation_norm(mode, scale)
         self.check_filled()
         if mode == "rms":
@@ -142,12 +151,23 @@ class _Statistics:
         return self.weighted_norm / (self.num_samples * scale)
 
     def check_filled(self) -> None:
-        """Raise a ValueError if no token was ever added."""
+        """Check that a token was added.
+
+        Raises:
+            ValueError: If there is none.
+        """
         if self.num_tokens == 0:
             raise ValueError(f"These {type(self).__name__} hold no tokens. Call `update` with calibration data first.")
 
     def check_finite(self, argument: str) -> None:
-        """Raise a ValueError that names `argument` unless every sum is finite."""
+        """Check that every sum is finite.
+
+        Args:
+            argument: Name of the data, for the error.
+
+        Raises:
+            ValueError: If a sum is NaN or Inf.
+        """
         if torch.stack([self._in_float32(name).isfinite().all() for name in self._shapes]).all():
             return
         peaks = [peak.item() for peak in self.peaks]
@@ -170,12 +190,12 @@ class _Statistics:
 
 
 class InputStatistics(_Statistics):
-    """What pruning needs of the inputs x of a linear map; linears that read the same tensor share one.
+    """Statistics of the inputs x of a linear map; linears that read the same tensor share one.
 
     Args:
         in_features: I, number of input channels.
         precision: Precision of the Gram matrix, see :mod:`functional.pruning.precision`.
-        gram_samples: Samples at positions below this enter the Gram matrix; None means all, which a weight update needs.
+        gram_samples: Only samples at positions below this enter the Gram matrix; all do when None, as a weight update needs.
             Without an update the matrix only measures errors, for which some thousand tokens are enough.
 
     Raises:
@@ -198,7 +218,7 @@ class InputStatistics(_Statistics):
 
     @property
     def precision(self) -> Literal["highest", "high"]:
-        """Precision of products with the Gram matrix."""
+        """Precision of products with the Gram matrix: that of the argument, with auto resolved."""
         return resolved(self._precision, self.dtype)
 
     @property
@@ -212,17 +232,17 @@ class InputStatistics(_Statistics):
         return self._in_float32("root_weighted_norm")
 
     def hessian(self, unit: float = 1.0) -> Tensor:
-        """H · unit = (2/N) Σ_n X_n X_nᵀ · unit, a new tensor, float32, (I, I)."""
+        """Return H · unit = (2/N) Σ_n X_n X_nᵀ · unit, a new tensor, float32, (I, I)."""
         self.check_whole()
         return self.gram * (2 / self.num_samples * unit)
 
     def mean_square_norm(self) -> Tensor:
-        """(1/N) Σ_n ‖X_n,j‖², Wanda's scaler, float32, (I,)."""
+        """Return (1/N) Σ_n ‖X_n,j‖², Wanda's scaler, float32, (I,)."""
         self.check_filled()
         return self.square_norm / self.num_samples
 
     def updated_activation_norm(self, mode: ActivationNorm, scale: float) -> Tensor:
-        """x̂ of a layer with weight update (D²-SparseGPT): float32, (I,)."""
+        """Return x̂ of a layer with weight update (D²-SparseGPT): float32, (I,)."""
         if mode == "official":
             check_activation_norm(mode, scale)
             self.check_filled()
@@ -230,12 +250,16 @@ class InputStatistics(_Statistics):
         return self.activation_norm(mode, scale)
 
     def tokens_per_sample(self) -> float:
-        """Mean number of tokens of a sample: the scale with which `rms` norms are root mean squares."""
+        """Return the mean number of tokens of a sample, the scale with which `rms` norms are root mean squares."""
         self.check_filled()
         return self.num_tokens / self.num_samples
 
     def check_whole(self) -> None:
-        """Raise a ValueError unless all tokens have entered the Gram matrix."""
+        """Check that all tokens have entered the Gram matrix.
+
+        Raises:
+            ValueError: If some have not.
+        """
         self.check_filled()
         if self.gram_tokens != self.num_tokens:
             raise ValueError(
@@ -267,7 +291,7 @@ class InputStatistics(_Statistics):
 
 
 class OutputStatistics(_Statistics):
-    """What pruning needs of the outputs y of a linear map.
+    """Statistics of the outputs y of a linear map.
 
     Args:
         out_features: O, number of output channels.
@@ -278,7 +302,15 @@ class OutputStatistics(_Statistics):
 
 
 def check_activation_norm(mode: str, scale: float | str) -> None:
-    """Raise a ValueError unless `mode` is known and `scale` is positive or auto."""
+    """Check the arguments of activation norms.
+
+    Args:
+        mode: rms or official.
+        scale: A positive number, or auto.
+
+    Raises:
+        ValueError: If `mode` is unknown or `scale` is out of range.
+    """
     if mode not in get_args(ActivationNorm):
         raise ValueError(f"Argument `activation_norm` expected to be rms or official but got {mode!r}.")
     if scale != "auto" and (isinstance(scale, str) or not 0 < scale < float("inf")):
@@ -286,7 +318,12 @@ def check_activation_norm(mode: str, scale: float | str) -> None:
 
 
 def too_large(largest: float, where: str = "") -> str:
-    """What an error says of finite numbers that cannot be squared and summed in float32."""
+    """Return the text of an error about finite numbers whose squares overflow float32.
+
+    Args:
+        largest: The largest magnitude.
+        where: Place of the number, with a space in front.
+    """
     return (
         f"reaches {largest:.3g} in magnitude{where}, and sums of squares of such numbers overflow float32. Scale the data "
         "down, or look for what makes it grow."
@@ -294,9 +331,9 @@ def too_large(largest: float, where: str = "") -> str:
 
 
 def _norms_and_peak(x: Tensor) -> tuple[Tensor, Tensor]:
-    """‖X_n,j‖, float32, (samples, features), and the largest magnitude, NaN if there is any; does not wait for the GPU."""
+    """Return ‖X_n,j‖, float32, (samples, features), and the largest magnitude, NaN if x holds any, without GPU waits."""
     peak = torch.stack(x.aminmax()).abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
-    if x.device.type == "cpu":  # where the reduction of half precision is slow
+    if x.device.type == "cpu":  # which reduces half precision slowly
         return x.float().square().sum(1).sqrt(), peak
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32), peak
 
@@ -308,9 +345,9 @@ def _norms_and_peak_by_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _positions(sample_index: int | Tensor, num_samples: int) -> Tensor:
-    """1-based positions n of the samples, float32, (samples,), on the device of the index."""
+    """Return the 1-based positions n of the samples, float32, (samples,), on the device of the index."""
     if isinstance(sample_index, Tensor) and sample_index.ndim:
-        # On a GPU the values are not checked: that would wait for it.
+        # Values on a GPU are not checked, because that would wait for it.
         valid = sample_index.shape == (num_samples,) and (sample_index.is_cuda or int(sample_index.min()) >= 0)
         positions = sample_index
     else:

@@ -1,4 +1,4 @@
-"""Norms over tokens and the largest magnitude of a batch as one GPU kernel, which reads the batch once."""
+"""Norms over tokens and the largest magnitude of a batch in one GPU kernel, which reads the batch once."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 FEATURES, TOKENS = 128, 32
-"""Of the tile that a program reads at a time."""
+"""Size of the tile that a program reads at a time."""
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def _norm_kernel(
     sample = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     column = x_ptr + sample * sample_stride + feature.to(tl.int64) * feature_stride
-    squares = tl.zeros((TOKENS, FEATURES), tl.float32)  # summed over the tile only at the end, which takes the warps together
+    squares = tl.zeros((TOKENS, FEATURES), tl.float32)  # summed at the end only: that synchronises the warps
     peaks = tl.zeros((TOKENS, FEATURES), tl.float32)
     for start in range(0, tokens, TOKENS):
         token = start + tl.arange(0, TOKENS)
@@ -33,10 +33,10 @@ def _norm_kernel(
 
 
 def norms_and_peak(x: Tensor) -> tuple[Tensor, Tensor]:
-    """‖X_n,j‖ over the tokens, float32, (samples, features), and the largest magnitude, NaN if there is any.
+    """Return ‖X_n,j‖ over the tokens, float32, (samples, features), and the largest magnitude, NaN if x holds any.
 
     Args:
-        x: (samples, tokens, features), not empty, float16, bfloat16 or float32, of any strides.
+        x: (samples, tokens, features), not empty, float16, bfloat16 or float32, with any strides.
     """
     samples, tokens, features = x.shape
     norm, peak = torch.empty(2, samples, features, dtype=torch.float32, device=x.device)

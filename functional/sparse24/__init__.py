@@ -1,7 +1,7 @@
-"""Linears that are 2:4 (at most two of every four consecutive weights of a row are not zero), stored and multiplied as such.
+"""Store and multiply 2:4 linears: at most two of every four consecutive weights of a row are not zero.
 
-`compress` keeps the two values of each group and where they stand, 9/16 of the bytes at 16 bit. `decode` multiplies it with a
-few tokens, where a GPU waits for the weights; `prefill` with many, by cuSPARSELt.
+`compress` keeps the two values of each group and their positions, 9/16 of the bytes at 16 bit. `decode` multiplies the result
+with a few tokens, when a GPU waits for the weights; `prefill` with many, by cuSPARSELt.
 """
 
 from functional.sparse24 import prefill

@@ -1,15 +1,16 @@
-"""The compressed form of a 2:4 matrix, to and fro, exactly; plain torch on any device.
+"""Compress a 2:4 matrix and decompress it again, exactly, in plain torch on any device.
 
-Group n of a row, four consecutive inputs, keeps two values, at positions i0 < i1 of its four; where fewer are not zero, zeros
-stand in. Both positions make a nibble i0 | i1 << 2.
+Each group of a row, four consecutive inputs, keeps two values, at positions i0 < i1 of its four; zeros stand in where fewer are
+not zero. The two positions make a nibble i0 | i1 << 2.
 
 Values and nibbles lie as the sparse tensor cores of a GPU take them (PTX, mma.sp.m16n8k32): in tiles of 16 rows and strips of
-64 inputs, filled up with zeros. Letters: T tiles, P strips of a tile. A strip is two steps s of 32 inputs; rows are 8 h + g,
-the eight groups of a step 4 u + 2 k + v. Lane 4 g + 2 v + u of a warp keeps in register 2 k + h of step s the two values of
-that row and group. Lane 4 g + 2 s + k keeps nibbles of rows g and g + 8: that of h, v and u at bit 16 h + 4 (2 v + u).
+64 inputs, padded with zeros. Letters: T tiles, P strips of a tile. A strip is two steps s of 32 inputs. Rows are numbered
+8 h + g, the eight groups of a step 4 u + 2 k + v. Lane 4 g + 2 v + u of a warp keeps the two values of that row and group in
+register 2 k + h of step s. Lane 4 g + 2 s + k keeps nibbles of rows g and g + 8: that of h, v and u at bit 16 h + 4 (2 v + u).
 
-A lane's registers of a step are consecutive, 16 bytes. The order of groups in a step is free, since a sum is over all of them;
-this one lets lanes read 16 consecutive bytes of the inputs as well, and exchange half of them with one neighbour (kernels.py).
+The registers of a lane in a step are 16 consecutive bytes. The order of groups within a step is free, since all of them are
+summed. This order also lets lanes read 16 consecutive bytes of the inputs, and exchange half of them with one neighbour
+(decode_triton.py).
 """
 
 from typing import NamedTuple
@@ -27,7 +28,7 @@ class Compressed(NamedTuple):
     """A 2:4 matrix (O, I) of T = ceil(O / 16) tiles of P = ceil(I / 64) strips.
 
     Attributes:
-        values: (T, P, 2, 32, 4, 2) steps, lanes, registers, values of a group; of the matrix's dtype.
+        values: (T, P, 2, 32, 4, 2): tiles, strips, steps, lanes, registers, values of a group; in the matrix's dtype.
         indices: (T, P, 32), int32.
         rows: O.
         columns: I.
@@ -40,27 +41,43 @@ class Compressed(NamedTuple):
 
 
 def groups_over_two(weight: Tensor) -> int:
-    """How many groups of four consecutive weights of a row, (O, I), have more than two that are not zero.
+    """Count the groups of four consecutive weights of a row that have more than two that are not zero.
+
+    Args:
+        weight: (O, I).
 
     Raises:
         ValueError: If `weight` is no floating-point matrix, or I is no multiple of 4.
+
+    Examples:
+        >>> groups_over_two(torch.tensor([[1.0, 2.0, 3.0, 0.0, 0.0, 0.0, 4.0, 5.0]]))
+        1
     """
     _check(weight)
     return int((_groups(weight).sum(-1) > 2).sum())
 
 
 def compress(weight: Tensor) -> Compressed:
-    """Values and positions of a 2:4 matrix.
+    """Compress a 2:4 matrix into values and positions.
 
     Args:
         weight: (O, I), floating point, I a multiple of 4.
 
     Returns:
-        9/16 of the weight's bytes at 16 bit, 17/32 at 32 bit, if 16 divides O and 64 divides I.
+        The compressed matrix: 9/16 of the weight's bytes at 16 bit, 17/32 at 32 bit, if 16 divides O and 64 divides I.
 
     Raises:
         ValueError: If `weight` is no floating-point matrix, I is no multiple of 4, or a group has more than two weights that
             are not zero.
+
+    Examples:
+        >>> weight = torch.zeros(16, 64, dtype=torch.float16)
+        >>> weight[0, :4] = torch.tensor([0.0, 5.0, 0.0, 7.0])
+        >>> compressed = compress(weight)
+        >>> sum(part.nbytes for part in (compressed.values, compressed.indices)) / weight.nbytes
+        0.5625
+        >>> torch.equal(decompress(*compressed), weight)
+        True
     """
     over = groups_over_two(weight)
     if over:
@@ -73,7 +90,7 @@ def compress(weight: Tensor) -> Compressed:
     a, b, c, d = _groups(filled).unbind(-1)
     first = torch.where(a, 0, torch.where(b, 1, 2))
     last = torch.where(d, 3, torch.where(c, 2, 1))
-    first = torch.minimum(first, last - 1)  # of none, or one in the middle: a zero on its left stands in
+    first = torch.minimum(first, last - 1)  # if there is none, or one only: a zero on its left stands in
     kept = filled.unflatten(1, (-1, GROUP)).gather(2, torch.stack([first, last], -1))
     values = _tiles(kept).permute(0, 3, 4, 2, 7, 5, 6, 1, 8).reshape(len(filled) // TILE, -1, 2, 32, 4, 2)
     nibbles = _tiles((first | last << 2).to(torch.uint8)).permute(0, 3, 2, 4, 6, 1, 7, 5).reshape(*values.shape[:2], 32, 4, 2)
@@ -82,7 +99,17 @@ def compress(weight: Tensor) -> Compressed:
 
 
 def decompress(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
-    """The matrix, (O, I), of what `compress` returned; equal to it bit for bit, but for the sign of zeros."""
+    """Restore the matrix that was compressed, bit for bit except for the sign of zeros.
+
+    Args:
+        values: `Compressed.values`.
+        indices: `Compressed.indices`.
+        rows: O.
+        columns: I.
+
+    Returns:
+        The matrix, (O, I).
+    """
     tiles, strips = indices.shape[:2]
     kept = values.view(tiles, strips, 2, 8, 2, 2, 2, 2, 2).permute(0, 7, 3, 1, 2, 5, 6, 4, 8).reshape(TILE * tiles, -1, 2)
     octets = indices[..., None].view(torch.uint8)
@@ -94,12 +121,12 @@ def decompress(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tens
 
 
 def _tiles(groups: Tensor) -> Tensor:
-    """(16 T, 16 P, ...) by row and group -> (T, h, g, P, s, u, k, v, ...)."""
+    """Reshape (16 T, 16 P, ...), by row and group, to (T, h, g, P, s, u, k, v, ...)."""
     return groups.unflatten(1, (-1, 2, 2, 2, 2)).unflatten(0, (-1, 2, 8))
 
 
 def _groups(weight: Tensor) -> Tensor:
-    """Which weights are not zero, (O, I / 4, 4)."""
+    """Return which weights are not zero, (O, I / 4, 4)."""
     return (weight != 0).unflatten(1, (-1, GROUP))
 
 

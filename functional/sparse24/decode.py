@@ -1,7 +1,7 @@
-"""Compressed 2:4 weights times a few tokens, and back to dense, by the kernels: operators of torch.
+"""Torch operators that multiply compressed 2:4 weights with a few tokens, and that restore the dense weights, by kernels.
 
-As operators they can be captured by CUDA graphs and pass through torch.compile. They need a GPU with sparse tensor cores, of
-compute capability 8.0 on; on a CPU they need ``TRITON_INTERPRET=1``, which is for tests, and `decompress` is the way there.
+As operators they can be captured by CUDA graphs and pass through torch.compile. They need a GPU with sparse tensor cores
+(compute capability 8.0 or more). On a CPU use `decompress`; with ``TRITON_INTERPRET=1`` they run there too, for tests.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from functional.sparse24.compress import STRIP, TILE, Compressed
 
 MOST_TOKENS = 16
-"""With more the weights are no longer what a GPU waits for."""
+"""With more tokens a GPU no longer waits for the weights."""
 DTYPES = (torch.bfloat16, torch.float16)
 OF_A_PRODUCT = 8
 """Tokens that the sparse tensor cores take at a time."""
@@ -24,12 +24,12 @@ WARPS = (1, 2, 4, 8, 16, 32)
 
 
 class Config(NamedTuple):
-    """How `decode` shares out its work.
+    """Division of the work of `decode` among programs and warps.
 
     Attributes:
-        tiles: Of a program, 16 outputs each; 1 or 2.
-        warps: Of a program; they share the inputs.
-        stages: Strips on their way from memory to shared memory at a time; 1 for straight into registers.
+        tiles: Tiles of 16 outputs that a program computes; 1 or 2.
+        warps: Warps of a program, which share the inputs.
+        stages: Strips on their way from memory to shared memory at a time; 1 to load straight into registers.
         unroll: Strips on their way into the registers of a warp at a time, if stages is 1.
     """
 
@@ -44,15 +44,25 @@ FASTEST = {
     (8, "few rows"): Config(2, 4, 1, 8), (8, "long rows"): Config(1, 4, 1, 8), (8, "many rows"): Config(2, 2, 1, 8),
     (16, "few rows"): Config(1, 2, 6, 1), (16, "long rows"): Config(2, 4, 6, 1), (16, "many rows"): Config(2, 2, 4, 1),
 }  # fmt: skip
-"""By most tokens and shape, for LLaMA-2-7B's linears (q, down, gate) on an H100: benchmarks/sparse24_tuning.py."""
+"""Largest number of tokens, and shape -> fastest configuration for LLaMA-2-7B's linears (q, down, gate) on an H100
+(benchmarks/sparse24_tuning.py)."""
 MANY = 8192
 
 
 def default_config(tokens: int, rows: int, columns: int) -> Config:
-    """For a number of tokens and (O, I): the entry of `FASTEST` for the shape that is nearest.
+    """Return the entry of `FASTEST` for the nearest shape.
+
+    Args:
+        tokens: Number of tokens.
+        rows: O.
+        columns: I.
 
     Raises:
         ValueError: If there are too many tokens.
+
+    Examples:
+        >>> default_config(tokens=1, rows=4096, columns=4096)
+        Config(tiles=1, warps=4, stages=1, unroll=8)
     """
     _check_tokens(tokens)
     most = next(most for most in (1, OF_A_PRODUCT, MOST_TOKENS) if tokens <= most)
@@ -62,13 +72,13 @@ def default_config(tokens: int, rows: int, columns: int) -> Config:
 
 
 def decode(x: Tensor, weight: Compressed, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
-    """x Wᵀ + bias, summed in float32, the same at every call.
+    """Compute x Wᵀ + bias with float32 sums; repeated calls give the same bits.
 
     Args:
         x: (tokens, I), at most 16 tokens, bfloat16 or float16.
         weight: (O, I), of x's dtype, from `compress`.
         bias: (O,), of x's dtype.
-        config: Chosen by the shape when None.
+        config: Division of the work; chosen by the shape when None.
 
     Returns:
         (tokens, O), of x's dtype.
@@ -104,7 +114,13 @@ def decode(x: Tensor, weight: Compressed, bias: Tensor | None = None, config: Co
 
 
 def expand(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
-    """What `decompress` returns, in one launch, for bfloat16 and float16.
+    """Do the same as `decompress` in one launch, for bfloat16 and float16.
+
+    Args:
+        values: `Compressed.values`.
+        indices: `Compressed.indices`.
+        rows: O.
+        columns: I.
 
     Raises:
         ValueError: If shapes or dtypes do not go together.
@@ -116,7 +132,7 @@ def expand(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _aligned(values: Tensor) -> Tensor:
-    """Consecutive in memory, and beginning where 16 bytes can be read at once."""
+    """Make values contiguous and aligned to 16 bytes, as the kernels load them."""
     values = values.contiguous()
     return values if values.data_ptr() % BYTES_OF_A_LOAD == 0 else values.clone()
 
@@ -155,7 +171,7 @@ def _decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, row
     if tokens == 0:
         return out
     tiles, strips = indices.shape[:2]
-    words = _aligned(pad(x, (0, -columns % STRIP)) if columns % STRIP else x)  # padding copies, even by nothing
+    words = _aligned(pad(x, (0, -columns % STRIP)) if columns % STRIP else x)  # padding copies even if nothing is added
     options: dict[str, int] = {"HAS_BIAS": bias is not None, "BFLOAT16": x.dtype == torch.bfloat16}
     options |= {"INTERPRETED": not x.is_cuda}
     options |= {"TOKENS": OF_A_PRODUCT if tokens <= OF_A_PRODUCT else MOST_TOKENS, "TILES": chosen.tiles}
@@ -166,7 +182,7 @@ def _decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, row
         "WARPS": chosen.warps,
         "num_warps": chosen.warps,
     }
-    with torch.cuda.device_of(x):  # Triton launches on the current one
+    with torch.cuda.device_of(x):  # Triton launches on the current device
         kernels.decode_kernel[(triton.cdiv(tiles, chosen.tiles),)](
             words.view(torch.int32), _aligned(values).view(torch.int32), indices.contiguous(),
             out if bias is None else bias.contiguous(), out, tokens, rows, tiles, strips, **options,

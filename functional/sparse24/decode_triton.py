@@ -1,11 +1,11 @@
-"""Triton kernels on compressed 2:4 weights: times up to 16 tokens on sparse tensor cores, and back to the dense matrix.
+"""Triton kernels on compressed 2:4 weights: multiply with up to 16 tokens on sparse tensor cores, and restore the dense matrix.
 
-Both are bound by memory. Weights lie in memory as registers want them (see compress.py), so nothing is unpacked. Tensors of
-`decode_kernel` have one element for each thread of a program, so that an element is a register: this is how instructions of a
-whole warp, which Triton does not know, can be called at all. What a warp reads is on its way STAGES strips ahead, through
-shared memory, or UNROLL strips at a time, into registers.
+Both are bound by memory. Weights lie in memory as registers need them (see compress.py), so nothing is unpacked. Tensors of
+`decode_kernel` have one element for each thread of a program, so that an element is a register. Only so can the kernel call
+instructions of a whole warp, which Triton does not know. Loads run STAGES strips ahead, through shared memory, or UNROLL strips
+at a time, into registers.
 
-Run on CPU tensors too under ``TRITON_INTERPRET=1``; INTERPRETED then puts in plain operations for those few instructions.
+With ``TRITON_INTERPRET=1`` the kernels run on CPU tensors; INTERPRETED then replaces those instructions by plain operations.
 """
 
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def _places(nibble, first_value, second_value):
-    """What stands at each of the four positions; the first index is at most 2, the second at least 1 and larger."""
+    """Return the values at the four positions; the first index is at most 2, the second at least 1 and larger."""
     first, second = nibble & 3, nibble & 12
     nothing = tl.zeros(first_value.shape, first_value.dtype)
     w0 = tl.where(first == 0, first_value, nothing)
@@ -26,13 +26,13 @@ def _places(nibble, first_value, second_value):
 
 @triton.jit
 def _four_in_order(w0, w1, w2, w3):
-    """Tensors of one shape -> (..., 2, 2), of which the last two make one axis in order."""
+    """Join four tensors of one shape to (..., 2, 2); the last two axes flatten to their order."""
     return tl.join(tl.join(w0, w2), tl.join(w1, w3))
 
 
 @triton.jit
 def _product(sums, a, b, index, STEP: tl.constexpr, BFLOAT16: tl.constexpr):
-    """sums + a (16 rows, 32 inputs, 2:4) times b (32 inputs, 8 tokens), spread over the lanes of each warp."""
+    """Return sums + a (16 rows, 32 inputs, 2:4) times b (32 inputs, 8 tokens), spread over the lanes of each warp."""
     TYPE: tl.constexpr = "bf16" if BFLOAT16 else "f16"
     ASM: tl.constexpr = (
         "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." + TYPE + "." + TYPE + ".f32 "
@@ -47,7 +47,7 @@ def _product(sums, a, b, index, STEP: tl.constexpr, BFLOAT16: tl.constexpr):
 
 @triton.jit
 def _two_numbers(words, BFLOAT16: tl.constexpr):
-    """The lower and the upper half of 32 bits, as float32."""
+    """Return the lower and the upper half of 32 bits as float32."""
     if BFLOAT16:
         return (words << 16).to(tl.float32, bitcast=True), (words >> 16 << 16).to(tl.float32, bitcast=True)
     low, high = words.to(tl.int16).to(tl.float16, bitcast=True), (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
@@ -56,7 +56,7 @@ def _two_numbers(words, BFLOAT16: tl.constexpr):
 
 @triton.jit
 def _dense_rows(a, index, HALF: tl.constexpr, STEP: tl.constexpr, BFLOAT16: tl.constexpr, WARPS: tl.constexpr):
-    """Rows g (HALF 0) or g + 8 (HALF 1) of `a` with their zeros: (WARPS, 8, 32)."""
+    """Return rows g (HALF 0) or g + 8 (HALF 1) of `a` with their zeros: (WARPS, 8, 32)."""
     member = tl.arange(0, 4)[None, None, :]
     index = tl.reshape(index, (WARPS, 8, 4))
     nibbles0 = tl.sum(tl.where(member == 2 * STEP, index, 0), 2)[:, :, None] >> (16 * HALF + 4 * member) & 15
@@ -74,7 +74,7 @@ def _dense_rows(a, index, HALF: tl.constexpr, STEP: tl.constexpr, BFLOAT16: tl.c
 def _product_by_plain_operations(
     sums, a, b, index, STEP: tl.constexpr, BFLOAT16: tl.constexpr, WARPS: tl.constexpr
 ):  # fmt: skip
-    """What `_product` returns."""
+    """Compute the same as `_product`."""
     low0, high0 = _two_numbers(b[0], BFLOAT16)
     low1, high1 = _two_numbers(b[1], BFLOAT16)
     low2, high2 = _two_numbers(b[2], BFLOAT16)
@@ -90,7 +90,7 @@ def _product_by_plain_operations(
 
 @triton.jit
 def _of_neighbour(words, WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """What the lane whose number differs in the last bit has."""
+    """Return the words of the lane whose number differs in the last bit."""
     if INTERPRETED:
         even, odd = tl.split(tl.reshape(words, (16 * WARPS, 2)))
         return tl.reshape(tl.join(odd, even), (32 * WARPS,))
@@ -106,7 +106,7 @@ def _load(ptr, mask, EVEN: tl.constexpr):
 
 @triton.jit
 def _registers(words, WARPS: tl.constexpr):
-    """(threads, 4), 16 bytes of each thread, one by one."""
+    """Split (threads, 4), 16 bytes of each thread, into four registers."""
     even, odd = tl.split(tl.reshape(words, (32 * WARPS, 2, 2)))
     w0, w2 = tl.split(even)
     w1, w3 = tl.split(odd)
@@ -115,8 +115,10 @@ def _registers(words, WARPS: tl.constexpr):
 
 @triton.jit
 def _inputs(words, odd, WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Lane t of four has groups 2 t and 2 t + 1 of a step's 32 inputs of a token -> the order of groups of compress.py:
-    register i of lanes 2 u and 2 u + 1 has the two halves of group 4 u + i.
+    """Bring the inputs of a step into the order of groups of compress.py.
+
+    Lane t of four has loaded groups 2 t and 2 t + 1 of a token's 32 inputs. Afterwards register i of lanes 2 u and 2 u + 1 has
+    the two halves of group 4 u + i.
     """
     w0, w1, w2, w3 = _registers(words, WARPS)
     other0 = _of_neighbour(tl.where(odd, w0, w1), WARPS, INTERPRETED)
@@ -126,14 +128,14 @@ def _inputs(words, odd, WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _place(turn, warp, strips, EVEN: tl.constexpr, WARPS: tl.constexpr):
-    """The strip that is a warp's turn, and whether there is one; if not, the last."""
+    """Return the strip whose turn it is in a warp, and whether it exists; if not, the strip is the last one."""
     strip = turn * WARPS + warp
     return strip if EVEN else tl.minimum(strip, strips - 1), (strip < strips)[:, None]
 
 
 @triton.jit
 def _tile(values_at, indices_at, at, mask, EVEN: tl.constexpr, WARPS: tl.constexpr):
-    """Registers of both steps of a strip of a tile, and nibbles; zeros where there is no strip."""
+    """Load the registers of both steps of a strip of a tile, and its nibbles; zeros if there is no such strip."""
     a0 = _registers(_load(values_at + at[:, None] * 256, mask, EVEN), WARPS)
     a1 = _registers(_load(values_at + at[:, None] * 256 + 128, mask, EVEN), WARPS)
     return a0, a1, tl.load(indices_at + at * 32)
@@ -143,7 +145,7 @@ def _tile(values_at, indices_at, at, mask, EVEN: tl.constexpr, WARPS: tl.constex
 def _two_products(
     sums, weights, b0, b1, BFLOAT16: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """Both steps of a strip."""
+    """Multiply both steps of a strip."""
     a0, a1, index = weights
     if INTERPRETED:
         sums = _product_by_plain_operations(sums, a0, b0, index, 0, BFLOAT16, WARPS)
@@ -156,7 +158,7 @@ def _two_products(
 def _store(
     sums, bias_ptr, out_ptr, tile, first_token, tokens, rows, HAS_BIAS: tl.constexpr, WARPS: tl.constexpr
 ):  # fmt: skip
-    """Add what the warps have found, always in the same order, and round."""
+    """Add the sums of the warps, always in the same order, round and store."""
     y = tl.sum(tl.reshape(_four_in_order(sums[0], sums[1], sums[2], sums[3]), (WARPS, 32, 4)), 0)
     lane, register = tl.arange(0, 32)[:, None], tl.arange(0, 4)[None, :]
     row = 16 * tile + lane // 4 + 8 * (register // 2)
@@ -172,9 +174,27 @@ def decode_kernel(
     HAS_BIAS: tl.constexpr, BFLOAT16: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
     WARPS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles, 1 or 2, times up to TOKENS tokens, 8 or 16; warps take turns with the strips, and their sums are added.
+    """Multiply TILES (1 or 2) tiles with up to TOKENS (8 or 16) tokens; warps take turns with the strips.
 
-    `x`, (tokens, 64 strips), and values come as int32, two numbers each. EVEN: WARPS x UNROLL divides the strips.
+    Args:
+        x_ptr: Inputs, (tokens, 64 strips), as int32, two numbers each.
+        values_ptr: `Compressed.values`, as int32, two numbers each.
+        indices_ptr: `Compressed.indices`.
+        bias_ptr: Bias, (rows,); not read without HAS_BIAS.
+        out_ptr: Result, (tokens, rows).
+        tokens: Number of tokens.
+        rows: O.
+        tiles: Number of tiles.
+        strips: Number of strips of a tile.
+        HAS_BIAS: Whether a bias is added.
+        BFLOAT16: Whether numbers are bfloat16; if not, float16.
+        EVEN: Whether WARPS x UNROLL divides the strips, so that no load needs a mask.
+        TOKENS: 8 or 16, at least `tokens`.
+        TILES: Tiles of a program, 1 or 2.
+        WARPS: Warps of a program.
+        STAGES: Strips that are loaded ahead through shared memory.
+        UNROLL: Strips that are loaded into registers at a time.
+        INTERPRETED: Whether Triton's interpreter runs the kernel.
     """
     place, four = tl.arange(0, 32 * WARPS), tl.arange(0, 4)[None, :]
     warp, lane = place // 32, place % 32
@@ -182,7 +202,7 @@ def decode_kernel(
     tile = tl.program_id(0) * TILES
     next_tile = tl.minimum(tile + 1, tiles - 1)  # past the last it is not written
     values_at = values_ptr + (4 * lane)[:, None] + four
-    # Of tokens past the last, the last is read again, which costs nothing: it is the same line.
+    # In place of tokens past the last, the last is read again, which costs nothing: its cache line is there already.
     x_at = x_ptr + (tl.minimum(token, tokens - 1) * (32 * strips) + 4 * (lane % 4))[:, None] + four
     next_x_at = x_ptr + (tl.minimum(token + 8, tokens - 1) * (32 * strips) + 4 * (lane % 4))[:, None] + four
     zero = tl.zeros((32 * WARPS,), tl.float32)
@@ -196,7 +216,7 @@ def decode_kernel(
             if TILES == 2:
                 second += (_tile(values_at, indices_ptr + lane, next_tile * strips + strip, mask, EVEN, WARPS),)
         if UNROLL > 1:
-            tl.debug_barrier()  # or the compiler puts off what is not needed at once, and memory waits for it
+            tl.debug_barrier()  # without it the compiler delays loads that are not needed at once
         for ahead in tl.static_range(UNROLL):
             strip, mask = _place(block * UNROLL + ahead, warp, strips, EVEN, WARPS)
             word = 32 * strip[:, None]
@@ -222,7 +242,17 @@ def decode_kernel(
 
 @triton.jit
 def expand_kernel(values_ptr, indices_ptr, out_ptr, rows, columns, strips, WARPS: tl.constexpr):  # fmt: skip
-    """The dense matrix, (O, I), of 16-bit numbers as int16; a strip of a tile for each warp."""
+    """Restore the dense matrix; each warp expands one strip of a tile.
+
+    Args:
+        values_ptr: `Compressed.values`, as int32, two numbers each.
+        indices_ptr: `Compressed.indices`.
+        out_ptr: Dense matrix, (O, I), of 16-bit numbers as int16.
+        rows: O.
+        columns: I.
+        strips: Number of strips of a tile.
+        WARPS: Warps of a program.
+    """
     place = tl.arange(0, 32 * WARPS)
     lane, tile = place % 32, tl.program_id(0)
     strip = tl.program_id(1) * WARPS + place // 32

@@ -1,7 +1,7 @@
-"""2:4 weights times many tokens on the sparse tensor cores, by cuSPARSELt: an operator of torch.
+"""Torch operator that multiplies 2:4 weights with many tokens on the sparse tensor cores, by cuSPARSELt.
 
-A call plans its launch anew on the host, about 0.45 ms whatever the size, which is more than the product takes: for where a
-graph of launches is captured once and replayed.
+Each call plans its launch again on the host: about 0.45 ms whatever the size, longer than the product takes. So it pays only
+inside a graph of launches that is captured once and replayed.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,16 @@ from torch import Tensor
 from functional.sparse24.decode import DTYPES
 
 ROWS = 16
-"""Inputs and outputs come in multiples of this, tokens of eight; these are filled up."""
+"""Inputs and outputs have to be multiples of this."""
 TOKENS = 8
+"""Tokens are padded to multiples of this."""
 
 
 def pack(weight: Tensor) -> Tensor:
-    """cuSPARSELt's own form of a 2:4 matrix (O, I): 9/16 of its bytes.
+    """Convert a 2:4 matrix to cuSPARSELt's own form, 9/16 of its bytes.
+
+    Args:
+        weight: (O, I).
 
     Raises:
         ValueError: If the weight is not on a GPU, not bfloat16 or float16, or O or I is no multiple of 16.
@@ -37,9 +41,14 @@ _found: dict[tuple, list[int]] = {}
 
 
 def fastest(packed: Tensor, x: Tensor) -> list[int]:
-    """The algorithm, split of the inputs and kind of split that cuSPARSELt measures to be fastest for `x`, (tokens, I).
+    """Measure the fastest algorithm of cuSPARSELt, once for all weights of one shape.
 
-    Measured once for all weights of one shape.
+    Args:
+        packed: Result of `pack`.
+        x: Inputs, (tokens, I).
+
+    Returns:
+        The algorithm, the split of the inputs and the kind of split.
     """
     shape = (packed.numel(), *x.shape, x.dtype, x.device)
     if shape not in _found:
@@ -49,13 +58,16 @@ def fastest(packed: Tensor, x: Tensor) -> list[int]:
 
 @torch.library.custom_op("sparse24::prefill", mutates_args=())
 def multiply(x: Tensor, packed: Tensor, rows: int, algorithm: Sequence[int]) -> Tensor:
-    """x Wᵀ, (tokens, rows).
+    """Compute x Wᵀ.
 
     Args:
         x: (tokens, I).
-        packed: Of `pack`.
+        packed: Result of `pack`.
         rows: O.
-        algorithm: Of `fastest`; [0, 1, -1] is cuSPARSELt's default.
+        algorithm: Result of `fastest`; [0, 1, -1] is cuSPARSELt's default.
+
+    Returns:
+        (tokens, rows).
     """
     chosen, split, kind = algorithm
     y = torch._cslt_sparse_mm(packed, _padded(x).t(), transpose_result=True, alg_id=chosen, split_k=split, split_k_mode=kind)
@@ -69,4 +81,6 @@ def _(x, packed, rows, algorithm):
 
 def _padded(x: Tensor) -> Tensor:
     missing = -len(x) % TOKENS
-    return (torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x).contiguous()  # padding copies, even by nothing
+    if missing:  # padding copies even if nothing is added
+        x = torch.nn.functional.pad(x, (0, 0, 0, missing))
+    return x.contiguous()
