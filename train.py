@@ -25,7 +25,7 @@ SUBCOMMANDS = {
 
 
 def print_help() -> None:
-    """What `--help` alone says; here, before what takes seconds to import."""
+    """Print the help of the command itself; called before the imports that take seconds."""
     import argparse
 
     description, _, examples = __doc__.partition("\n\n")
@@ -43,7 +43,7 @@ if __name__ == "__main__" and sys.argv[1:] in (["--help"], ["-h"]):
     print_help()
     sys.exit()
 
-# Only now, and hence E402: these take seconds, and `--help` alone has been answered without them.
+# E402: these imports take seconds, and `--help` alone has been answered without them.
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: E402
 
@@ -57,7 +57,7 @@ class Parser(LightningArgumentParser):
     """LightningArgumentParser whose errors are one sentence."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say which setting is wrong, and exit with 2; attempts that jsonargparse makes for itself fail as it wants."""
+        """Name the wrong setting in one sentence and exit with 2, unless jsonargparse only tries a type."""
         if not self.exit_on_error:
             return super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -69,10 +69,10 @@ class CLI(LightningCLI):
     """LightningCLI with subclass mode for model and data."""
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning's, which reads a checkpoint before anything else does, with an error that says which."""
+        """Read the checkpoint as Lightning does, with an error that names it."""
         try:
             super()._parse_ckpt_path()
-        except Exception as error:  # of any type, as the bytes of the file will have it
+        except Exception as error:  # the bytes of the file may raise anything
             path = self.config[self.config.subcommand].ckpt_path
             raise ValueError(
                 f"Argument `ckpt_path` expected a checkpoint of Lightning but {path!r} could not be read as one "
@@ -81,9 +81,9 @@ class CLI(LightningCLI):
             ) from error
 
     def before_instantiate_classes(self) -> None:
-        """Let `ckpt_path: last` name the newest last.ckpt of the logger's runs, and log where that run did.
+        """Resolve `ckpt_path: last` to the newest last.ckpt of the logger's runs, and log to the folder of that run.
 
-        Lightning looks in the folder of this run, which is new and empty.
+        Lightning would look in the folder of this run, which is new and empty.
         """
         config = self.config.get(self.subcommand) if self.subcommand else None
         if config is None or config.get("ckpt_path") != "last":
@@ -108,15 +108,15 @@ class CLI(LightningCLI):
         except ValueError as error:
             if error.__cause__ is None:
                 raise
-            raise explained(error.__cause__) from None  # what our class said, without every type that jsonargparse tried
+            raise explained(error.__cause__) from None  # the error of our class, without all types that jsonargparse tried
 
 
 def main(args: list[str] | None = None, run: bool = True) -> CLI:
     """Run one command.
 
     Args:
-        args: Words of the command line; the process's own when None.
-        run: False stops once everything is instantiated.
+        args: Words of the command line; those of the process when None.
+        run: Whether to run the subcommand; if not, everything is only instantiated.
     """
     quiet()
     try:
@@ -140,7 +140,7 @@ def main(args: list[str] | None = None, run: bool = True) -> CLI:
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Leave a run that SIGTERM has ended with 143, as a shell names it; Lightning's exception would exit with 0, success."""
+    """Exit with 143, as shells expect, if SIGTERM ends the run; Lightning's exception alone would exit with 0."""
     try:
         yield
     except SIGTERMException:

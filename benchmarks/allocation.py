@@ -42,7 +42,7 @@ KEYS = ("task", "model", "dtype", "method", "allocation", "solver", "target", "c
 MEASURED = ("sparsity", "least_sparse_block", "most_sparse_block", "relative_error", "heldout_perplexity", "test_perplexity",
             "heldout_loss", "heldout_top1", "val_top1", "seconds", "processes")  # fmt: skip
 IMAGES = 500
-"""Of a batch."""
+"""Number of windows of a batch."""
 COLUMNS = (*KEYS, *MEASURED, *ENVIRONMENT)
 
 
@@ -74,13 +74,13 @@ def prune(module: PrunableModule, data: LightningDataModule, dense: dict, row: d
 
 
 def quiet_trainer(scratch: Path, **options) -> Trainer:
-    """Of one device."""
+    """Return a quiet Trainer of one device."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return Trainer(devices=1, default_root_dir=scratch, **quiet, **options)
 
 
 def language_model(args: argparse.Namespace, scratch: Path) -> Iterator[tuple[PrunableModule, LightningDataModule, dict]]:
-    """The model with the data of each text and seed, and what their rows have in common."""
+    """Yield the model with the data of each text and seed, and the common entries of their rows."""
     paths = plain_wikitext(args.wikitext, scratch)
     module = CausalLM(args.model or SMOLLM2, dtype=args.dtype)
     for seed, text in itertools.product(args.seeds, args.calibration):
@@ -112,7 +112,7 @@ def vision_transformer(args: argparse.Namespace, _: Path) -> Iterator[tuple[Prun
 
 
 def table() -> str:
-    """A table for each setting of the rows: variants by target, held-out and test, mean over seeds."""
+    """Return a table for each setting of the rows: variants by target, held-out and test, mean over seeds."""
     rows, texts = read("allocation.csv"), []
     for setting in dict.fromkeys(_setting(row) for row in rows):
         chosen = [row for row in rows if _setting(row) == setting]

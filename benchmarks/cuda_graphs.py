@@ -12,18 +12,18 @@ import torch
 from torch import nn
 
 COLD_BYTES = 400 * 2**20
-"""Of all copies of a weight: several times the L2 cache of the largest GPU."""
+"""Bytes of all copies of a weight: several times the L2 cache of the largest GPU."""
 REPLAYS = 30
 
 
 def wait() -> None:
-    """For the GPU, if there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def captured(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """A replay of what a function launches; it is called twice before, and once while capturing."""
+    """Capture the launches of a function, and return their replay; it is called twice before, and once while capturing."""
     if device.type == "cpu":
         return function
     stream = torch.cuda.Stream(device)
@@ -39,7 +39,7 @@ def captured(function: Callable[[], object], device: torch.device) -> Callable[[
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = REPLAYS) -> float:
-    """Median time of a call after a first one, on the GPU's own clock."""
+    """Return the median time of a call after a first one, on the GPU's own clock."""
     times = []
     run()
     for _ in range(repeats):
@@ -59,7 +59,7 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = REPL
 
 
 def cold_copies(module: nn.Module) -> list[nn.Module]:
-    """A module and, on a GPU, equal ones with memory of their own, so many that its cache does not hold them."""
+    """Return a module and, on a GPU, copies of it, so many that the cache does not hold all of them."""
     tensors = (*module.parameters(), *module.buffers())
     if not any(tensor.is_cuda for tensor in tensors):
         return [module]

@@ -26,7 +26,7 @@ from tests.helpers.launchers import BETWEEN_RENAMES, PLACES, Fault, PruningRun, 
 from utilities.digest import ROOT, SOURCES
 
 DISK_FOR_BLOCKS_ONLY = (60_000, 90_000)
-"""Bytes that a file may have so that finished blocks fit and the model does not."""
+"""Largest size of a file in bytes, such that finished blocks fit but the model does not."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Trial:
     """One fault of one run, and what came of it.
 
     Attributes:
-        name: Of the fault.
+        name: Name of the fault.
         run: The run.
         faults: Rank -> fault.
-        after: Instead, a process is killed from outside after this share of the time that an untouched run takes.
-        damage: What happens to the finished blocks between death and the next start.
+        after: Share of the time of an undisturbed run after which a process is killed from outside, in place of a fault.
+        damage: Damages finished blocks between death and the next start.
     """
 
     name: str
@@ -84,7 +84,7 @@ class FullDiskAtTheEnd(Trial):
 
 @dataclass(frozen=True)
 class BetweenRenames(Trial):
-    """A run that replaces an earlier model dies between two renames; the next start, of another run, puts that model back."""
+    """Kill a run that replaces an earlier model between two renames; the next start, of another run, puts that model back."""
 
     def go(self, expected: bytes, seconds: float, draw: random.Random) -> tuple[str, int]:
         if go(replace(self.run, settings={"sparsity": 0.25})) != [0]:
@@ -100,7 +100,7 @@ class BetweenRenames(Trial):
 
 @dataclass(frozen=True)
 class TwoRuns(Trial):
-    """Two runs into one directory, without resume: one is refused, and report and weights are those of the other."""
+    """Start two runs into one directory, without resume: one is refused, and report and weights are those of the other."""
 
     def go(self, expected: bytes, seconds: float, draw: random.Random) -> tuple[str, int]:
         runs = [replace(self.run, settings={"sparsity": share, "resume": False}) for share in (0.5, 0.6)]
@@ -121,7 +121,7 @@ class TwoRuns(Trial):
 
 @dataclass(frozen=True)
 class ChangedSource(Trial):
-    """A killed run is started again from a checkout in which a source has changed: refused; as it was, it goes on."""
+    """Start a killed run again from a checkout in which a source has changed: refused; from the old checkout it goes on."""
 
     def go(self, expected: bytes, seconds: float, draw: random.Random) -> tuple[str, int]:
         files = sorted(path for package in SOURCES for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py")

@@ -68,7 +68,7 @@ class Rows:
         self._fixed = {"part": part, "model": model} | sizes | environment()
 
     def add(self, devices: int, unit: str = "", **quantities: float) -> None:
-        """A row for each quantity."""
+        """Return a row for each quantity."""
         for name, value in quantities.items():
             value = f"{value:.8g}" if isinstance(value, float) else value
             append(self._out, self._fixed | {"devices": devices, "quantity": name, "value": value, "unit": unit}, COLUMNS)
@@ -76,7 +76,7 @@ class Rows:
 
 
 def command(verb: str, config: str, devices: int, *arguments: str | Path) -> list[str]:
-    """A command line of train.py."""
+    """Return a command line of train.py."""
     strategy = "ddp" if devices > 1 else "auto"
     where = ("--trainer.devices", str(devices), "--trainer.strategy", strategy)
     return [sys.executable, "train.py", verb, "--config", config, *where, *QUIET, *map(str, arguments)]
@@ -95,7 +95,7 @@ def run(line: list[str], log: Path) -> None:
 
 
 def pruning(options: argparse.Namespace, config: str, model: str, source: str, devices: int, *more: str | Path) -> list[str]:
-    """A command line that prunes."""
+    """Return a command line that prunes."""
     sizes = ("--data.seq_len", options.seq_len, "--data.num_calibration", options.samples, "--data.num_heldout", 16)
     # One size of batches whatever the number of devices: kernels are chosen by it, and round differently.
     batches = ("--data.batch_size", options.batch_size)
@@ -161,7 +161,7 @@ def validate(options: argparse.Namespace) -> None:
 
 
 def kill(options: argparse.Namespace) -> None:
-    """A rank is killed when half of the blocks are there; the same command must then end with the weights of `prune`."""
+    """Kill a rank when half of the blocks are done; the same command must then end with the weights of `prune`."""
     devices = options.devices[-1]
     rows, output = Rows("kill", Path(options.model).stem, options), options.scratch / "killed"
     placed = ("--trainer.callbacks.output_dir", output, "--trainer.logger", "false", "--trainer.callbacks.resume", "true")
@@ -222,7 +222,7 @@ def deit(options: argparse.Namespace) -> None:
 
 
 def train_deit(folder: Path, devices: int) -> None:
-    """What each process of `deit` does."""
+    """Do the work of one process of `deit`."""
     from lightning.pytorch import Trainer, seed_everything
     from lightning.pytorch.loggers import CSVLogger
     from sklearn.datasets import load_digits
@@ -254,7 +254,7 @@ def train_deit(folder: Path, devices: int) -> None:
 
 
 def compare(first: Path, second: Path) -> dict[str, float]:
-    """Of two pruned models: share of equal mask entries, and the relative distance of all pruned weights."""
+    """Compare two pruned models: the share of equal mask entries, and the relative distance of all pruned weights."""
     equal = entries = square = norm = 0.0
     for path in sorted(first.glob("*.safetensors")):
         with safe_open(path, "pt") as one, safe_open(second / path.name, "pt") as other:

@@ -23,7 +23,7 @@ class PlainStatistics:
         self.samples = 0
 
     def add(self, module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
-        """A forward hook: one sequence."""
+        """Take one sequence, as a forward hook."""
         x, y = args[0].reshape(-1, args[0].shape[-1]).float(), output.reshape(-1, output.shape[-1]).float()
         self.gram += x.T @ x
         self.inputs += x.square().sum(0)
@@ -78,11 +78,11 @@ def plain_block(
 
     Args:
         run: The block, from hidden states (1, tokens, features) to the next.
-        linears: Its linears.
-        hidden: Sequences, replaced by what the pruned block makes of them.
+        linears: Name -> linear of the block.
+        hidden: Sequences, replaced by the outputs of the pruned block.
         sparsity: Share of zeros.
-        updates: Whether a linear, by name, is updated.
-        wait: For the device.
+        updates: Returns whether a linear, by its name, is updated.
+        wait: Waits for the device.
 
     Returns:
         Seconds of statistics, solve and propagation.

@@ -69,13 +69,13 @@ def _of_text(rows: list[dict[str, str]], name: str) -> str:
 
 
 def trainer_of(scratch: Path, *callbacks, **options) -> Trainer:
-    """A quiet one, of one device."""
+    """Return a quiet Trainer of one device."""
     silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     return Trainer(devices=1, callbacks=list(callbacks), default_root_dir=scratch, num_sanity_val_steps=0, **silent, **options)
 
 
 def perplexities(module: CausalLM, data: TextDataModule, scratch: Path) -> dict[str, float]:
-    """On held-out text, and on the test text where there is one."""
+    """Measure on held-out text, and on the test text if there is one."""
     trainer = trainer_of(scratch)
     (found,) = trainer.validate(module, data, verbose=False)
     values = {"heldout_perplexity": round(found["val/perplexity"], 4)}

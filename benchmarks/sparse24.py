@@ -41,12 +41,12 @@ def make_24(weight: Tensor) -> None:
 
 
 def shapes(hidden: int, intermediate: int) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of the linears that differ."""
+    """Return the different shapes (outputs, inputs) of the linears."""
     return {"q": (hidden, hidden), "gate": (intermediate, hidden), "down": (hidden, intermediate)}
 
 
 def random_linear(outputs: int, inputs: int, options: argparse.Namespace) -> nn.Linear:
-    """A 2:4 linear without bias."""
+    """Make a 2:4 linear without bias."""
     dtype = getattr(torch, options.dtype)
     linear = nn.Linear(inputs, outputs, bias=False, device=options.device, dtype=dtype).requires_grad_(False)
     linear.weight.normal_(0, 0.02)
@@ -107,12 +107,12 @@ def random_model(options: argparse.Namespace) -> nn.Module:
 
 
 def linears_of(model: nn.Module) -> list[nn.Module]:
-    """Of the blocks, dense or compressed."""
+    """Return the linears of the blocks, dense or compressed."""
     return [module for module in model.model.layers.modules() if isinstance(module, nn.Linear | Linear24)]
 
 
 def prefill(model: nn.Module, prompt: Tensor) -> tuple[float, Tensor]:
-    """Seconds of a prompt, and the logits of its last token."""
+    """Return the seconds of a prompt, and the logits of its last token."""
     found: list[Tensor] = []
     # While a graph is captured transformers cannot see that the mask is plainly causal, and would make one, which is slow.
     model.set_attn_implementation(WITHOUT_MASK)

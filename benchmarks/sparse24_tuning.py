@@ -1,4 +1,4 @@
-"""Which configuration of the decoding kernels is fastest for a shape: `python -m benchmarks.sparse24 --part tune`."""
+"""Find the fastest configuration of the decoding kernels for a shape: `python -m benchmarks.sparse24 --part tune`."""
 
 import itertools
 import random
@@ -17,14 +17,15 @@ from lightning_modules.parts.linear24 import Linear24
 TILES, WARPS = (1, 2), (2, 4, 8, 16)
 STAGES_AND_UNROLL = ((1, 2), (1, 4), (1, 8), (4, 1), (6, 1))
 WORDS_IN_FLIGHT = (64, 1024)
-"""Of weights, in a program and for each thread of a warp: fewer do not hide the memory's latency, more do not fit."""
+"""Least and largest number of weight words in flight, per program and thread of a warp: fewer do not hide the memory's latency,
+more do not fit."""
 COMPILERS = 12
 SHOWN = 5
 REPLAYS = 7
 
 
 def grid() -> list[Config]:
-    """What could be fast, in random but always the same order."""
+    """Return configurations that could be fast, in a random order that is always the same."""
     sizes = itertools.product(TILES, WARPS, STAGES_AND_UNROLL)
     found = [Config(tiles, warps, *ahead) for tiles, warps, ahead in sizes]
     least, most = WORDS_IN_FLIGHT

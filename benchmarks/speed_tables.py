@@ -6,18 +6,18 @@ PHASES = ("two_passes", "statistics", "solve", "rule", "block")
 
 
 def prune_speed() -> str:
-    """Milliseconds of a block by phase, and how many times the plain variant takes; a table for each device."""
+    """Return milliseconds of a block by phase, and the factor of the plain variant; a table for each device."""
     rows = read("prune_speed.csv")
     return "\n\n".join(on_device([row for row in rows if row["hardware"] == name]) for name in hardware(rows))
 
 
 def hardware(rows: list[dict[str, str]]) -> list[str]:
-    """In the order in which they come."""
+    """Return the devices in the order in which they come."""
     return list(dict.fromkeys(row["hardware"] for row in rows))
 
 
 def on_device(rows: list[dict[str, str]]) -> str:
-    """The table of one device."""
+    """Return the table of one device."""
     plain = {(r["model"], r["variant"].partition(" ")[2].split(",")[0]): float(r["block"]) for r in rows if is_plain(r)}
     lines = []
     for row in rows:

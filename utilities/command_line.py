@@ -1,7 +1,7 @@
-"""Errors of the command line in one sentence: which setting is meant, what it got, what it accepts.
+"""Tell errors of the command line in one sentence: the setting, the value that it got, the values that it accepts.
 
-jsonargparse reports what went wrong as an indented tree of every type that it tried. `explain` follows the branch that the user
-meant, names the setting by its full path, and looks for the name that was meant.
+jsonargparse reports an error as an indented tree of all types that it tried. `explain` follows the branch that the user meant,
+names the setting by its full path, and looks for the most similar name.
 """
 
 import difflib
@@ -12,27 +12,36 @@ from dataclasses import dataclass, field
 from importlib import import_module
 
 WRAPPED = ("Parser key", "Does not validate against any of the Union subtypes")
-"""Beginnings of messages that are trees."""
+"""Beginnings of the messages that are trees."""
 LONGEST = 1000
-"""Characters of an error."""
+"""Largest number of characters of an error."""
 LISTED = 40
-"""Names that are listed where none is similar."""
+"""Largest number of names that are listed if none is similar."""
 
 
 @dataclass
 class Node:
-    """A line of the tree and what is indented below it."""
+    """A line of the tree and the lines that are indented below it.
+
+    Attributes:
+        text: The line without indentation.
+        children: Lines one level below.
+    """
 
     text: str
     children: list["Node"] = field(default_factory=list)
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
-    """One sentence for an error of jsonargparse.
+    """Tell an error of jsonargparse in one sentence.
 
     Args:
         message: Text of the error.
         options: Option strings of the parser, such as --trainer.devices.
+
+    Examples:
+        >>> explain("unrecognized arguments: --trainer.device", ["--trainer.devices", "--trainer.precision"])
+        'Unknown setting `--trainer.device`. Did you mean `--trainer.devices`?'
     """
     if match := re.match(r"unrecognized arguments: (\S+)", message):
         return _unknown(match[1].partition("=")[0], "", sorted(options))
@@ -50,12 +59,12 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
 
 
 def explained(error: BaseException) -> BaseException:
-    """An error of a class that jsonargparse made; in one sentence where jsonargparse has wrapped it."""
+    """Return an error that a class raised while jsonargparse made it; if jsonargparse has wrapped it, in one sentence."""
     return ValueError(explain(str(error))) if str(error).startswith(WRAPPED) else error
 
 
 def one_line(text: str) -> str:
-    """A text without line breaks, and of no more than `LONGEST` characters."""
+    """Remove line breaks from a text and cut it to `LONGEST` characters."""
     text = " ".join(text.split())
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
@@ -77,7 +86,7 @@ def _tree(message: str) -> Node:
 
 
 def _follow(node: Node, path: str, owner: str = "") -> str | None:
-    """The sentence of the first branch that says anything; `path` is the setting, `owner` the class that has it."""
+    """Return the sentence of the first branch that has one; `path` is the setting, `owner` the class that it belongs to."""
     errors = next((child for child in node.children if child.text == "Errors:"), None)
     if errors is not None:
         nested = [child for child in errors.children if child.text.startswith(("Problem with given class_path", "Parser key"))]
@@ -114,7 +123,7 @@ def _leaf(text: str, path: str, owner: str) -> str | None:
 
 
 def _of_union(node: Node, errors: Node, path: str) -> str | None:
-    """A value that is of none of several types, or that the class among them refuses."""
+    """Explain a value that is of none of several types, or that the class among them refuses."""
     if refused := next((child.text for child in errors.children if child.text.startswith("Argument `")), None):
         return refused
     types = [child.text.removeprefix("Expected a ") for child in errors.children if child.text.startswith("Expected a ")]
@@ -125,7 +134,7 @@ def _of_union(node: Node, errors: Node, path: str) -> str | None:
 
 
 def _in_words(type_text: str) -> str:
-    """A type as a person would say it."""
+    """Name a type in plain words."""
     if match := re.match(r"typing\.Literal\[(.*)\]", type_text):
         return f"one of {match[1]}".replace("'", "")
     if type_text.startswith("dot import path"):
@@ -136,7 +145,7 @@ def _in_words(type_text: str) -> str:
 
 
 def _unknown_of_class(name: str, path: str, owner: str) -> str:
-    """A setting that its class does not have: moved, misspelt, or another class's."""
+    """Explain a setting that its class does not have: moved, misspelt, or a setting of another class."""
     cls = _class(owner)
     if cls is None:
         return f"Unknown setting `{path}.{name}`."
@@ -155,7 +164,7 @@ def _unknown(name: str, of: str, accepted: list[str]) -> str:
 
 
 def _similar(name: str, accepted: list[str], prefix: str = "") -> str:
-    """A question after the nearest name, or the names that there are; without the prefix that all share."""
+    """Ask for the nearest name, or list the accepted names; the prefix that all share is left out."""
     ends = {option.removeprefix(prefix): option for option in accepted}
     near = difflib.get_close_matches(name.removeprefix(prefix), list(ends), n=1, cutoff=0.6)
     near = near or [end for end in ends if name.removeprefix(prefix) in end][:1]
@@ -165,7 +174,7 @@ def _similar(name: str, accepted: list[str], prefix: str = "") -> str:
 
 
 def _siblings(cls: type) -> list[type]:
-    """Other classes that may stand in the same place: those of the same base, where that is one of this project's choices."""
+    """Return other classes of the same base, if that is one of this project's choices."""
     base = cls.__base__
     return base.__subclasses__() if base is not None and any("Choice" in ancestor.__name__ for ancestor in base.__mro__) else []
 

@@ -1,4 +1,4 @@
-"""The contract between data modules and modules that prune, train or evaluate a model: what each side tells the other.
+"""Contract between data modules and modules that prune, train or evaluate a model: the facts that each tells the other.
 
 Both sides go through `data_of`, `graph_data_of` and `model_of`, so neither probes the other's attributes.
 """
@@ -10,17 +10,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a data module says of its samples; known before the model is.
+    """Facts about the samples of a data module, known before the model.
 
     Attributes:
-        tokens: Tokens of a sample, where all samples have one length (text).
-        image_size: Height and width of images, where set by the user.
-        class_names: Names of the classes in the order of the model's outputs, where there are classes.
+        tokens: Number of tokens of a sample, if all samples have one length (text).
+        image_size: Height and width of images, if set by the user.
+        class_names: Names of the classes in the order of the model's outputs; empty without classes.
         num_calibration: Number of calibration samples.
-        batch_size: Samples of a batch; None leaves that of calibration to the run.
+        batch_size: Number of samples of a batch; None leaves that of calibration batches to the run.
         settings: Settings by name, for reports.
-        seed: Seed of its draws; None where it has none of its own.
-        tokenizer: Tokenizer that it has loaded; None before, or without text.
+        seed: Seed of the random draws; None if the data module has no seed of its own.
+        tokenizer: Tokenizer that was loaded; None before, or without text.
     """
 
     tokens: int | None = None
@@ -35,12 +35,12 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a module says of its model.
+    """Facts about the model of a module.
 
     Attributes:
         num_classes: Number of outputs of a classifier; None before it is made.
-        image_config: How it wants its images: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode.
-        tokenizer: A tokenizer, or what one is loaded from; None for models without text.
+        image_config: Images that it expects: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode.
+        tokenizer: A tokenizer, or the path of one; None for models without text.
     """
 
     num_classes: int | None = None
@@ -53,30 +53,30 @@ class CalibrationData(ABC):
 
     @abstractmethod
     def facts(self) -> DataFacts:
-        """Facts about the samples."""
+        """Return facts about the samples."""
 
     @abstractmethod
     def begin_calibration(self, batch_size: int | None) -> None:
-        """From now on the train dataloader gives calibration samples in a fixed order.
+        """Let the train dataloader give calibration samples in a fixed order from now on.
 
         Args:
-            batch_size: Samples of a batch where the settings leave that open; else None.
+            batch_size: Number of samples of a batch if the settings leave that open, else None.
         """
 
     @abstractmethod
     def end_calibration(self) -> None:
-        """The train dataloader gives training samples again."""
+        """Let the train dataloader give training samples again."""
 
     @abstractmethod
     def rule_dataloader(self, source: str | list[str], number: int) -> Any:
-        """Samples of another source for an update rule to look at.
+        """Return batches of another source, on which an update rule measures attention.
 
         Args:
-            source: In the forms of the data module's own source.
+            source: Source, in the forms of the data module's own.
             number: Number of samples.
 
         Raises:
-            ValueError: If the source cannot be had or is too small.
+            ValueError: If the source cannot be read or is too small.
         """
 
 
@@ -84,17 +84,25 @@ class PlainData(CalibrationData):
     """Stands for dataloaders that were given to the Trainer without a data module."""
 
     def facts(self) -> DataFacts:
-        """Nothing is known."""
+        """Return empty facts, since nothing is known."""
         return DataFacts()
 
     def begin_calibration(self, batch_size: int | None) -> None:
-        """The given dataloader is the calibration set."""
+        """Do nothing: the given dataloader is the calibration set."""
 
     def end_calibration(self) -> None:
-        """Nothing to undo."""
+        """Do nothing."""
 
     def rule_dataloader(self, source: str | list[str], number: int) -> Any:
-        """Refuse: dataloaders cannot read another source."""
+        """Refuse, since dataloaders cannot read another source.
+
+        Args:
+            source: Source.
+            number: Number of samples.
+
+        Raises:
+            ValueError: Always.
+        """
         raise ValueError(
             "Argument `update_rule.source` needs a data module that reads it, such as TextDataModule, but the Trainer has "
             "plain dataloaders. Leave it out: the rule then looks at calibration data."
@@ -103,12 +111,12 @@ class PlainData(CalibrationData):
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What a data module says of its graph.
+    """Facts about the graph of a data module.
 
     Attributes:
         graph: The whole graph on the CPU, a torch-geometric Data.
         num_classes: Number of classes of its nodes.
-        class_names: Names of the classes; empty where the source has none.
+        class_names: Names of the classes; empty if the source has none.
         sampled: Whether batches are subgraphs around some nodes; else each is the whole graph.
     """
 
@@ -123,11 +131,11 @@ class GraphData(ABC):
 
     @abstractmethod
     def graph_facts(self) -> GraphFacts:
-        """Facts about the graph, once `setup` has read it."""
+        """Return facts about the graph, after `setup` has read it."""
 
     @abstractmethod
     def all_nodes_dataloader(self) -> Any:
-        """Batches of all nodes in order, for one process that asks alone."""
+        """Return batches of all nodes in order, for use in a single process."""
 
 
 class AveragesParametersOnly:
@@ -139,21 +147,21 @@ class TellsModelFacts(ABC):
 
     @abstractmethod
     def model_facts(self) -> ModelFacts:
-        """Facts about the model, as far as they are known by now."""
+        """Return facts about the model, as far as they are known by now."""
 
 
 def data_of(trainer: Any) -> CalibrationData:
-    """The data module of a Lightning trainer, or what stands for plain dataloaders."""
+    """Return the data module of a Lightning trainer, or a `PlainData` for plain dataloaders."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, CalibrationData) else PlainData()
 
 
 def graph_data_of(trainer: Any, asking: object) -> GraphData:
-    """The data module of a Lightning trainer, which has to hold a graph.
+    """Return the data module of a Lightning trainer, which has to hold a graph.
 
     Args:
         trainer: A Lightning trainer.
-        asking: Who needs it, for the error.
+        asking: Object that needs it, for the error.
 
     Raises:
         ValueError: If the trainer has another data module, or none.
@@ -168,6 +176,6 @@ def graph_data_of(trainer: Any, asking: object) -> GraphData:
 
 
 def model_of(trainer: Any) -> ModelFacts:
-    """Facts about the model of a Lightning trainer; none without a trainer, or with a module that tells none."""
+    """Return facts about the model of a Lightning trainer; empty without a trainer, or if its module tells none."""
     module = getattr(trainer, "lightning_module", None)
     return module.model_facts() if isinstance(module, TellsModelFacts) else ModelFacts()

@@ -1,4 +1,4 @@
-"""Digests and checksums: whether two runs, or two processes, hold the same bits and run the same code."""
+"""Digests and checksums, which show whether two runs or processes hold the same bits and run the same code."""
 
 import hashlib
 from collections.abc import Iterable
@@ -14,10 +14,10 @@ SOURCES = ("callbacks", "datamodules", "functional", "lightning_modules", "utili
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes of tensors, as 64 hexadecimal digits.
+    """Return the SHA-256 of names, dtypes, shapes and bytes of tensors, as 64 hexadecimal digits.
 
     Args:
-        tensors: Name and tensor, on any device; copied to the CPU one at a time.
+        tensors: Names and tensors, on any device; copied to the CPU one at a time.
     """
     found = hashlib.sha256()
     for name, tensor in tensors:
@@ -28,20 +28,21 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 @cache
 def source_digests() -> dict[str, str]:
-    """SHA-256 of each Python file of `SOURCES` as this process found it first, by path below the project's root."""
+    """Return path below the project's root -> SHA-256 of each Python file of `SOURCES`, read once per process."""
     files = sorted(path for package in SOURCES for path in (ROOT / package).rglob("*.py"))
     return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def source_digest() -> str:
-    """One SHA-256 over `source_digests`."""
+    """Return one SHA-256 over `source_digests`."""
     return hashlib.sha256(repr(sorted(source_digests().items())).encode()).hexdigest()
 
 
 def checksum(tensors: Iterable[Tensor]) -> str:
-    """64 bits per tensor, computed on its device: Σ xᵢ (2i + 1) over its 64-bit words modulo 2⁶⁴, as hexadecimal digits.
+    """Return 64 bits per tensor as hexadecimal digits: Σ xᵢ (2i + 1) over its 64-bit words modulo 2⁶⁴.
 
-    Detects accidents, not attacks: any single changed word changes it, for one read of the memory.
+    It is computed on the tensor's device and reads the memory once. It detects accidents, not attacks: any single changed word
+    changes it.
     """
     found = []
     for tensor in tensors:
@@ -52,5 +53,5 @@ def checksum(tensors: Iterable[Tensor]) -> str:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Bytes of a tensor as uint8, (bytes,); a view where the tensor is contiguous."""
+    """View a tensor as uint8, (bytes,); a tensor that is not contiguous is copied."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -1,7 +1,7 @@
-"""Collective operations across the processes of a run: one gather, one broadcast, one first process for every package.
+"""Collective operations across the processes of a run, for all packages.
 
 With one process each operation is the identity, so callers need no second path. Values may be any object that pickles; tensors
-travel as bytes, since not every back end knows every dtype.
+are sent as bytes, since not every back end knows every dtype.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,23 +34,23 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and measures attention."""
+        """Whether this is the first process, which writes files and measures attention."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Values of all processes, ordered by rank."""
+        """Return the values of all processes, ordered by rank."""
         return [value] if self.size == 1 else gathered(value, self._group)
 
     def from_first(self, value: T) -> T:
-        """Value of the first process."""
+        """Return the value of the first process."""
         return cast("T", self.gather(value if self.is_first else None)[0])
 
     def together(self, work: Callable[[], T]) -> T:
         """Run `work`, which must not communicate; an error in one process is raised in all.
 
         Raises:
-            Exception: The own error where `work` failed.
-            ProcessFailedError: Elsewhere, with rank and message of the process that failed.
+            Exception: The error of `work`, in processes where it failed.
+            ProcessFailedError: In the others, with rank and message of the process that failed.
         """
         own: Exception | None = None
         try:
@@ -66,7 +66,7 @@ class Processes:
         return result
 
     def in_first(self, work: Callable[[], T]) -> T | None:
-        """Run `work` in the first process; returns its result there and None elsewhere. Errors as in `together`."""
+        """Run `work` in the first process; return its result there and None in the others. Errors are those of `together`."""
         return self.together(lambda: work() if self.is_first else None)
 
     def first_of(self, work: Callable[[], T]) -> T:
@@ -74,7 +74,7 @@ class Processes:
         return cast("T", self.from_first(self.in_first(work)))
 
     def sum_to(self, tensors: Iterable[tuple[Tensor, int]]) -> None:
-        """Replace each tensor by its sum over processes in its owner; elsewhere its content is undefined afterwards."""
+        """Replace each tensor by its sum over processes in its owner; in other processes it is undefined afterwards."""
         if self.size > 1:
             for tensor, owner in tensors:
                 dist.reduce(tensor, dst=owner, group=self._group)
@@ -86,10 +86,10 @@ class Processes:
                 dist.all_reduce(tensor, group=self._group)
 
     def send(self, tensor: Tensor, owner: int) -> Tensor:
-        """The owner's tensor, bit for bit, in all processes.
+        """Return the owner's tensor in all processes, bit for bit.
 
         Args:
-            tensor: The owner's value; elsewhere any tensor of the same shape, dtype and device. Not modified.
+            tensor: The owner's value; in other processes any tensor of the same shape, dtype and device. Not modified.
             owner: Rank of the owner.
         """
         if self.size == 1:
@@ -99,7 +99,15 @@ class Processes:
         return received
 
     def check_equal(self, value: str, what: str) -> None:
-        """Raise a RuntimeError that names the ranks whose value differs from the first process's."""
+        """Check that all processes have the same value.
+
+        Args:
+            value: Value of this process.
+            what: Name of the value, for the error.
+
+        Raises:
+            RuntimeError: If values differ; names the ranks that differ from the first process.
+        """
         values = self.gather(value)
         other = [rank for rank, found in enumerate(values) if found != values[0]]
         if other:
@@ -110,12 +118,12 @@ class Processes:
 
 
 def world_size() -> int:
-    """Number of processes that run together."""
+    """Return the number of processes of the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Values of all processes, ordered by rank; every process has to call this."""
+    """Return the values of all processes, ordered by rank; every process has to call this."""
     if world_size() == 1:
         return [value]
     found = [None] * world_size()
@@ -124,11 +132,14 @@ def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 
 def need_whole_weights(trainer: Any, who: str) -> None:
-    """Raise a ValueError unless every process of a Lightning trainer holds the whole model.
+    """Check that every process of a Lightning trainer holds the whole model.
 
     Args:
         trainer: Trainer of the run.
-        who: Names, in the error, what needs whole weights.
+        who: Name of the class that needs whole weights, for the error.
+
+    Raises:
+        ValueError: If the strategy splits the model.
     """
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 

@@ -6,11 +6,11 @@ from types import ModuleType
 
 
 def require(extra: str, *packages: str) -> None:
-    """See that packages of an extra of pyproject.toml are installed; none is imported.
+    """Check that packages of an extra of pyproject.toml are installed, without importing them.
 
     Args:
         extra: lora, eval or export.
-        packages: As they are imported.
+        packages: Names of the packages as they are imported.
 
     Raises:
         ModuleNotFoundError: Naming those that are missing and what installs them.

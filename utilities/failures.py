@@ -1,4 +1,4 @@
-"""Failures of a run told in one sentence, once for all processes; the traceback is there for whoever asks for it.
+"""Tell the failure of a run in one sentence, once for all processes, or with a traceback for whoever asks for it.
 
 python train.py … --debug        or the environment variable D2PRUNE_DEBUG=1
 """
@@ -19,11 +19,11 @@ from utilities.distributed import ProcessFailedError
 
 DEBUG = "D2PRUNE_DEBUG"
 EXPLAINED = (MisconfigurationException, ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
-"""Errors whose message says what to do. Others are defects, of which the traceback says most."""
+"""Errors whose message says what to do. Others are defects, for which the traceback is more useful."""
 FAILED = "failed"
 """Key of the number of processes that have failed."""
 PATIENCE = timedelta(seconds=30)
-"""How long the first process keeps its store for others that fail, and others wait for that store."""
+"""Time for which the first process keeps its store for others that fail, and for which others wait for that store."""
 
 
 @contextmanager
@@ -49,15 +49,15 @@ def failures_in_one_sentence() -> Iterator[None]:
 
 
 def _is_first_to_say(message: str) -> bool:
-    """Whether no other process of this run has said so.
+    """Return whether no other process of this run has printed a message.
 
-    Processes that are connected ask the store of the first one. Before that all read the same files and settings, and one
+    Connected processes ask the store of the first one. Before they are connected, all read the same files and settings, so one
     process of each machine speaks for all.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
     key = f"said:{hashlib.sha256(message.encode()).hexdigest()}"
-    with suppress(Exception):  # the first process may be gone, with its store; then better twice than not at all
+    with suppress(Exception):  # the first process may be gone with its store; a message twice is better than none
         store = _store()
         first = store.add(key, 1) == 1
         store.add(FAILED, 1)
@@ -66,7 +66,7 @@ def _is_first_to_say(message: str) -> bool:
 
 
 def _wait_for_others() -> None:
-    """Keep the store of the first process until all have failed, so that none of them speaks for want of it."""
+    """Keep the store of the first process until all have failed; without it each would print the message."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() > 0:
         return
     with suppress(Exception):

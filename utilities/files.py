@@ -1,4 +1,4 @@
-"""Directories and files that appear whole or not at all, whatever happens to the process that writes them."""
+"""Write directories and files whole or not at all, whatever happens to the writing process."""
 
 import json
 import logging
@@ -20,11 +20,11 @@ MIB = 2**20
 class OutputDirectory:
     """A directory that one run at a time replaces as a whole.
 
-    Beside the target lie `.<name>.lock`, held from `open` to `close` (the system lets go of it when the process dies), and
-    while the result is being written `.<name>.partial`, with the new directory and, between two renames, the old one.
+    Beside the target, `.<name>.lock` is held from `open` to `close`; the system releases it if the process dies. While the
+    result is written, `.<name>.partial` has the new directory and, between two renames, the old one.
 
     Args:
-        path: The target; need not exist.
+        path: The target; it may not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,7 +33,7 @@ class OutputDirectory:
         self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
 
     def open(self) -> None:
-        """Lock the directory for this run, and clear up what a dead run left.
+        """Lock the directory for this run, and remove the remains of a dead run.
 
         Raises:
             ValueError: If its parent cannot be written or another run uses the directory.
@@ -49,7 +49,10 @@ class OutputDirectory:
         self._clear_scratch()
 
     def publish(self, write: Callable[[Path], None]) -> None:
-        """Replace the directory by what `write` puts into an empty one; on an error it stays as it was and nothing is left.
+        """Replace the directory by a new one. After an error the old one is unchanged and nothing else is left.
+
+        Args:
+            write: Writes the content into an empty directory.
 
         Raises:
             OSError: If it cannot be written, as on a full disk; the message names the directory.
@@ -61,7 +64,7 @@ class OutputDirectory:
             if self.path.exists():
                 os.replace(self.path, old)
             put_in_place(new, self.path)
-        except (OSError, SafetensorError) as error:  # what safetensors makes of a full disk
+        except (OSError, SafetensorError) as error:  # safetensors raises its own on a full disk
             self._clear_scratch()
             reason = getattr(error, "strerror", None) or error
             raise OSError(
@@ -74,11 +77,11 @@ class OutputDirectory:
         shutil.rmtree(self._scratch)
 
     def close(self) -> None:
-        """Let other runs have the directory."""
+        """Release the directory for other runs."""
         self._lock.release()
 
     def _clear_scratch(self) -> None:
-        """Remove a half-written directory; a directory that was moved aside and never replaced goes back to its place."""
+        """Remove a half-written directory; move one that was set aside but not replaced back to its place."""
         old = self._scratch / "old"
         if old.exists() and not self.path.exists():
             os.replace(old, self.path)
@@ -93,7 +96,11 @@ def put_in_place(new: Path, path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Make the parent of `path` and raise a ValueError if no file can be written there."""
+    """Make the parent of `path`, and check that files can be written there.
+
+    Raises:
+        ValueError: If they cannot.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -106,12 +113,15 @@ def check_writable(path: Path) -> None:
 
 
 def check_space(directory: Path, needed: int, what: str) -> None:
-    """Raise a ValueError if a disk has less than `needed` bytes free.
+    """Check that a disk has enough free space.
 
     Args:
-        directory: On that disk; its nearest existing parent counts.
-        needed: Bytes.
-        what: What they are for, in the error.
+        directory: Directory on that disk, which may not exist yet.
+        needed: Number of bytes.
+        what: Name of the content, for the error.
+
+    Raises:
+        ValueError: If fewer bytes are free.
     """
     found = next(path for path in (directory, *directory.parents) if path.exists())
     free = shutil.disk_usage(found).free
@@ -123,7 +133,7 @@ def check_space(directory: Path, needed: int, what: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write beside the target and rename: a reader finds the old file or the new one, never a part."""
+    """Write a JSON file by renaming, so that a reader finds the old file or the new one, never a part."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -1,11 +1,11 @@
-"""Model paths: a hub id, a directory, a .gguf file, or package://<python package>/<file>. Nothing is loaded here."""
+"""Resolve model paths: a hub id, a directory, a .gguf file, or package://<python package>/<file>. Nothing is loaded here."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE_SCHEME = "package://"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-"""Any of these says that a directory holds a tokenizer."""
+"""Files of which any shows that a directory holds a tokenizer."""
 
 
 def resolve_model_path(path: str) -> tuple[str, dict[str, str]]:
@@ -28,7 +28,7 @@ def resolve_model_path(path: str) -> tuple[str, dict[str, str]]:
         return str(local.parent), {"gguf_file": local.name}
     if path.startswith(PACKAGE_SCHEME) or local.is_dir():
         return str(local), {}
-    # What looks like a place on disk must not be looked up on the hub, whose error would speak of a repository.
+    # A path on disk must not be looked up on the hub, whose error would speak of a repository.
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ValueError(
             f"Model path {path!r} is not an existing directory. Give a hub id (owner/name), an existing directory, a "
@@ -38,7 +38,12 @@ def resolve_model_path(path: str) -> tuple[str, dict[str, str]]:
 
 
 def has_tokenizer(name: str, arguments: dict[str, str]) -> bool:
-    """Whether what `resolve_model_path` returned can hold a tokenizer: anything but a directory without its files."""
+    """Return whether the result of `resolve_model_path` can hold a tokenizer: anything but a directory without its files.
+
+    Args:
+        name: Name or directory.
+        arguments: Keyword arguments that belong to it.
+    """
     folder = Path(name)
     return bool(arguments) or not folder.is_dir() or any((folder / file).is_file() for file in TOKENIZER_FILES)
 

@@ -1,4 +1,4 @@
-"""Silence what libraries say in every run and no user of this project can act on."""
+"""Silence messages of libraries that come in every run and that no user of this project can act on."""
 
 import logging
 import warnings
@@ -31,7 +31,7 @@ TIPS = (
     "[rank: ",
     "`Trainer.fit` stopped: ",
 )
-"""Beginnings of log records of Lightning: advertisements, and what the closing table says better."""
+"""Beginnings of log records of Lightning: advertisements, and facts that the closing table tells as well."""
 
 
 LOGGERS = (

@@ -1,4 +1,4 @@
-"""Reading what others have pickled without running it: tensors, arrays and plain values, never anything else."""
+"""Read pickles of others without running them: tensors, arrays and plain values, never anything else."""
 
 import os
 import pickle
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-"""What torch.load asks: whether to refuse to unpickle objects even where the caller, a library, tells it to."""
+"""Environment variable by which torch.load refuses to unpickle objects even if its caller, a library, asks for it."""
 
 ARRAYS = {
     "builtins": {"object", "list", "dict", "set"},
     "collections": {"defaultdict", "OrderedDict"},
     "copyreg": {"_reconstructor"},
-    "__builtin__": {"object", "list", "dict", "set"},  # of Python 2, as is the next
+    "__builtin__": {"object", "list", "dict", "set"},  # Python 2's name, as is the next
     "copy_reg": {"_reconstructor"},
     "_codecs": {"encode"},
     "numpy": {"ndarray", "dtype"},
@@ -24,18 +24,23 @@ ARRAYS = {
     "scipy.sparse.csr": {"csr_matrix"},
     "scipy.sparse._csr": {"csr_matrix"},
 }
-"""What pickles of numpy arrays, scipy's sparse matrices, dictionaries and lists name; none of it does more than hold data."""
+"""Module -> names in pickles of numpy arrays, scipy's sparse matrices, dictionaries and lists; all of them only hold data."""
 
 
 def brief(error: BaseException, length: int = 300) -> str:
-    """An exception in one line of no great length: what libraries say of a damaged file, or of one that they refuse."""
+    """Return an exception as one short line.
+
+    Args:
+        error: Error of a library about a file that is damaged or refused.
+        length: Largest number of characters.
+    """
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     return text if len(text) <= length else f"{text[:length]}..."
 
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """While open, no torch.load of any library unpickles an object."""
+    """Keep torch.load of any library from unpickling objects within the context."""
     before = os.environ.get(FORCED)
     os.environ[FORCED] = "1"
     try:
@@ -48,7 +53,11 @@ def weights_only() -> Iterator[None]:
 
 
 def check_arrays(path: Path) -> None:
-    """Raise an UnpicklingError if a pickle holds anything but arrays and plain values."""
+    """Check that a pickle holds only arrays and plain values.
+
+    Raises:
+        UnpicklingError: If it holds anything else.
+    """
     with open(path, "rb") as file:
         _Arrays(file, encoding="latin1").load()
 
