@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; read when they are defined
 
-from tests.helpers.tiny import FAMILIES, VOCABULARY, make_tokenizer, tiny_config, write_citeseer
+from tests.helpers.tiny import VOCABULARY, make_model, make_tokenizer, write_citeseer
 
 SLOW = (
     "test_smollm2.py",
@@ -51,20 +51,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """family -> directory of a saved tiny model with its tokenizer."""
-    import transformers
-
     made = {}
 
     def build(family: str) -> str:
         if family not in made:
-            torch.manual_seed(FAMILIES.index(family))  # whichever test asks first
-            model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
-            with torch.no_grad():  # large enough that attention and MLP matter beside the residual
-                for parameter in model.parameters():
-                    if parameter.ndim == 2:
-                        parameter.mul_(8)
             directory = tmp_path_factory.mktemp(family)
-            model.save_pretrained(directory)
+            make_model(family).save_pretrained(directory)
             make_tokenizer(family).save_pretrained(directory)
             made[family] = str(directory)
         return made[family]

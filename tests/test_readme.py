@@ -1,4 +1,4 @@
-"""README.md and docs/ are true: tables are those of results/, and files, commands and settings that they name exist."""
+"""README.md and docs/ are true: files, commands and settings that they name exist (tables: tests/benchmarks/test_tables.py)."""
 
 import re
 import shlex
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import train
-from benchmarks.tables import TABLES, TEXTS_WITH_TABLES, filled
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -69,13 +68,6 @@ def parses(parser, words: list[str]) -> bool:
     except SystemExit:
         return False
     return True
-
-
-def test_tables_are_those_of_the_result_files():
-    texts = [path.read_text(encoding="utf-8") for path in TEXTS_WITH_TABLES]
-    assert {str(path.relative_to(ROOT)) for path in TEXTS_WITH_TABLES} == set(TEXTS)
-    assert all(any(f"<!-- {name} -->" in text for text in texts) for name in TABLES)
-    assert [filled(text) for text in texts] == texts, "run `python -m benchmarks.tables`"
 
 
 def test_readme_is_short():
