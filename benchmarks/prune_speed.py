@@ -67,15 +67,15 @@ class Timed(CausalLM):
     """A CausalLM whose result is not written."""
 
     def save(self, directory: Path) -> None:
-        """Nothing: a file system is not what is measured."""
+        """Write nothing, since the file system is not to be measured."""
 
     def cpu(self) -> "Timed":
-        """Stay on the GPU for the next variant, where Lightning would clear up."""
+        """Stay on the GPU for the next variant; Lightning would move the model off it."""
         return self
 
 
 def random_module(shape: str, dtype: torch.dtype, layers: int | None) -> Timed:
-    """A model of random weights."""
+    """Make a model with random weights."""
     config = SHAPES[shape]
     config.num_hidden_layers = layers or config.num_hidden_layers
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -135,14 +135,14 @@ def prune(module: CausalLM, batches: DataLoader, settings: dict) -> dict[str, fl
 
 @torch.no_grad()
 def prune_plainly(module: CausalLM, windows: torch.Tensor, blocks: int, updates: bool) -> dict[str, float]:
-    """The plain variant on the first blocks: median seconds of a block, without the first if there are others."""
+    """Prune the first blocks plainly; return median seconds of a block, without the first one if there are others."""
     device = next(module.model.parameters()).device
     stream = BlockStream(list(module.blocks.values()))
     for key, ids in enumerate(windows):
         stream.capture(key, lambda ids=ids: module.model(input_ids=ids[None].to(device), use_cache=False))
     hidden, found = [stream.hidden(key) for key in range(len(windows))], []
     for index, block in enumerate(list(module.blocks.values())[:blocks]):
-        args, kwargs = stream._batches[0].calls[index]
+        args, kwargs = stream.arguments(0, index)
 
         def run(x, block=block, args=args, kwargs=kwargs):
             output = block(x, *args, **kwargs)
@@ -157,13 +157,13 @@ def prune_plainly(module: CausalLM, windows: torch.Tensor, blocks: int, updates:
 
 
 def mask_of(module: CausalLM) -> torch.Tensor:
-    """Which weights of the pruned linears are not zero, one after the other."""
+    """Return which weights of the pruned linears are not zero, in one flat tensor."""
     linears = [linear for block in module.blocks.values() for linear in module.linears(block).values()]
     return torch.cat([(linear.weight != 0).flatten().cpu() for linear in linears])
 
 
 def perplexity(module: CausalLM, data: TextDataModule) -> float:
-    """Of the first windows of the test text."""
+    """Return the perplexity on the first windows of the test text."""
     trainer = Trainer(
         devices=1, logger=False, enable_progress_bar=False, limit_test_batches=PERPLEXITY["windows"] // data.hparams.batch_size
     )
@@ -194,7 +194,7 @@ def main() -> None:
 
 
 def measure(name: str, options: argparse.Namespace, facts: dict) -> None:
-    """All variants of one model."""
+    """Measure all variants of one model."""
     test = None
     if options.model:
         module = Timed(options.model, dtype=options.dtype)
@@ -205,7 +205,7 @@ def measure(name: str, options: argparse.Namespace, facts: dict) -> None:
             size = {"seq_len": options.seq_len, "num_calibration": options.samples}
             data = TextDataModule(source=paths["wikitext2-valid"], **size, **common)
             data.setup("fit")
-            windows = data._windows["calibration"]
+            windows = torch.cat([batch["input_ids"] for batch in data.train_dataloader()])
             test = TextDataModule(source=paths["test"], seq_len=PERPLEXITY["seq_len"], batch_size=2, **common)
             test.setup("test")
     else:

@@ -5,7 +5,7 @@
     before and after       the module's own validation: dense and pruned
 
 The train dataloader is the calibration set. There is no optimizer and no backward pass; the perplexity rule goes over all
-blocks three times. This file has the hooks of the Trainer; what happens in them is in callbacks/blockwise, from run.py on.
+blocks three times. This file has the hooks of the Trainer; their work is done in callbacks/blockwise, starting with run.py.
 """
 
 import logging
@@ -59,7 +59,7 @@ MOVED = {
     "attention_maps": "diagnostics.attention_maps",
     "log_histograms": "diagnostics.histograms",
 }
-"""Earlier settings of `BlockwisePruning` and where they are now, for the command line's error."""
+"""Former settings of `BlockwisePruning` -> their present names, for the errors of the command line."""
 
 
 class BlockwisePruning(Callback):
@@ -73,22 +73,22 @@ class BlockwisePruning(Callback):
         score: λ1, λ2, scale and activation norms of D²Prune's score; for methods that have activation terms.
         update_rule: Which of q, k, v keep their remaining weights as they are (d2prune): attention (the default), outlier,
             perplexity or fixed, or a class with settings: AttentionRule, OutlierRule, PerplexityRule, FixedRule.
-        solver: How kept weights are updated: obs (the default) or admm, or a class with settings: ObsSolver, AdmmSolver. For
-            methods with a weight update.
-        allocation: How blocks share the zeros of `sparsity`: uniform, owl or error, or a class with settings:
+        solver: Solver that updates the kept weights, for methods with a weight update: obs (the default) or admm, or a class
+            with settings: ObsSolver, AdmmSolver.
+        allocation: Allocation of the zeros of `sparsity` to blocks: uniform, owl or error, or a class with settings:
             UniformAllocation, OwlAllocation, ErrorAllocation.
         ignore: Globs of full names of linears to leave dense, such as '*.down_proj' or 'model.layers.0.*'.
-        precision: Precision of Gram matrices on a GPU. auto: as exact as the inputs, half precision multiplied as it is,
-            float32 as float32. high: float32 as TF32, a tenth faster. highest: all as float32, several times slower in half
-            precision. Sums over batches are float64.
-        output_dir: Where the pruned model goes; `pruned` in the log directory when None. A run locks it for itself.
+        precision: Precision of Gram matrices on a GPU. auto is as exact as the inputs: half precision is multiplied as it is,
+            float32 as float32. high multiplies float32 as TF32, a tenth faster. highest multiplies everything as float32,
+            several times slower for half precision. Sums over batches are float64.
+        output_dir: Directory of the pruned model; `pruned` in the log directory when None. A run locks it for itself.
         resume: Whether to keep every finished block on disk, so that the same command continues after the last one if this
             run dies: beside `output_dir`, or in `pruning_state` of the logger's directory. Removed when the run ends well.
-        offload: Whether blocks wait in host memory, so that a GPU needs room for two of them only. Hidden states go there by
-            themselves when they do not fit.
-        diagnostics: What is measured and drawn beside the pruning itself.
-        push_to_hub: Repository on the Hugging Face hub, owner/name, to which the finished directory is uploaded; made as a
-            private one where it does not exist. Nothing is uploaded when None.
+        offload: Whether blocks wait in host memory, so that a GPU needs room for two of them only. Hidden states that do not
+            fit on the GPU go to host memory in any case.
+        diagnostics: Measurements and drawings beside the pruning itself.
+        push_to_hub: Repository on the Hugging Face hub, owner/name, to which the finished directory is uploaded; created as a
+            private one if it does not exist. Nothing is uploaded when None.
 
     Raises:
         ValueError: If a setting is out of range, or does not apply beside the others.
@@ -143,7 +143,7 @@ class BlockwisePruning(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._rng = torch.get_rng_state()  # dataloaders draw from it, pruning does not: it is put back
+        self._rng = torch.get_rng_state()  # restored at the end, since dataloaders draw from it
         if not isinstance(pl_module, PrunableModule):
             raise TypeError(f"BlockwisePruning needs a PrunableModule such as CausalLM but got {type(pl_module).__name__}.")
         self._processes = processes_of(trainer)
@@ -170,7 +170,7 @@ class BlockwisePruning(Callback):
         use_block_progress_bar(trainer, pl_module, trainer.fit_loop.max_epochs)
 
     def _open(self, path: Path, trainer: Trainer, module: PrunableModule) -> OutputDirectory:
-        """Lock the output directory, and see that the result will fit on the disk."""
+        """Lock the output directory, and check that the result fits on the disk."""
         output = OutputDirectory(path)
         check_output(output.path)
         output.open()
@@ -186,7 +186,7 @@ class BlockwisePruning(Callback):
         return output
 
     def _batch_size(self, trainer: Trainer, module: PrunableModule) -> int | None:
-        """Windows of a batch, where the data module leaves that open."""
+        """Return the number of windows of a batch if the data module leaves that open, else None."""
         facts = data_of(trainer).facts()
         if facts.batch_size is not None:
             return None
@@ -221,7 +221,7 @@ class BlockwisePruning(Callback):
         self._run.begin_step(trainer.current_epoch)
 
     def _calibrate(self, batch: Any, batch_idx: int) -> None:
-        """Training step of the armed module."""
+        """Run the training step of the armed module."""
         self._run.calibrate(batch, batch_idx)
 
     @override
@@ -239,7 +239,7 @@ class BlockwisePruning(Callback):
         if self._processes.is_first:
             shown = self.metrics, self.records, self.output_path, self._run.seconds
             print_summary(trainer, self.settings.title, *shown, log_dir)
-            if self.push_to_hub is not None:  # in one process and last: others do not wait, nothing is lost if it fails
+            if self.push_to_hub is not None:  # in one process and last: others do not wait, and a failure loses nothing
                 upload(self.output_path, self.push_to_hub)
 
     @override
@@ -259,12 +259,12 @@ class BlockwisePruning(Callback):
         if self._output is not None:
             self._output.close()
         self._run = self._output = None
-        if self._rng is not None:  # None if `setup` has failed
+        if self._rng is not None:  # None if `setup` failed
             torch.set_rng_state(self._rng)
 
 
 def _check_trainer(trainer: Trainer) -> None:
-    """Raise a ValueError if a setting of the Trainer makes no sense while pruning."""
+    """Check the settings of the Trainer that make no sense while pruning."""
     if trainer.current_epoch or not trainer.limit_train_batches:
         raise ValueError(
             f"Pruning needs a Trainer that has run no epoch and reads calibration batches, but got current_epoch="

@@ -1,7 +1,7 @@
 """CausalLM: a Hugging Face causal language model with its perplexity, prunable block by block.
 
-Perplexity is exp of the mean over windows of the mean next-token loss, from float32 logits, as in the SparseGPT line of
-work: no token is added, all windows have one length.
+Perplexity is the exponential of the mean next-token loss over all windows, from float32 logits, as in the SparseGPT line of
+work: no token is added, and all windows have one length.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from lightning_modules.parts.predictions import Predictions
 from utilities.contract import ModelFacts, data_of
 
 PRINTED = 4
-"""Continuations that `predict` prints; all of them are written."""
+"""Number of continuations that `predict` prints; all of them are written."""
 PROMPT_SHOWN = 16
-"""Tokens of the prompt that are printed before a continuation."""
+"""Number of tokens of the prompt that are printed before a continuation."""
 
 LARGEST_LOSS = 88.0
-"""exp of more than this leaves float32; the loss itself is logged beside the perplexity."""
+"""Largest loss whose exponential float32 holds; the loss itself is logged beside the perplexity."""
 
 
 class CausalLM(PrunableModule):
@@ -43,14 +43,14 @@ class CausalLM(PrunableModule):
         model_name_or_path: A hub id, a directory, a .gguf file (dequantised), or package://<python package>/<file>. Adapters
             that lie in the directory beside the weights are added. From Python also a model of transformers, which is
             changed in place.
-        dtype: Dtype of the weights: auto keeps what the checkpoint holds (float32 for GGUF).
-        attn_implementation: As in transformers (sdpa, eager, flash_attention_2); its own choice when None.
+        dtype: Dtype of the weights; auto keeps that of the checkpoint (float32 for GGUF).
+        attn_implementation: Attention of transformers (sdpa, eager, flash_attention_2); transformers chooses when None.
         learning_rate: Learning rate of AdamW, for ordinary training.
         max_new_tokens: Length of the continuations that `predict` writes.
-        sparse24: Compress the linears of the blocks that are 2:4 once they are loaded (`Linear24`): 9/16 of their memory at 16
-            bit, and on a GPU `predict` then reads no more than that for up to 16 windows in a batch. Not for `fit`.
-        static_cache: `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a step, once
-            for a batch size, and the time of a token is no longer that of launching its kernels.
+        sparse24: Whether linears of the blocks that are 2:4 are compressed after loading (`Linear24`). They take 9/16 of their
+            memory at 16 bit, and on a GPU `predict` reads no more than that for up to 16 windows in a batch. Not for `fit`.
+        static_cache: Whether `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a
+            step, once for each batch size, so that launching kernels no longer limits the speed.
 
     Raises:
         ValueError: If an argument is out of range, or does not apply to a model in memory.
@@ -75,7 +75,7 @@ class CausalLM(PrunableModule):
             _check_given(given, dtype, attn_implementation)
         self.save_hyperparameters(ignore=["model_name_or_path"] if given is not None else [])
         self.path = given.name_or_path if given is not None else str(model_name_or_path)
-        """What the model was loaded from; empty for one that was made in memory."""
+        """Path or hub id that the model was loaded from; empty for a model that was made in memory."""
         self.model: nn.Module | None = given
         self.tokenizer: Any = None
         self.metrics = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
@@ -84,7 +84,7 @@ class CausalLM(PrunableModule):
 
     @property
     def family(self) -> str:
-        """The `model_type` of transformers."""
+        """`model_type` of transformers."""
         return self.model.config.model_type
 
     def configure_model(self) -> None:
@@ -106,15 +106,15 @@ class CausalLM(PrunableModule):
         self._ready = True
 
     def model_facts(self) -> ModelFacts:
-        """The tokenizer, or where the model comes from."""
+        """Return facts with the tokenizer, or with the path that one can be loaded from."""
         return ModelFacts(tokenizer=self.tokenizer or self.path or None)
 
     def described(self) -> dict[str, Any]:
-        """Hyperparameters; of a model in memory also its class."""
+        """Return the hyperparameters, and the class of a model in memory."""
         return {"model_name_or_path": self.path or type(self.model).__name__, **super().described()}
 
     def _check_sparse24(self) -> None:
-        """Refuse, before weights are read, what needs dense ones."""
+        """Refuse `fit` with `sparse24` before weights are read."""
         if self.hparams.sparse24 and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             raise ValueError(
                 "Argument `sparse24` = True is for validate, test and predict, but this is fit: pruning and training need "
@@ -123,7 +123,7 @@ class CausalLM(PrunableModule):
 
     def _compress(self) -> None:
         """Replace the 2:4 linears of the blocks by compressed ones."""
-        device = None if self._trainer is None else self._trainer.strategy.root_device  # a GPU does it in no time
+        device = None if self._trainer is None else self._trainer.strategy.root_device  # faster on a GPU
         if device is not None and device.type == "cuda":
             try_kernels(device)
         replaced, total, before, after = compress_linears(list(self.blocks.values()), device)
@@ -142,7 +142,7 @@ class CausalLM(PrunableModule):
             )
 
     def _check_length(self, config: Any) -> None:
-        """Refuse windows longer than the positions that a model has learned; with rotary positions, warn."""
+        """Refuse windows longer than the positions that a model has learned; warn if positions are rotary."""
         seq_len = data_of(self._trainer).facts().tokens
         limit = getattr(config, "max_position_embeddings", None)
         if seq_len is None or limit is None:
@@ -165,11 +165,11 @@ class CausalLM(PrunableModule):
             )
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits, (samples, tokens, vocabulary)."""
+        """Return logits, (samples, tokens, vocabulary)."""
         return self.model(input_ids=input_ids, use_cache=False).logits
 
     def window_losses(self, input_ids: Tensor) -> Tensor:
-        """Mean next-token loss of each window in nats, float32, (samples,)."""
+        """Return the mean next-token loss of each window in nats, float32, (samples,)."""
         losses = [
             nn.functional.cross_entropy(logits[:-1].float(), ids[1:])  # window by window: float32 logits are large
             for logits, ids in zip(self(input_ids), input_ids, strict=True)
@@ -177,7 +177,7 @@ class CausalLM(PrunableModule):
         return torch.stack(losses)
 
     def training_loss(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean next-token loss."""
+        """Return and log the mean next-token loss of a batch."""
         loss = self.window_losses(batch["input_ids"]).mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -187,7 +187,7 @@ class CausalLM(PrunableModule):
         self.model(input_ids=batch["input_ids"], use_cache=False)
 
     def sample_positions(self, batch: dict[str, Tensor]) -> Tensor:
-        """Positions of the windows in the calibration set."""
+        """Return the positions of the windows in the calibration set."""
         return batch["index"]
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -199,11 +199,11 @@ class CausalLM(PrunableModule):
         self.metrics["test"].update(self.window_losses(batch["input_ids"]))
 
     def on_validation_epoch_start(self) -> None:
-        """Start at zero; here, since a state made in inference mode could not be used by a later `fit`."""
+        """Reset the metric. Done here, since a later `fit` could not use a state that was made in inference mode."""
         self._reset("val")
 
     def on_test_epoch_start(self) -> None:
-        """Start at zero."""
+        """Reset the metric."""
         self._reset("test")
 
     def on_validation_epoch_end(self) -> None:
@@ -215,7 +215,7 @@ class CausalLM(PrunableModule):
         self._log_perplexity("test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[str]:
-        """Greedy continuations of the first half of each window."""
+        """Return greedy continuations of the first half of each window."""
         prompts = batch["input_ids"][:, : batch["input_ids"].shape[1] // 2]
         mask = torch.ones_like(prompts)
         options = {"max_new_tokens": self.hparams.max_new_tokens, "do_sample": False}
@@ -234,14 +234,14 @@ class CausalLM(PrunableModule):
             self.print(f"[{row['index']}] ...{row['prompt_end']} >>> {row['continuation']}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
-        """AdamW of what is not frozen, or nothing while pruning."""
+        """Return AdamW over parameters that are not frozen; None while pruning."""
         if self.calibration_step is not None:
             return None
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, lr=self.hparams.learning_rate)
 
     def identity(self) -> dict[str, str]:
-        """Digests of the model and of the tokenizer, which is saved with the pruned model."""
+        """Return digests of the model and of the tokenizer, which is saved with the pruned model."""
         vocabulary = "" if self.tokenizer is None else json.dumps(sorted(self.tokenizer.get_vocab().items()))
         return super().identity() | {"tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()}
 
@@ -262,7 +262,7 @@ class CausalLM(PrunableModule):
 
     def _reset(self, split: str) -> None:
         self.metrics[split].reset()
-        self.metrics[split].set_dtype(self.metric_dtype)  # not that of a trainer with precision bf16-true
+        self.metrics[split].set_dtype(self.metric_dtype)  # a trainer with precision bf16-true has changed it
 
     def _log_perplexity(self, split: str) -> None:
         loss = self.metrics[split].compute()
@@ -273,7 +273,7 @@ class CausalLM(PrunableModule):
 
 
 def _check_given(model: nn.Module, dtype: str, attn_implementation: str | None) -> None:
-    """Raise a ValueError unless a model in memory is one of transformers, and nothing says how to load it."""
+    """Check that a model in memory is one of transformers, and that no argument says how to load it."""
     if not hasattr(model, "generate") or not hasattr(getattr(model, "config", None), "model_type"):
         raise ValueError(
             f"Argument `model_name_or_path` expected a path, or a causal language model of transformers, but got a "

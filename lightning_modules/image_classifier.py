@@ -17,9 +17,9 @@ from lightning_modules.parts.predictions import Predictions
 from utilities.contract import ModelFacts, data_of
 
 SPLITS = ("val", "heldout")
-"""Names of the validation dataloaders, in their order."""
+"""Names of the validation dataloaders, in order."""
 PRINTED = 4
-"""Predictions that `predict` prints; all of them are written."""
+"""Number of predictions that `predict` prints; all of them are written."""
 
 
 class ImageClassifier(PrunableModule):
@@ -35,12 +35,12 @@ class ImageClassifier(PrunableModule):
             a model of timm, or an image classifier of transformers, which is changed in place.
         pretrained: Whether to download the weights of a name.
         checkpoint: A .safetensors file for a model of timm.
-        model_args: Further arguments of `timm.create_model`, such as img_size, patch_size, num_classes, drop_path_rate; of a
-            model in memory those that it was made with, which are saved beside it.
+        model_args: Further arguments of `timm.create_model`, such as img_size, patch_size, num_classes, drop_path_rate. For a
+            model in memory, the arguments that it was made with, which are saved beside it.
         learning_rate: Largest learning rate of AdamW.
-        weight_decay: Of matrices; biases and norms have none.
-        warmup: Share of the training steps in which the learning rate rises; then it falls as a cosine, to zero.
-        label_smoothing: Probability that goes to all classes alike, in training.
+        weight_decay: Weight decay of matrices; biases and norms have none.
+        warmup: Share of the training steps in which the learning rate rises; then it falls to zero as a cosine.
+        label_smoothing: Probability that training labels spread evenly over all classes.
         mixup: α of mixup; 0 turns it off.
         cutmix: α of CutMix; 0 turns it off.
     """
@@ -83,7 +83,7 @@ class ImageClassifier(PrunableModule):
 
     @property
     def family(self) -> str:
-        """The `model_type` of transformers, vision_transformer, or the class of timm."""
+        """`model_type` of transformers, vision_transformer, or the name of timm's class."""
         return vision_models.model_type(self.model)
 
     def configure_model(self) -> None:
@@ -113,7 +113,7 @@ class ImageClassifier(PrunableModule):
             )
 
     def _check_size(self, model: nn.Module) -> None:
-        """Positions belong to one image size, unless the model was made for any."""
+        """Check the image size, which positions are tied to unless the model was made for any size."""
         size = data_of(self._trainer).facts().image_size
         own = vision_models.data_config(model)["input_size"][-1]
         if size not in (None, own) and getattr(getattr(model, "patch_embed", None), "strict_img_size", True):
@@ -124,31 +124,31 @@ class ImageClassifier(PrunableModule):
 
     @property
     def data_config(self) -> dict[str, Any]:
-        """How the model wants its images."""
+        """Image size and normalisation that the model expects, as timm writes them."""
         return vision_models.data_config(self.model)
 
     def model_facts(self) -> ModelFacts:
-        """Number of classes and how the model wants its images, once it is made."""
+        """Return facts with the number of classes and the expected images, once the model is made."""
         return ModelFacts() if self.num_classes is None else ModelFacts(self.num_classes, self.data_config)
 
     def described(self) -> dict[str, Any]:
-        """Hyperparameters; of a model in memory also its class."""
+        """Return the hyperparameters, and the class of a model in memory."""
         return {"model_name_or_path": self.path or type(self.model).__name__, **super().described()}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, (samples, classes)."""
+        """Return logits, (samples, classes)."""
         return vision_models.logits(self.model, images)
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
-        """The images of a batch to look at, (samples, channels, height, width) in [0, 1]."""
+        """Return the images of a batch without normalisation, (samples, channels, height, width) in [0, 1]."""
         return vision_models.denormalised(batch["image"], self.data_config)
 
     def patch_grid(self, batch: dict[str, Tensor]) -> tuple[int, int]:
-        """Rows and columns of patches; they are the last tokens of the blocks."""
+        """Return the numbers of rows and columns of patches, which are the last tokens of the blocks."""
         return vision_models.patch_grid(self.model, batch["image"])
 
     def training_loss(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
-        """Cross-entropy against smoothed, and maybe mixed, labels; None for a batch without images."""
+        """Return the cross-entropy with smoothed, and possibly mixed, labels; None for a batch without images."""
         images, labels, smoothing = batch["image"], batch["label"], self.hparams.label_smoothing
         if not len(images):
             return None
@@ -165,7 +165,7 @@ class ImageClassifier(PrunableModule):
         self(batch["image"])
 
     def sample_positions(self, batch: dict[str, Tensor]) -> Tensor:
-        """Positions of the images in the calibration set."""
+        """Return the positions of the images in the calibration set."""
         return batch["index"]
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -182,12 +182,12 @@ class ImageClassifier(PrunableModule):
                 metric.update(predicted, batch["label"])
 
     def on_validation_epoch_start(self) -> None:
-        """Start at zero; here, since a state made in inference mode could not be used by a later `fit`."""
+        """Reset the metrics. Done here, since a later `fit` could not use a state that was made in inference mode."""
         self._skipped = {}
         for metrics in self.metrics.values():
             metrics.reset()
             for metric in metrics.values():
-                metric.set_dtype(self.metric_dtype)  # not that of a trainer with precision bf16-true
+                metric.set_dtype(self.metric_dtype)  # a trainer with precision bf16-true has changed it
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, top-1 and top-5 of each dataloader, and how many images could not be read."""
@@ -202,7 +202,7 @@ class ImageClassifier(PrunableModule):
             self.log_dict(values, prog_bar=self.calibration_step is None, logger=self.calibration_step is None)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """The five most probable classes of each image, and their probabilities."""
+        """Return the five most probable classes of each image and their probabilities."""
         probabilities, classes = self(batch["image"]).float().softmax(-1).topk(min(5, self.num_classes))
         names = data_of(self._trainer).facts().class_names or range(self.num_classes)
         for index, best, shares in zip(batch["index"].tolist(), classes.tolist(), probabilities.tolist(), strict=True):
@@ -215,7 +215,7 @@ class ImageClassifier(PrunableModule):
             self.print(f"[{row['index']}] {row['classes'][0]} {row['probabilities'][0]:.1%}")
 
     def configure_optimizers(self) -> dict[str, Any] | None:
-        """AdamW with warm-up and cosine by step, or nothing while pruning."""
+        """Return AdamW with warm-up and a cosine schedule by step; None while pruning."""
         if self.calibration_step is not None:
             return None
         options, steps = self.hparams, max(int(self.trainer.estimated_stepping_batches), 2)
@@ -233,10 +233,10 @@ class ImageClassifier(PrunableModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def save(self, directory: Path) -> None:
-        """The format of the model's own library: safetensors and config.json."""
+        """Write the format of the model's own library: safetensors and config.json."""
         vision_models.save_model(self.model, directory, vision_models.loaded_args(self.path, self.hparams.model_args))
 
     def load_arguments(self, directory: Path) -> dict[str, str]:
-        """Beside the directory: nothing else may say where weights come from."""
+        """Return the directory as the only source of weights; the other arguments that name one are reset."""
         emptied = {name: "null" for name in ("checkpoint", "model_args") if self.hparams[name] is not None}
         return super().load_arguments(directory) | emptied | ({"pretrained": "false"} if self.hparams.pretrained else {})

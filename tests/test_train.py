@@ -113,7 +113,7 @@ def test_print_config_and_wrong_settings(config, show, capsys):
         show("fit", "--config", str(config), "--print_config")
     assert not ended.value.code
     assert yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"][0]["init_args"]["sparsity"] == 0.5
-    with pytest.raises(ValueError, match="Give either `sparsity`"):
+    with pytest.raises(ValueError, match="Arguments `sparsity`"):
         show("fit", "--config", str(config), "--trainer.callbacks.pattern", "2:4")
     with pytest.raises(ValueError, match=r"is not an existing directory\. Give a hub id"):
         show("validate", "--config", str(config), "--model.model_name_or_path", "./nowhere/model")

@@ -85,8 +85,8 @@ def configs():
 PRUNING = [
     ("llama", [PRUNE + "sparsity", "1.5"], r"`sparsity` expected to be a share of zeros in \[0, 1\) but got 1.5"),
     ("llama", [PRUNE + "sparsity", "half"], "`trainer.callbacks.sparsity` expected a number or null but got 'half'"),
-    ("llama", [PRUNE + "pattern", "2:4"], "Give either `sparsity`.* or `pattern`.*got sparsity=0.5 and pattern='2:4'"),
-    ("llama", [PRUNE + "sparsity", "null"], "Give either `sparsity`.* or `pattern`.*got sparsity=None and pattern=None"),
+    ("llama", [PRUNE + "pattern", "2:4"], "Arguments `sparsity`.* and `pattern`.*got sparsity=0.5 and pattern='2:4'"),
+    ("llama", [PRUNE + "sparsity", "null"], "Arguments `sparsity`.* and `pattern`.*got sparsity=None and pattern=None"),
     (
         "llama",
         [PRUNE + "sparsity", "null", PRUNE + "pattern", "4:2"],

@@ -1,4 +1,4 @@
-"""Checks of settings, each of which names the argument, what it expected and what it got."""
+"""Checks of settings, whose errors name the argument, what it expected and what it got."""
 
 from math import inf
 
@@ -34,12 +34,28 @@ def check_integer(argument: str, value: object, least: int) -> None:
 
 
 def check_share(argument: str, value: float) -> None:
-    """Raise a ValueError unless a value is in [0, 1]."""
+    """Check that a value is in [0, 1].
+
+    Args:
+        argument: Name of the setting, for the error.
+        value: Value of the setting.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if not 0 <= value <= 1:
         raise ValueError(f"Argument `{argument}` expected to be in [0, 1] but got {value}.")
 
 
 def check_at_least_zero(argument: str, value: float) -> None:
-    """Raise a ValueError unless a value is a finite number of at least 0."""
+    """Check that a value is a finite number of at least 0.
+
+    Args:
+        argument: Name of the setting, for the error.
+        value: Value of the setting.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if not 0 <= value < inf:
         raise ValueError(f"Argument `{argument}` expected to be at least 0 and finite but got {value}.")

@@ -1,4 +1,4 @@
-"""How the zeros of `sparsity` are shared out over blocks, as a config names it; the mathematics is functional/pruning."""
+"""Ways to share the zeros of `sparsity` out over blocks, by their names in configs; the formulas are in functional/pruning."""
 
 from typing import Literal
 
@@ -8,10 +8,14 @@ AllocationName = Literal["uniform", "owl", "error"]
 
 
 class Allocation(Choice):
-    """Shares of zeros of the blocks; their sum over the model stays exact."""
+    """Base of the allocations: each gives every block a share of zeros; their number over the model stays exact."""
 
     def check(self, sparsity: float) -> None:
-        """Raise a ValueError unless these settings can be had at a sparsity."""
+        """Check that these settings are possible at a sparsity.
+
+        Raises:
+            ValueError: If they are not.
+        """
 
 
 class UniformAllocation(Allocation):
@@ -25,7 +29,7 @@ class OwlAllocation(Allocation):
 
     Args:
         threshold: M; a score is an outlier above M times its block's mean.
-        spread: Λ; how far a block's share of zeros may be from `sparsity`, before the mean over blocks is corrected.
+        spread: Λ; largest distance of a block's share of zeros from `sparsity`, before the mean over blocks is corrected.
 
     Raises:
         ValueError: If an argument is not positive.
@@ -40,7 +44,11 @@ class OwlAllocation(Allocation):
         self.threshold, self.spread = threshold, spread
 
     def check(self, sparsity: float) -> None:
-        """Raise a ValueError if a block's share of zeros could leave [0, 1]."""
+        """Check that no block's share of zeros can leave [0, 1].
+
+        Raises:
+            ValueError: If `spread` is too large for the sparsity.
+        """
         if self.spread > (most := min(sparsity, 1 - sparsity)):
             raise ValueError(
                 f"Argument `allocation.spread` expected to be at most {most:g} at a sparsity of {sparsity:g}, or shares of "
@@ -49,6 +57,6 @@ class OwlAllocation(Allocation):
 
 
 class ErrorAllocation(Allocation):
-    """The last weight that is pruned costs every block the same relative error; one pass over the dense model."""
+    """The last weight that is pruned adds the same relative error in every block; one pass over the dense model."""
 
     short = "error"

@@ -1,9 +1,8 @@
 """BlockStep: one block on its way from dense to pruned.
 
-    calibrate    batch by batch: the block before, already pruned, hands its outputs on; they go through this block, whose
+    calibrate    batch by batch: the block before, already pruned, passes its outputs on; they go through this block, whose
                  linears collect statistics
     solve        once all batches have passed: statistics become weights
-    propagate    is the first half of the next block's calibration
 
 The inputs of a block are thus the outputs of the pruned blocks before it, as in SparseGPT and D²Prune.
 """
@@ -31,7 +30,7 @@ class BlockStep:
     Args:
         index: Index of the block in the model.
         name: Full name of the block.
-        linears: Name within the block -> linear, of those that are pruned now; empty for a block that is restored.
+        linears: Name within the block -> linear that is pruned now; empty for a block that is restored.
         methods: Linear -> method.
         stream: Hidden states of the calibration batches.
         settings: Settings of the run.
@@ -65,7 +64,17 @@ class BlockStep:
     def solve(
         self, solver: BlockSolver, attention: AttentionMonitor | None, loggers: list[Logger], histograms: bool
     ) -> BlockRecord:
-        """Prune the block from its statistics and record what that took."""
+        """Prune the block from its statistics.
+
+        Args:
+            solver: Solver of the run.
+            attention: Follows attention in the first process, if attention is measured.
+            loggers: Receive attention maps and histograms.
+            histograms: Whether to log histograms of the scores.
+
+        Returns:
+            The record of the block, with times.
+        """
         collected = time.perf_counter()
         record = BlockRecord(name=self.name, seconds_statistics=collected - self._started)
         record = solver.prune(self.index, self._collector, self.methods, attention, record, loggers, histograms)
@@ -74,11 +83,11 @@ class BlockStep:
         return record
 
     def weights(self) -> dict[str, Tensor]:
-        """Name -> present weight of the pruned linears."""
+        """Return name -> present weight of the pruned linears."""
         return {name: linear.weight for name, linear in self._collector.linears.items()}
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU, so that clocks read what they should."""
+    """Wait for a GPU, so that clocks measure its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize()

@@ -1,9 +1,9 @@
-"""BlockSolver: turns the statistics of one block into its pruned weights, alike in all processes.
+"""BlockSolver: turns the statistics of one block into its pruned weights, the same in all processes.
 
-sum        the statistics of each linear in its owner
-choose     the first process lets the attention rule choose what q, k and v get (D²Prune §3.2)
+sum        the owner of each linear sums its statistics over all processes
+choose     the first process lets the attention rule choose the states of q, k and v (D²Prune §3.2)
 solve      every owner prunes its linears
-send       weights from the owner to all, which must then hold the same bits
+send       every owner sends its weights to all processes, which must then hold the same bits
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +29,7 @@ from lightning_modules.base.prunable import PrunableModule
 from utilities.distributed import Processes
 
 Solved = dict[str, tuple[PruneResult, str]]
-"""Linear -> its result, and the method that pruned it."""
+"""Linear -> its result and the method that pruned it."""
 
 
 class BlockSolver:
@@ -39,7 +39,7 @@ class BlockSolver:
         module: The model.
         settings: Settings of the run.
         processes: Processes that share the work.
-        targets: Zeros of each linear, where they are not all alike.
+        targets: Zeros of each linear; None if all linears have the same share.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class BlockSolver:
     ) -> None:
         self.targets = targets
         self.calibration: dict[str, float] = {}
-        """Samples, and tokens per sample, of the whole calibration set."""
+        """Number of samples, and of tokens per sample, of the whole calibration set."""
         self._module, self._settings, self._processes = module, settings, processes
 
     def prune(
@@ -66,8 +66,8 @@ class BlockSolver:
             index: Index of the block in the model.
             collector: Statistics of this process's samples.
             methods: Linear -> planned method.
-            attention: Follows attention in the first process, if attention is looked at.
-            record: Record of the block, as far as it is known.
+            attention: Follows attention in the first process, if attention is measured.
+            record: Record of the block so far.
             loggers: Receive attention maps and histograms.
             histograms: Whether to log histograms of the scores.
 
@@ -76,12 +76,12 @@ class BlockSolver:
 
         Raises:
             ValueError: As `prune_linears`, naming block and linear.
-            RuntimeError: If another process failed, or holds other weights afterwards.
+            RuntimeError: If another process failed, or holds different weights afterwards.
         """
         processes = self._processes
         if self.targets is not None:
             record.allocation = self.targets.measures.get(record.name, {})  # empty for a block that is ignored
-        processes.together(lambda: collector.check(record.name))  # each its own batches, before they are summed
+        processes.together(lambda: collector.check(record.name))  # every process checks its own batches before the sum
         roles = self._roles(collector)
         owners = owners_of(collector, processes.size, roles.values() if self._chooses else ())
         sum_statistics(processes, collector, owners)
@@ -114,7 +114,15 @@ class BlockSolver:
     def restore(
         self, index: int, block: str, weights: Mapping[str, Tensor], names: Iterable[str], attention: AttentionMonitor | None
     ) -> None:
-        """Give a block the weights of an earlier run, which only the first process has."""
+        """Give a block the weights of an earlier run, which only the first process has.
+
+        Args:
+            index: Index of the block in the model.
+            block: Full name of the block.
+            weights: Linear -> weight, in the first process.
+            names: Linears of the block that were pruned.
+            attention: Follows attention in the first process, if attention is measured.
+        """
         linears = self._module.linears(self._module.blocks[block])
         if attention is not None:
             attention.enter(index)
@@ -147,7 +155,11 @@ class BlockSolver:
         attention: AttentionMonitor | None,
         record: BlockRecord,
     ) -> Solved:
-        """Let the attention rule choose; what the other rules have decided is recorded. Returns what is solved by then."""
+        """Let the attention rule choose, or record what the other rules have decided.
+
+        Returns:
+            The projections that are solved already: those that the attention rule chose, in the first process.
+        """
         linears = {role: collector.linears[name] for role, name in roles.items()}
         if self._chooses and roles:
             if attention is None:  # another process chooses
@@ -164,7 +176,7 @@ class BlockSolver:
     def _states(
         self, collector: StatisticsCollector, block: str, roles: Mapping[str, str]
     ) -> dict[str, dict[str, PruneResult]]:
-        """Role -> state -> result."""
+        """Return role -> state -> result."""
         names = list(roles.values())
         updated, held = (self._solve(collector, block, names, method_of(state)) for state in (UPDATED, HELD))
         rule = self._settings.update_rule
@@ -174,7 +186,7 @@ class BlockSolver:
         }
 
     def _solve_all(self, collector: StatisticsCollector, block: str, methods: Mapping[str, str]) -> Solved:
-        """Solve siblings with one method together."""
+        """Solve siblings that have the same method together."""
         together: dict[tuple[str, str], list[str]] = {}
         for name, method in methods.items():
             together.setdefault((collector.leader(name), method), []).append(name)

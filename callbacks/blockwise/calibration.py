@@ -1,4 +1,4 @@
-"""CalibrationStream: hidden states of this process's calibration batches, block by block, and which samples they are."""
+"""CalibrationStream: hidden states of this process's calibration batches, block by block, and positions of their samples."""
 
 from typing import Any
 
@@ -16,12 +16,12 @@ class CalibrationStream:
 
     Args:
         module: The module.
-        windows: Pass their share of the batches on to the update rule.
-        num_batches: Batches of this process.
+        windows: Pass windows of the batches on to the update rule.
+        num_batches: Number of batches of this process.
     """
 
     def __init__(self, module: PrunableModule, windows: RuleWindows, num_batches: int) -> None:
-        # Bound here: the calibration step goes through the module, which DDP may have wrapped by then.
+        # Bound here, since DDP may wrap the module before the first calibration step.
         self._forward, self._positions_of = module.calibration_forward, module.sample_positions
         self._stream = BlockStream(list(module.blocks.values()))
         self._windows, self._num_batches = windows, num_batches
@@ -29,7 +29,7 @@ class CalibrationStream:
         self._same: list[Tensor] = []
 
     def capture(self, batch: Any, key: int) -> None:
-        """Store what enters the first block, for batch number `key`."""
+        """Store the inputs of the first block for batch number `key`."""
         positions = self._positions_of(batch)
         self._positions[key] = positions.cpu()
         self._stream.capture(key, lambda: self._forward(batch))
@@ -44,21 +44,21 @@ class CalibrationStream:
         self._stream.advance(key, index)
 
     def run(self, key: int, index: int) -> None:
-        """Run block `index` on the hidden states of a batch, which stay as they are."""
+        """Run block `index` on the hidden states of a batch, without replacing them."""
         self._stream.run(key, index)
 
     def positions(self, key: int) -> Tensor:
-        """Positions of a batch's samples in the calibration set, (samples,), on the CPU."""
+        """Return the positions of a batch's samples in the calibration set, (samples,), on the CPU."""
         return self._positions[key]
 
     def end_epoch(self, first: bool) -> None:
-        """Check what the dataloader gave in this epoch.
+        """Check the batches of this epoch.
 
         Args:
             first: Whether this epoch captured the batches.
 
         Raises:
-            ValueError: If other batches came than in the first epoch, or two processes have the same sample.
+            ValueError: If they differ from those of the first epoch, or two processes have the same sample.
         """
         if self._same and not torch.stack(self._same).all():
             raise ValueError("The train dataloader gives other batches in this epoch. Turn its shuffling off.")
@@ -73,7 +73,7 @@ class CalibrationStream:
 
 
 def _equal(a: Tensor, b: Tensor) -> Tensor:
-    """Whether two tensors are equal, as a tensor on the device of `a`, which need not be waited for."""
+    """Return whether two tensors are equal, as a tensor on the device of `a`, without waiting for it."""
     return (
         (a == b.to(a.device, non_blocking=True)).all() if a.shape == b.shape else torch.zeros((), dtype=bool, device=a.device)
     )

@@ -1,7 +1,7 @@
-"""How the processes of a pruning run share the work on a block.
+"""Share the work on a block among the processes of a pruning run.
 
-Each process collects statistics of its own calibration samples. Once a block, the sums of each linear go to its owner, which
-alone has the whole Gram matrix, solves the linear and sends the weights to all; all must then hold the same bits.
+Each process collects statistics of its own calibration samples. Once a block, the sums of each linear go to its owner, the only
+process with the whole Gram matrix. It solves the linear and sends the weights to all, which must then hold the same bits.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,15 +18,15 @@ from utilities.distributed import Processes, need_whole_weights
 
 
 def processes_of(trainer: Trainer) -> Processes:
-    """Processes of a trainer, whose strategy is made ready for a run without gradients.
+    """Return the processes of a trainer, and prepare its strategy for a run without gradients.
 
     Raises:
-        ValueError: If the strategy is another than a single device or DDP.
+        ValueError: If the strategy is neither a single device nor DDP.
     """
     need_whole_weights(trainer, "BlockwisePruning")
     if isinstance(trainer.strategy, SingleDeviceStrategy):
         return Processes()
-    # No DDP wrapper: without gradients it would only take as much memory as the model, and buffers are constants.
+    # No DDP wrapper: there are no gradients to reduce, buffers are constants, and it would take as much memory as the model.
     trainer.strategy.configure_ddp = lambda: None
     return Processes(trainer.global_rank, trainer.world_size)
 
@@ -37,14 +37,17 @@ def give_back(trainer: Trainer) -> None:
 
 
 def owners_of(collector: StatisticsCollector, size: int, first: Iterable[str] = ()) -> dict[str, int]:
-    """Rank of the owner of each linear: the most work first, to the process with the least so far.
+    """Choose the owner of each linear: the most expensive linears first, each to the process with the least work so far.
 
-    Linears that share their input have one owner, since they share a Gram matrix and its factor.
+    Siblings have one owner, since they share a Gram matrix and its factor.
 
     Args:
         collector: Statistics of the block.
         size: Number of processes.
         first: Linears that the first process must own, since it chooses among several results.
+
+    Returns:
+        Linear -> rank of its owner.
     """
     first, load, owners = set(first), [0.0] * size, {}
     siblings = collector.siblings()
@@ -62,7 +65,13 @@ def owners_of(collector: StatisticsCollector, size: int, first: Iterable[str] = 
 
 
 def sum_statistics(processes: Processes, collector: StatisticsCollector, owners: Mapping[str, int]) -> None:
-    """Sum the statistics of each linear over all processes in its owner; other processes must not use theirs afterwards."""
+    """Sum the statistics of each linear over all processes in its owner; those of other processes are invalid afterwards.
+
+    Args:
+        processes: Processes of the run.
+        collector: Statistics of this process's samples; changed in place.
+        owners: Linear -> rank of its owner.
+    """
     if processes.size == 1:
         return
     parts = [(collector.inputs(leader), owners[leader]) for leader in collector.siblings()]
@@ -91,7 +100,7 @@ def send_weights(
     Args:
         processes: Processes of the run.
         linears: Name -> linear of the block.
-        own: Name -> new weight, of the linears that this process owns.
+        own: Name -> new weight of the linears that this process owns.
         owners: Name -> rank of the owner.
         block: Name of the block, for the error.
 

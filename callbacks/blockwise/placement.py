@@ -1,7 +1,7 @@
-"""Where the parts of a model and its calibration data are: blocks on the device or in host memory, batch sizes that fit.
+"""Placement: keeps blocks on the device or in host memory; and batch sizes that fit a GPU.
 
-With offload, blocks wait in host memory. Embeddings, final norm and head stay on the device. While blocks are pruned, two of
-them are there; a pass of the whole model (validation) takes every block there and back, batch after batch.
+With offload, blocks wait in host memory; embeddings, final norm and head stay on the device. While blocks are pruned, two of
+them are on the device. A pass of the whole model (validation) moves every block there and back for each batch.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from lightning_modules.base.prunable import PrunableModule
 
 DEFAULT_WINDOWS = 8
 MOST_TOKENS = 65536
-"""More tokens at a time are not faster, even through small blocks on a large GPU."""
+"""Largest number of tokens at a time; more are not faster, even through small blocks on a large GPU."""
 ACTIVATION_SHARE = 0.1
 """Share of the GPU's memory that a block's activations may take."""
 HIDDEN_SHARE = 0.4
@@ -26,9 +26,9 @@ class Placement:
     """Moves the blocks of a module between device and host memory.
 
     Args:
-        module: The module; its model exists when a fit starts.
-        trainer: Its trainer.
-        offload: Whether blocks wait in host memory; if not, nothing here moves anything.
+        module: The module; its model may be made later, when a fit starts.
+        trainer: Trainer of the run.
+        offload: Whether blocks wait in host memory; if not, no method moves anything.
     """
 
     def __init__(self, module: PrunableModule, trainer: Trainer, offload: bool) -> None:
@@ -37,7 +37,7 @@ class Placement:
             trainer.strategy.model_to_device = self._all_but_blocks
 
     def hold(self, indices: range) -> None:
-        """Have these blocks on the device, and no others."""
+        """Move these blocks to the device and all others off it."""
         if self._offload:
             blocks = list(self._module.blocks.values())
             for index in (index for index in range(len(blocks)) if index not in indices):
@@ -47,7 +47,7 @@ class Placement:
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """Within, every block comes to the device for its own forward pass alone."""
+        """Move every block to the device only for its own forward pass, within the context."""
         with ExitStack() as hooks:
             if self._offload:
                 self.hold(range(0))
@@ -57,7 +57,7 @@ class Placement:
             yield
 
     def _all_but_blocks(self) -> None:
-        """Replaces the strategy's own `model_to_device`."""
+        """Move everything but the blocks; replaces the strategy's own `model_to_device`."""
         path, _, name = self._module.architecture.blocks.rpartition(".")
         parent = self._module.model.get_submodule(path)
         blocks = parent._modules[name]
@@ -74,20 +74,21 @@ def give_back_placement(trainer: Trainer) -> None:
 
 
 def fits(num_bytes: int, device: torch.device) -> bool:
-    """Whether a GPU has room for hidden states of this size beside the model; other devices always do."""
+    """Return whether a GPU has room for hidden states of this size beside the model; other devices always do."""
     return device.type != "cuda" or num_bytes < HIDDEN_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def windows_at_a_time(module: PrunableModule, seq_len: int, num_windows: int, device: torch.device) -> int:
-    """Windows of text whose activations in one block fit a share of the GPU: a power of two, so processes share whole batches.
+    """Return the number of windows whose activations in one block fit a share of the GPU's memory.
 
-    Of all of its memory, not of what is free: the same run takes the same batches, bit for bit.
+    It is a power of two, so that processes share whole batches. The share is that of the total memory, not of the free memory,
+    so that the same run takes the same batches, bit for bit.
 
     Args:
         module: The model.
         seq_len: Tokens of a window.
-        num_windows: Windows of this process.
-        device: Where it runs; without a GPU, more than `DEFAULT_WINDOWS` gain nothing.
+        num_windows: Number of windows of this process.
+        device: Device of the run; on others than GPUs at most `DEFAULT_WINDOWS`, since more are not faster.
     """
     if device.type != "cuda":
         return min(DEFAULT_WINDOWS, num_windows)

@@ -1,4 +1,4 @@
-"""The plan of a pruning run: which linears of which blocks are pruned, and by which method."""
+"""Plan a pruning run: which linears of which blocks are pruned, and by which method."""
 
 from fnmatch import fnmatchcase
 
@@ -15,7 +15,7 @@ Plan = dict[str, dict[str, str]]
 
 
 def plan_of(settings: PruningSettings, module: PrunableModule, round_held: str | None = None) -> Plan:
-    """Plan one round over the blocks. What it says of q, k and v the attention rule replaces, block by block.
+    """Plan one round over the blocks. The attention rule replaces the methods of q, k and v, block by block.
 
     Args:
         settings: Settings of the run.
@@ -23,8 +23,8 @@ def plan_of(settings: PruningSettings, module: PrunableModule, round_held: str |
         round_held: Projection that this round holds in every block (perplexity rule).
 
     Raises:
-        ValueError: If the model lacks a projection that the update rule needs or `ignore` leaves it none, an `ignore` pattern
-            matches nothing, all linears are ignored, or M of the pattern does not divide the inputs of a linear.
+        ValueError: If the model lacks a projection that the update rule needs, or `ignore` excludes it; if a glob of `ignore`
+            matches nothing, or all linears are ignored; if M of the pattern does not divide the inputs of a linear.
     """
     _check_projections(settings, module)
     unused, plan = set(settings.ignore), {}
@@ -41,13 +41,13 @@ def plan_of(settings: PruningSettings, module: PrunableModule, round_held: str |
 
 
 def pruned_projections(module: PrunableModule, linears: dict[str, PrunableLinear] | dict[str, str]) -> dict[str, str]:
-    """Role -> name, of q, k and v among some linears of a block."""
+    """Return role -> name of q, k and v among some linears of a block."""
     projections = module.architecture.projections
     return {role: projections[role] for role in ROLES if projections.get(role) in linears}
 
 
 def pruned_roles(module: PrunableModule, plan: Plan) -> list[str]:
-    """Those of q, k and v that are pruned in some block."""
+    """Return those of q, k and v that are pruned in some block."""
     found = {role for names in plan.values() for role in pruned_projections(module, names)}
     return [role for role in ROLES if role in found]
 
@@ -81,8 +81,8 @@ def _check_ignored(settings: PruningSettings, module: PrunableModule, plan: Plan
     example = next(f"{name}.{linear}" for name, block in module.blocks.items() for linear in module.linears(block))
     if unused:
         raise ValueError(
-            f"Argument `ignore`: {', '.join(sorted(map(repr, unused)))} matches no linear. Names look like {example!r}, "
-            "and patterns are globs such as '*.down_proj'."
+            f"Argument `ignore`: {', '.join(sorted(map(repr, unused)))} matches no linear. Names look like {example!r}; "
+            "give globs such as '*.down_proj'."
         )
     if not any(plan.values()):
         raise ValueError(f"Argument `ignore` = {list(settings.ignore)} leaves no linear to prune.")
@@ -106,13 +106,13 @@ def _check_groups(name: str, in_features: int, pattern: str | None) -> None:
 
 
 def rows_lose_alike(settings: PruningSettings, module: PrunableModule, method: str, name: str) -> bool:
-    """Whether each row of a linear may have to lose equally many weights, whatever the update rule decides later.
+    """Return whether all rows of a linear may have to lose equally many weights, depending on what the update rule decides.
 
     Args:
         settings: Settings of the run.
         module: The module.
         method: Planned method of the linear.
-        name: Its name within the block.
+        name: Name of the linear within the block.
     """
     undecided = isinstance(settings.update_rule, AttentionRule | PerplexityRule)
     projections = module.architecture.projections

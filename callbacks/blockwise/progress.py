@@ -16,7 +16,7 @@ class BlockProgressBar(TQDMProgressBar):
     """A progress bar whose unit is a block.
 
     Args:
-        num_blocks: Length of the bar.
+        num_blocks: Number of blocks over all rounds, the length of the bar.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -24,7 +24,7 @@ class BlockProgressBar(TQDMProgressBar):
         self.num_blocks = num_blocks
 
     def block_done(self, count: int, record: BlockRecord) -> None:
-        """Move to `count` finished blocks and show some numbers of the last one."""
+        """Move the bar to `count` blocks and show some numbers of the last one."""
         self.train_progress_bar.n = count
         shown = {"error": f"{record.relative_error:.4f}", "sparsity": f"{record.sparsity:.4f}"}
         if record.allocation:
@@ -60,7 +60,7 @@ class BlockProgressBar(TQDMProgressBar):
 
 
 def use_block_progress_bar(trainer: Trainer, pl_module: LightningModule, num_blocks: int) -> None:
-    """In the place of the trainer's own bar, if it has one: epochs of a few batches would tell nothing."""
+    """Replace the trainer's progress bar, if it has one: bars over epochs of a few batches would say nothing."""
     bar = trainer.progress_bar_callback
     if bar is None or bar.is_disabled:
         return

@@ -1,4 +1,4 @@
-"""Records of a pruning run: what is known of each pruned linear and block, for pruning.json and TensorBoard."""
+"""Records of each pruned linear and block of a run, for pruning.json and TensorBoard."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -45,9 +45,9 @@ class BlockRecord:
     candidates: list[dict[str, Any]] = field(default_factory=list)
     outlier_ratios: dict[str, float] = field(default_factory=dict)
     attention: dict[str, float] = field(default_factory=dict)
-    """Measures of the attention against the dense model's, by AttentionProbe."""
+    """Measures by which AttentionProbe compares the attention with the dense model's."""
     allocation: dict[str, float] = field(default_factory=dict)
-    """The block's share of zeros and what it follows from; empty where all blocks have the same."""
+    """The block's share of zeros and the measures that it follows from; empty if all blocks have the same share."""
 
     @property
     def seconds(self) -> float:
@@ -56,7 +56,7 @@ class BlockRecord:
 
     @property
     def relative_error(self) -> float:
-        """Mean over the linears; a sum would mostly show the few whose outputs are huge."""
+        """Mean of the relative errors of the linears; a sum would mostly show the few with huge outputs."""
         errors = [linear.relative_error for linear in self.linears.values()]
         return sum(errors) / len(errors) if errors else 0.0
 
@@ -66,7 +66,7 @@ class BlockRecord:
         return sparsity_of([self])
 
     def scalars(self) -> dict[str, float]:
-        """TensorBoard tags and values."""
+        """Return TensorBoard tags and values."""
         values = {
             "block/relative_error": self.relative_error,
             "block/sparsity": self.sparsity,
@@ -89,11 +89,11 @@ class BlockRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Inverse of `dataclasses.asdict`."""
+        """Make a record from what `dataclasses.asdict` returned."""
         return cls(**values | {"linears": {name: LinearRecord(**linear) for name, linear in values["linears"].items()}})
 
     def as_json(self) -> dict[str, Any]:
-        """Content for pruning.json, derived values included."""
+        """Return the content for pruning.json, derived values included."""
         linears = {
             name: asdict(linear) | {"relative_error": linear.relative_error, "sparsity": linear.sparsity}
             for name, linear in self.linears.items()
@@ -103,7 +103,7 @@ class BlockRecord:
 
 
 def sparsity_of(records: list[BlockRecord]) -> float:
-    """Share of zeros over all pruned linears."""
+    """Return the share of zeros over all pruned linears."""
     linears = [linear for record in records for linear in record.linears.values()]
     weights = sum(linear.weights for linear in linears)
     return sum(linear.zeros for linear in linears) / weights if weights else 0.0

@@ -18,7 +18,11 @@ REPORT = "pruning.json"
 
 
 def check_output(path: Path) -> None:
-    """Raise a ValueError if `path` exists and is not the result of an earlier run: nothing else is ever replaced."""
+    """Check that `path` is new, empty, or the result of an earlier run, since nothing else is ever replaced.
+
+    Raises:
+        ValueError: If it is not.
+    """
     path = path.expanduser().resolve()
     if path.exists() and not (path / REPORT).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(
@@ -28,7 +32,14 @@ def check_output(path: Path) -> None:
 
 
 def publish(module: PrunableModule, output: OutputDirectory, report: dict[str, Any], card: ModelCard) -> None:
-    """Put the model, its report and its card in their place, all at once."""
+    """Write the model, its report and its card into the output directory, all at once.
+
+    Args:
+        module: Module whose model was pruned.
+        output: The directory, open.
+        report: Content of pruning.json.
+        card: Model card.
+    """
 
     def write(directory: Path) -> None:
         module.save(directory)
@@ -39,18 +50,25 @@ def publish(module: PrunableModule, output: OutputDirectory, report: dict[str, A
 
 
 def report_of(trainer: Trainer, module: PrunableModule, run: dict[str, Any], records: list[BlockRecord]) -> dict[str, Any]:
-    """Content of pruning.json: model, data, hardware, versions and sources, beside what the run says of itself."""
+    """Return the content of pruning.json: model, data, hardware, versions and sources, and the entries of the run.
+
+    Args:
+        trainer: Trainer of the run.
+        module: Module whose model was pruned.
+        run: Entries of the run itself.
+        records: Records of its blocks.
+    """
     blocks = [record.as_json() for record in records]
     return {**facts_of(trainer, module), **run, "sparsity": sparsity_of(records), "blocks": blocks}
 
 
 def pruning_card(trainer: Trainer, module: PrunableModule, report: dict[str, Any]) -> ModelCard:
-    """Model card of a pruned model.
+    """Return the model card of a pruned model.
 
     Args:
         trainer: Trainer of the run.
         module: Module whose model was pruned.
-        report: Content of pruning.json, whose metrics of the pruned model may still be missing.
+        report: Content of pruning.json; metrics of the pruned model may still be missing.
     """
     settings = report["settings"]
     rule_source = settings.get("update_rule", {}).get("init_args", {}).get("source") or ()
@@ -80,7 +98,17 @@ def print_summary(
     seconds: float,
     log_dir: str | None,
 ) -> None:
-    """One table: metrics of the dense and of the pruned model, sparsity, updates taken, time, memory, and what to do next."""
+    """Print one table: metrics before and after pruning, sparsity, updates taken, time, memory, and commands to go on with.
+
+    Args:
+        trainer: Trainer of the run.
+        title: Title of the table.
+        metrics: dense and pruned -> metric -> value.
+        records: Records of the blocks.
+        output: Directory of the pruned model.
+        seconds: Time of the run.
+        log_dir: Log directory of the run.
+    """
     dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
     rows = [(name, f"{value:.4g} dense -> {pruned[name]:.4g} pruned") for name, value in dense.items()]
     rows.append(("sparsity", f"{sparsity_of(records):.4%} of the pruned linears of {len(records)} blocks"))

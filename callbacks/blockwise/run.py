@@ -1,7 +1,7 @@
 """PruningRun: one pruning fit from its first batch to its saved model. BlockwisePruning makes it and calls it hook by hook.
 
-Words: a *run* is one fit, perhaps continued after a kill. A *round* goes once over all blocks; the perplexity rule makes three.
-A *step* is one block of one round, and one epoch of the Trainer. Steps that an earlier run *finished* are restored from disk.
+A *run* is one fit, perhaps continued after a kill. A *round* goes once over all blocks; the perplexity rule makes three. A
+*step* is one block of one round, and one epoch of the Trainer. Steps that an earlier run *finished* are restored from disk.
 """
 
 import time
@@ -26,7 +26,7 @@ from callbacks.blockwise.progress import BlockProgressBar
 from callbacks.blockwise.records import BlockRecord
 from callbacks.blockwise.result import REPORT, pruning_card, publish, report_of
 from callbacks.blockwise.resume.fingerprint import fingerprint_of
-from callbacks.blockwise.resume.finished import FinishedBlocks
+from callbacks.blockwise.resume.finished import FinishedSteps
 from callbacks.blockwise.settings import PruningSettings
 from callbacks.blockwise.targets import targets_of
 from callbacks.blockwise.update_rules import AttentionRule, PerplexityRule
@@ -42,10 +42,10 @@ from utilities.reporting import log_scalars, peak_memory_gib
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """What is measured and drawn beside the pruning itself.
+    """Measurements and drawings beside the pruning itself.
 
     Args:
-        attention: Whether attention is measured with update rules that do not look at it.
+        attention: Whether attention is measured with update rules that do not need it.
         attention_maps: Indices of the blocks whose attention maps are drawn; first, middle and last when None.
         histograms: Whether TensorBoard gets histograms of the scores of kept and pruned weights.
     """
@@ -55,7 +55,11 @@ class Diagnostics:
     histograms: bool = False
 
     def check(self, settings: PruningSettings) -> None:
-        """Raise a ValueError if maps are wanted of an attention that nothing looks at."""
+        """Check that attention is measured if maps of it are wanted.
+
+        Raises:
+            ValueError: If it is not.
+        """
         looks = self.attention or isinstance(settings.update_rule, AttentionRule)
         if self.attention_maps is not None and not looks:
             raise ValueError(
@@ -64,7 +68,11 @@ class Diagnostics:
             )
 
     def check_maps(self, num_blocks: int) -> None:
-        """Raise a ValueError if a map is wanted of a block that the model does not have."""
+        """Check that the model has the blocks whose maps are wanted.
+
+        Raises:
+            ValueError: If it lacks one.
+        """
         if any(not 0 <= index < num_blocks for index in self.attention_maps or ()):
             raise ValueError(
                 f"Argument `diagnostics.attention_maps` expected to name some of {num_blocks} blocks but got "
@@ -76,13 +84,13 @@ class PruningRun:
     """One pruning fit.
 
     Args:
-        trainer: Its trainer, whose dataloaders are set up.
-        module: Its module, dense, on its device.
-        settings: What the result depends on.
-        diagnostics: What is measured beside it.
+        trainer: Trainer of the run, with its dataloaders set up.
+        module: Module of the run, dense, on its device.
+        settings: Settings on which the result depends.
+        diagnostics: Measurements beside the pruning itself.
         plan: Plan of the first round.
-        output: Where the result goes; open.
-        state: Directory for finished blocks, or None.
+        output: Directory of the result; open.
+        state: Directory for finished steps; None keeps none.
         placement: Moves blocks between device and host memory.
         processes: Processes that share the work.
     """
@@ -100,9 +108,9 @@ class PruningRun:
         processes: Processes,
     ) -> None:
         self.records: list[BlockRecord] = []
-        """Records of the blocks of this round; in the end of the best round."""
+        """Records of the blocks of this round; after `finish`, those of the best round."""
         self.metrics: dict[str, dict[str, float]] = {}
-        """dense, pruned, and with the perplexity rule hold_q, hold_k and hold_v -> metric -> value."""
+        """dense and pruned, and with the perplexity rule hold_q, hold_k and hold_v -> metric -> value."""
         self.seconds = 0.0
         """Time of the whole run, dense validation included; set at its end."""
         self._trainer, self._module, self._settings, self._diagnostics = trainer, module, settings, diagnostics
@@ -116,7 +124,7 @@ class PruningRun:
         self._rule = rule
         self._stream = self._new_stream()
         self._attention: AttentionMonitor | None = None
-        self._finished = FinishedBlocks(processes, state)
+        self._finished = FinishedSteps(processes, state)
         self._keeps = state is not None
         self._solver = BlockSolver(module, settings, processes)
         self._rounds: Rounds | None = None
@@ -126,14 +134,14 @@ class PruningRun:
 
     @property
     def num_steps(self) -> int:
-        """Blocks over all rounds."""
+        """Number of steps over all rounds."""
         return len(self._blocks) * len(self._rounds_held)
 
     def start(self) -> None:
-        """Find finished blocks, allocate zeros, validate the dense model.
+        """Find finished steps, allocate zeros, validate the dense model.
 
         Raises:
-            ValueError: If finished blocks belong to another run, or the update rule lacks held-out data.
+            ValueError: If finished steps belong to another run, or the update rule lacks held-out data.
             RuntimeError: If processes hold different models.
         """
         self._modes = {module: module.training for module in self._module.modules()}
@@ -154,7 +162,7 @@ class PruningRun:
     # One step: begin, calibrate with every batch, end.
 
     def begin_step(self, number: int) -> None:
-        """Prepare a block.
+        """Prepare the block of a step.
 
         Args:
             number: Number of the step over all rounds.
@@ -174,7 +182,7 @@ class PruningRun:
         self._step = BlockStep(index, name, chosen, methods, self._stream, self._settings)
 
     def calibrate(self, batch: Any, key: int) -> None:
-        """Take batch number `key` through the block before and the present one."""
+        """Send batch number `key` through the block before and the present one."""
         if not self._is_finished(self._round_end):
             self._step.calibrate(batch, key)
 
@@ -222,18 +230,18 @@ class PruningRun:
         self._finished.remove()
 
     def abandon(self) -> None:
-        """Release what the run holds, after an error; finished blocks stay on disk."""
+        """Release everything after an error; finished steps stay on disk."""
         self._finished.leave()
         self.release()
         self._restore_modes()
 
     def validate(self) -> dict[str, float]:
-        """Metrics of the model as it is now; empty without held-out data."""
+        """Measure the model as it is now; without held-out data the result is empty."""
         with self._placement.passing():
             return validate_within_fit(self._trainer)
 
     def release(self) -> None:
-        """Free calibration data: hidden states and statistics are larger than a small model."""
+        """Free hidden states and statistics, which are larger than a small model."""
         self._stream.clear()
         self._step = None
         if self._attention is not None:
@@ -243,7 +251,7 @@ class PruningRun:
     # Rounds
 
     def _begin_round(self, round_index: int) -> None:
-        """Start over with dense weights."""
+        """Start over with dense weights and new hidden states."""
         self.release()
         self._stream, self.records = self._new_stream(), []
         if self._rounds is not None:
@@ -284,7 +292,7 @@ class PruningRun:
 
     @property
     def _held(self) -> str | None:
-        """Projection that the present round holds; None where the rule decides by block."""
+        """Projection that the present round holds; None if the rule decides block by block."""
         return self._rounds_held[self._number // len(self._blocks)]
 
     @property
@@ -293,7 +301,7 @@ class PruningRun:
         return (self._number // len(self._blocks) + 1) * len(self._blocks) - 1
 
     def _is_finished(self, number: int) -> bool:
-        """Whether an earlier run has finished a step."""
+        """Return whether an earlier run has finished a step."""
         return number < self._finished.number
 
     def _new_stream(self) -> CalibrationStream:
@@ -313,18 +321,18 @@ class PruningRun:
             bar.block_done(self._number + 1, record)
 
     def _seconds_now(self) -> float:
-        """Time of this run and of those that it continues."""
+        """Return the time of this run and of those that it continues."""
         return self._finished.seconds + time.perf_counter() - self._started
 
     def _report(self, held: str | None) -> dict[str, Any]:
-        """Content of pruning.json."""
+        """Return the content of pruning.json."""
         settings = self._settings.as_dict() | ({} if held is None else {"held": held})
         run = {"settings": settings, "calibration": self._processes.from_first(self._solver.calibration)}
         run |= {"processes": self._processes.size, "metrics": self.metrics, "seconds": self.seconds}
         return report_of(self._trainer, self._module, run, self.records)
 
     def _card(self, report: dict[str, Any]) -> ModelCard:
-        """Model card of the result."""
+        """Return the model card of the result."""
         return pruning_card(self._trainer, self._module, report)
 
     def _restore_modes(self) -> None:

@@ -80,7 +80,22 @@ class PruningSettings:
         precision: Precision = "auto",
         ignore: Sequence[str] = (),
     ) -> Self:
-        """Settings with None replaced by the default of the method; what the method has no use for is refused."""
+        """Make settings in which None is replaced by the default of the method.
+
+        Args:
+            method: As in `BlockwisePruning`, like all others.
+            sparsity: Share of zeros, or None.
+            pattern: N:M, or None.
+            score: Activation terms of the score.
+            update_rule: Update rule.
+            solver: Solver of the weight update.
+            allocation: Allocation of zeros to blocks.
+            precision: Precision of Gram matrices.
+            ignore: Globs of full names of linears to leave dense.
+
+        Raises:
+            ValueError: If a setting is out of range, or the method has no use for it.
+        """
         check_one_of("method", method, get_args(Method))
         if score is not None and method not in DUAL:
             raise _does_not_apply("score", "methods with activation terms", method, "d2prune, d2_wanda or d2_sparsegpt")
@@ -97,8 +112,9 @@ class PruningSettings:
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.pattern is None):
             raise ValueError(
-                f"Give either `sparsity`, a share of zeros in [0, 1), or `pattern`, N zeros in every M weights such as '2:4', "
-                f"but got sparsity={self.sparsity!r} and pattern={self.pattern!r}."
+                "Arguments `sparsity` (a share of zeros in [0, 1)) and `pattern` (N zeros in every M weights, such as '2:4') "
+                f"expected exactly one of them to be set but got sparsity={self.sparsity!r} and pattern={self.pattern!r}. "
+                f"{'Give one of them.' if self.pattern is None else 'Set one of them to null.'}"
             )
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
@@ -113,7 +129,7 @@ class PruningSettings:
 
     @property
     def updates(self) -> bool:
-        """Whether kept weights are updated, which needs whole Gram matrices."""
+        """Whether kept weights are updated, for which all tokens have to enter the Gram matrices."""
         return self.method in WITH_UPDATE
 
     @property
@@ -122,13 +138,13 @@ class PruningSettings:
         return f"{self.method} at {self.pattern or self.sparsity}"
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `prune_linears` beside method and sparsity of a single linear."""
+        """Return the arguments of `prune_linears` that are the same for all linears."""
         score = {} if self.method not in DUAL else vars(self.score)
         solver = self.solver.arguments() if self.updates else {}
         return {"sparsity": self.sparsity or 0.0, "pattern": self.pattern} | score | solver
 
     def as_dict(self) -> dict[str, Any]:
-        """As a config has them; those that the method has no use for are left out."""
+        """Return the settings as in a config, without those that the method has no use for."""
         found: dict[str, Any] = {"method": self.method, "sparsity": self.sparsity, "pattern": self.pattern}
         found |= {"score": dict(vars(self.score))} if self.method in DUAL else {}
         found |= {"update_rule": self.update_rule.as_dict()} if self.method == "d2prune" else {}

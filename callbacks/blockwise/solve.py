@@ -1,4 +1,4 @@
-"""From the statistics of siblings to their pruned weights, records and score histograms."""
+"""Solve siblings: from their statistics to pruned weights, records and score histograms."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from lightning_modules.parts.architectures import PrunableLinear
 log = logging.getLogger(__name__)
 
 MOST_SCORES = 1_000_000
-"""A histogram of more scores looks the same, and other processes send theirs."""
+"""Largest number of scores in a histogram; more look the same, and other processes have to send theirs."""
 
 
 def solve(
@@ -29,7 +29,7 @@ def solve(
     method: str,
     targets: Targets | None = None,
 ) -> dict[str, PruneResult]:
-    """Prune linears of a block that read the same tensor; their modules keep their weights.
+    """Prune linears of a block that read the same tensor, without changing their modules.
 
     Args:
         settings: Settings of the run.
@@ -37,7 +37,10 @@ def solve(
         block: Name of the block.
         names: Siblings, by name within the block.
         method: Method of `prune_linears`.
-        targets: Zeros of each linear, where they are not all alike.
+        targets: Zeros of each linear; None if all linears have the same share.
+
+    Returns:
+        Name -> result.
 
     Raises:
         ValueError: As `prune_linears` and `StatisticsCollector.check`, naming block and linear.
@@ -54,7 +57,7 @@ def solve(
     except ValueError as error:
         if len(names) == 1:
             raise type(error)(f"{block}.{names[0]}: {error}") from error
-        alone = [solve(settings, collector, block, [name], method, targets) for name in names]  # finds which one it was
+        alone = [solve(settings, collector, block, [name], method, targets) for name in names]  # names the one that fails
         return {name: result for found in alone for name, result in found.items()}
     damping = results[0].damping
     if damping is not None and damping > settings.solver.damping:
@@ -70,18 +73,18 @@ def record_of(
     full_name: str,
     sparsity: Fraction | None = None,
 ) -> LinearRecord:
-    """What pruning.json says of a linear, from the weights that it has now.
+    """Make the record of a linear from its present weights.
 
     Args:
         settings: Settings of the run.
         linear: The pruned linear.
-        result: How it was pruned.
+        result: Result of its solve.
         method: Method that pruned it.
-        full_name: For the error.
-        sparsity: Its own share of zeros, where it has one.
+        full_name: Full name of the linear, for the error.
+        sparsity: Share of zeros of this linear; None if all linears have that of the settings.
 
     Raises:
-        RuntimeError: If it has fewer zeros than wanted.
+        RuntimeError: If the linear has fewer zeros than wanted.
     """
     weight = linear.weight
     record = LinearRecord(
@@ -96,14 +99,14 @@ def record_of(
     wanted = zeros_of(weight.shape, method, share, settings.pattern)
     if record.zeros < wanted:
         raise RuntimeError(
-            f"{full_name}: {record.zeros} of {record.weights} weights are zero where {wanted} were wanted. "
+            f"{full_name}: {record.zeros} of {record.weights} weights are zero, but {wanted} were wanted. "
             "This is a defect of the pruning code; please report it with the settings."
         )
     return record
 
 
 def kept_and_pruned(result: PruneResult) -> dict[str, Tensor]:
-    """log10 of the positive scores of kept and of pruned weights, at most `MOST_SCORES` of each, on the CPU."""
+    """Return log10 of the positive scores of kept and of pruned weights, at most `MOST_SCORES` of each, on the CPU."""
     found = {}
     for state, mask in (("kept", result.mask), ("pruned", ~result.mask)):
         scores = result.scores[mask.to(result.scores.device)]
@@ -113,7 +116,14 @@ def kept_and_pruned(result: PruneResult) -> dict[str, Tensor]:
 
 
 def log_scores(loggers: list[Logger], name: str, scores: dict[str, Tensor], step: int) -> None:
-    """Write histograms of what `kept_and_pruned` found to TensorBoard."""
+    """Write histograms of scores to TensorBoard.
+
+    Args:
+        loggers: Loggers of the run; only TensorBoard gets histograms.
+        name: Name of the linear within its block.
+        scores: Result of `kept_and_pruned`.
+        step: Index of the block.
+    """
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             for state, logs in scores.items():

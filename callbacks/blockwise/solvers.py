@@ -1,4 +1,4 @@
-"""Solvers of the weight update as a config names them; the mathematics is functional/pruning."""
+"""Solvers of the weight update, by their names in configs; the formulas are in functional/pruning."""
 
 from typing import Any, Literal
 
@@ -9,11 +9,11 @@ SolverName = Literal["obs", "admm"]
 
 
 class Solver(Choice):
-    """How the kept weights of a linear are updated.
+    """Base of the solvers, which update the kept weights of a linear.
 
     Args:
         block_size: Columns of a weight that the update handles, and compares, at a time.
-        damping: Share of the mean of the Hessian's diagonal that is added to it, in [0, 1]; grows, with a warning, where the
+        damping: Share of the mean of the Hessian's diagonal that is added to it, in [0, 1]; grows, with a warning, if the
             Hessian is not positive definite.
 
     Raises:
@@ -27,7 +27,7 @@ class Solver(Choice):
         self.block_size, self.damping = block_size, damping
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `prune_linear`."""
+        """Return the arguments of `prune_linear` that belong to the solver."""
         return {"solver": self.short, **self.settings}
 
 
@@ -38,6 +38,6 @@ class ObsSolver(Solver):
 
 
 class AdmmSolver(Solver):
-    """OBS, then ADMM on its mask towards the least squares solution (arXiv 2401.02938), where that lowers a row's error."""
+    """OBS, then ADMM with its mask towards the least squares solution (arXiv 2401.02938), for rows whose error that lowers."""
 
     short = "admm"

@@ -1,8 +1,9 @@
 """StatisticsCollector: hooks on the linears of one block that collect their calibration statistics.
 
-Linears that are given the very same tensor (q/k/v, gate/up) are siblings and share one InputStatistics, so the Gram matrix is
-computed once. The first batch shows who the siblings are; all others are checked against it. NaN, Inf and numbers that are too
-large are looked for once a block, in the peaks that the statistics keep of each batch, so no batch waits for the GPU.
+Linears that read the very same tensor (q/k/v, gate/up) are siblings and share one InputStatistics, so the Gram matrix is
+computed once. The first batch shows which linears are siblings; later batches are checked against it. NaN, Inf and numbers that
+are too large are looked for once a block, in the peaks that the statistics keep of each batch, so that no batch waits for the
+GPU.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from functional.pruning.statistics import LARGEST, too_large
 from lightning_modules.parts.architectures import PrunableLinear
 
 ERROR_TOKENS = 4096
-"""At least so many tokens, and two for each input channel, measure the error of a linear that is not updated."""
+"""Least number of tokens that measure the error of a linear without a weight update; also at least two per input channel."""
 
 
 class StatisticsCollector:
@@ -26,8 +27,8 @@ class StatisticsCollector:
     Args:
         linears: Name -> linear.
         precision: Precision of Gram matrices.
-        updates: Whether weights will be updated. If not, the Gram matrix only measures errors, for which `ERROR_TOKENS` of
-            the first samples are enough.
+        updates: Whether weights will be updated. If not, the Gram matrix only measures errors, and the first samples, with
+            about `ERROR_TOKENS` tokens, are enough.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class StatisticsCollector:
         self._checked = False
 
     def inputs(self, name: str) -> InputStatistics:
-        """Statistics of what a linear reads.
+        """Return the statistics of the inputs of a linear.
 
         Raises:
             RuntimeError: If the linear was never called.
@@ -59,7 +60,7 @@ class StatisticsCollector:
         return self._inputs[self.leader(name)]
 
     def leader(self, name: str) -> str:
-        """First of the linears that read the same tensor as this one.
+        """Return the first of the siblings of a linear, itself included.
 
         Raises:
             RuntimeError: If the linear was never called.
@@ -69,21 +70,21 @@ class StatisticsCollector:
         return self._leaders[name]
 
     def siblings(self) -> dict[str, list[str]]:
-        """Leader -> all linears that read the same tensor, itself included."""
+        """Return leader -> its siblings, itself included."""
         found: dict[str, list[str]] = {}
         for name, leader in self._leaders.items():
             found.setdefault(leader, []).append(name)
         return found
 
     def check(self, block: str) -> None:
-        """Check weights and what each batch brought, once, before anything is pruned.
+        """Check the weights and the statistics of each batch, once, before anything is pruned.
 
         Args:
             block: Name of the block, for errors.
 
         Raises:
-            ValueError: If a weight, an input or an output holds NaN, Inf or numbers whose squares float32 cannot hold; names
-                the linear and the first such batch of this process.
+            ValueError: If a weight, an input or an output holds NaN, Inf or numbers whose squares overflow float32; names the
+                linear and the first such batch of this process.
             RuntimeError: If a linear was never called.
         """
         if self._checked or not self.linears:
@@ -105,7 +106,7 @@ class StatisticsCollector:
         self._checked = True
 
     def _bad_batches(self) -> list[tuple[int, int, str, str, float]]:
-        """Batch, order of the call, argument, linear and peak, wherever the peak has no square in float32; sorted."""
+        """Return batch, order of the call, argument, linear and peak for every peak whose square overflows float32; sorted."""
         seen = [
             (batch, order, argument, name, peak)
             for order, name in enumerate((*self._leaders, *(name for name in self.linears if name not in self._leaders)))
@@ -122,7 +123,7 @@ class StatisticsCollector:
 
     @contextmanager
     def collecting(self, positions: Tensor) -> Iterator[None]:
-        """Within, every call of a linear adds to its statistics.
+        """Add every call of a linear to its statistics, within the context.
 
         Args:
             positions: Positions of the samples of this batch in the calibration set, (samples,), on the CPU.
@@ -166,5 +167,5 @@ class StatisticsCollector:
 
 
 def by_sample(x: Tensor, positions: Tensor) -> Tensor:
-    """View as (samples, tokens, features), also from (samples · tokens, features), the form that OPT gives its MLP."""
+    """View x as (samples, tokens, features), also if it is (samples · tokens, features), as in OPT's MLP."""
     return x.reshape(len(positions), -1, x.shape[-1])

@@ -1,7 +1,7 @@
-"""Targets: how many weights each linear loses, from one pass of the calibration data over the dense model.
+"""Targets: the number of zeros of each linear, from one pass of the calibration data through the dense model.
 
 The pass sums ‖X_j‖² of the inputs of all linears, and the share of the hidden states that each block writes. It goes batch by
-batch and block by block, so it needs the memory of one batch; with several processes the sums are those of all.
+batch and block by block, so it needs the memory of one batch; the sums are taken over all processes.
 `functional.pruning.allocation` turns them into a share of zeros for each block, and into numbers of zeros whose sum is exact.
 """
 
@@ -47,35 +47,52 @@ Linears = dict[str, dict[str, PrunableLinear]]
 
 @dataclass(frozen=True)
 class Targets:
-    """Zeros of each linear.
+    """Number of zeros of each linear.
 
     Attributes:
         zeros: Block -> linear -> number of weights that become 0.
-        measures: Block -> its share of zeros (sparsity), and what that follows from: outlier_ratio, or written_share and
-            expected_error, the estimated relative error of its output.
+        measures: Block -> its share of zeros (sparsity) and the measures that it follows from: outlier_ratio, or written_share
+            and expected_error, the estimated relative error of its output.
     """
 
     zeros: dict[str, dict[str, int]]
     measures: dict[str, dict[str, float]]
 
     def sparsity(self, block: str, linear: str, numel: int) -> Fraction:
-        """Exact share of zeros of a linear."""
+        """Return the exact share of zeros of a linear.
+
+        Args:
+            block: Full name of the block.
+            linear: Name of the linear within the block.
+            numel: Number of weights of the linear.
+        """
         return Fraction(self.zeros[block][linear], numel)
 
     def as_json(self) -> dict[str, Any]:
-        """Content for a file."""
+        """Return the content for a file."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: dict[str, Any] | None) -> Self | None:
-        """From the content of a file."""
+        """Make targets from the content of a file; None stays None."""
         return None if content is None else cls(**content)
 
 
 def targets_of(
     trainer: Trainer, module: PrunableModule, settings: PruningSettings, plan: Plan, placement: Placement, processes: Processes
 ) -> Targets | None:
-    """Targets of a model that is still dense, the same in all processes; None where all linears lose the same share.
+    """Compute the targets of a model that is still dense.
+
+    Args:
+        trainer: Trainer of the run.
+        module: Module of the run.
+        settings: Settings of the run.
+        plan: Plan of the first round.
+        placement: Placement of the blocks.
+        processes: Processes of the run.
+
+    Returns:
+        Targets, the same in all processes; None if all linears lose the same share.
 
     Raises:
         ValueError: If calibration data are not finite; names block and linear.
@@ -101,8 +118,12 @@ def targets_of(
 def _dense_pass(
     trainer: Trainer, module: PrunableModule, linears: Linears, placement: Placement, unit: bool
 ) -> tuple[dict[nn.Linear, OutputStatistics], Tensor]:
-    """Norms of the inputs by module (with `unit`, of tokens scaled to length 1), and per block the sum of `written_share` and
-    the number of tokens, (blocks, 2)."""
+    """Pass the calibration data through the dense model.
+
+    Returns:
+        Module -> norms of its inputs (with `unit`, of tokens scaled to length 1); and for each block the sum of `written_share`
+        and the number of tokens, (blocks, 2).
+    """
     norms = {linear.module: OutputStatistics(linear.in_features) for found in linears.values() for linear in found.values()}
     stream = BlockStream(list(module.blocks.values()))
     written = torch.zeros(len(stream.blocks), 2, dtype=module.metric_dtype, device=module.device)
@@ -138,7 +159,7 @@ def _summing(norms: Mapping[nn.Linear, OutputStatistics], positions: Tensor, uni
 def _read(
     settings: PruningSettings, block: str, linears: Mapping[str, PrunableLinear], norms: Mapping[nn.Linear, OutputStatistics]
 ) -> float | list[float]:
-    """What the allocation needs of a block: its outlier ratio, or its error curve, the mean over its linears."""
+    """Return what the allocation reads off a block: its outlier ratio, or the mean of the error curves of its linears."""
     found = []
     for name, linear in linears.items():
         try:
@@ -163,7 +184,7 @@ def _targets(
     read_off: Mapping[str, Any],
     written: Mapping[str, float],
 ) -> Targets:
-    """Targets from what was read off all blocks."""
+    """Make targets from what was read off all blocks."""
     sizes = {block: {name: linear.weight.numel() for name, linear in found.items()} for block, found in linears.items()}
     block_sizes, read = [sum(found.values()) for found in sizes.values()], [read_off[block] for block in sizes]
     if isinstance(settings.allocation, OwlAllocation):
@@ -193,5 +214,5 @@ def _targets(
 
 
 def _unit(settings: PruningSettings, module: PrunableModule, method: str, name: str, linear: PrunableLinear) -> int:
-    """Numbers of zeros that a linear can have are multiples of this."""
+    """Return the unit of a linear: its number of zeros is a multiple of it."""
     return linear.out_features if rows_lose_alike(settings, module, method, name) else 1

@@ -119,7 +119,7 @@ def obs_prune(
     blocks = [(start, min(start + block_size, weight.shape[1])) for start in range(0, weight.shape[1], block_size)]
     parts = list(parts or [len(weight)])
     shares = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity] * len(parts)
-    task = Task(factor, terms, pattern, blocks, _runs(parts, shares))
+    task = Task(factor, terms, pattern, blocks, _spans(parts, shares))
     if _fits_kernel(block_size, pattern):
         return by_kernels(
             weight, lambda: _prune_by_kernels(weight.clone(), task), lambda: _prune_by_columns(weight.clone(), task)
@@ -127,12 +127,12 @@ def obs_prune(
     return _prune_by_columns(weight.clone(), task)
 
 
-class Run(NamedTuple):
+class Span(NamedTuple):
     """Consecutive parts with the same number of rows and share of zeros, which are handled in one call."""
 
     first: int
     last: int
-    """The run has rows `first` to `last` - 1 of the weight."""
+    """The span has rows `first` to `last` - 1 of the weight."""
     rows: int
     """Number of rows of a part."""
     sparsity: float
@@ -150,7 +150,7 @@ class Task(NamedTuple):
     pattern: Pattern | None
     blocks: list[tuple[int, int]]
     """First column and last column + 1 of each block."""
-    runs: list[Run]
+    spans: list[Span]
 
 
 Pruned = tuple[Tensor, Tensor, Tensor]
@@ -166,10 +166,10 @@ def _prune_by_columns(weight: Tensor, task: Task) -> Pruned:
         block = slice(start, end)
         if pattern is None:
             scores[:, block] = terms(weight[:, block], block)
-            for run in task.runs:
-                chosen = slice(run.first, run.last), block
-                entries = scores[chosen].reshape(-1, run.rows * (end - start))
-                mask[chosen] = keep_largest_of_rows(entries, run.num_zeros(start, end)).view_as(mask[chosen])
+            for span in task.spans:
+                chosen = slice(span.first, span.last), block
+                entries = scores[chosen].reshape(-1, span.rows * (end - start))
+                mask[chosen] = keep_largest_of_rows(entries, span.num_zeros(start, end)).view_as(mask[chosen])
         swept = _sweep(weight[:, block], mask[:, block], factor[block, block], terms, block, pattern)
         weight[:, block], mask[:, block], errors, chosen_by = swept
         if pattern is not None:
@@ -190,20 +190,20 @@ def _prune_by_kernels(weight: Tensor, task: Task) -> Pruned:
             sweeper.sweep_groups(start, width, errors, *task.pattern)
         else:
             scores = sweeper.score(start, width)
-            for run in task.runs:
-                sweeper.sweep(start, width, errors, run[:3], scores, run.num_zeros(start, end))
+            for span in task.spans:
+                sweeper.sweep(start, width, errors, span[:3], scores, span.num_zeros(start, end))
         weight[:, end:].addmm_(errors, task.factor[start:end, end:], alpha=-1)
     return sweeper.new, sweeper.kept.view(torch.bool), sweeper.scores
 
 
-def _runs(parts: list[int], shares: list[float]) -> list[Run]:
+def _spans(parts: list[int], shares: list[float]) -> list[Span]:
     """Join consecutive parts that have the same number of rows and share of zeros."""
-    runs, first = [], 0
+    spans, first = [], 0
     for (rows, share), alike in groupby(zip(parts, shares, strict=True)):
         last = first + rows * len(list(alike))
-        runs.append(Run(first, last, rows, share))
+        spans.append(Span(first, last, rows, share))
         first = last
-    return runs
+    return spans
 
 
 Swept = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -1,7 +1,7 @@
-"""PrunableModule: base of what can be pruned block by block. Owns the model and its chain of blocks; decides nothing.
+"""PrunableModule: base of modules that can be pruned block by block. It owns the model and its chain of blocks.
 
 Without a pruning callback the module trains like any other. A callback arms it with a calibration step; training steps then
-hand their batch over, and there is no optimizer.
+pass their batch to that step, and there is no optimizer.
 """
 
 from abc import abstractmethod
@@ -22,11 +22,11 @@ CalibrationStep = Callable[[Any, int], None]
 
 
 class PrunableModule(ResumableModule, TellsModelFacts):
-    """A model made of a chain of blocks, with its metric, its ordinary training and its way to be saved."""
+    """A model made of a chain of blocks, with its metric, its ordinary training and its saved form."""
 
     model: nn.Module
     judge = "val/loss"
-    """Logged metric, lower is better, by which pruned models may be compared; never one of test data."""
+    """Name of the logged metric by which pruned models are compared; lower is better. Never one of test data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,11 +36,11 @@ class PrunableModule(ResumableModule, TellsModelFacts):
     @property
     @abstractmethod
     def family(self) -> str:
-        """Key of the model in ARCHITECTURES, whether or not it has an entry."""
+        """Key of the model in ARCHITECTURES; there may be no entry."""
 
     @property
     def architecture(self) -> Architecture:
-        """Entry of the model's family, which only pruning needs.
+        """Entry of the model's family in ARCHITECTURES, which only pruning needs.
 
         Raises:
             ValueError: If the family has none.
@@ -51,7 +51,7 @@ class PrunableModule(ResumableModule, TellsModelFacts):
 
     @property
     def metric_dtype(self) -> torch.dtype:
-        """Dtype of sums of losses: in float32 they would depend on which process adds what. MPS has nothing wider."""
+        """Dtype of sums of losses. Float32 sums would depend on which process adds what; MPS has nothing wider."""
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     @property
@@ -60,30 +60,30 @@ class PrunableModule(ResumableModule, TellsModelFacts):
         return find_blocks(self.model, self.architecture)
 
     def linears(self, block: nn.Module) -> dict[str, PrunableLinear]:
-        """Name within the block -> prunable linear."""
+        """Return name within the block -> prunable linear."""
         return find_linears(block, self.architecture)
 
     def attention(self, block: nn.Module) -> nn.Module:
-        """Attention module of a block."""
+        """Return the attention module of a block."""
         return block.get_submodule(self.architecture.attention)
 
     def arm(self, calibration_step: CalibrationStep) -> None:
-        """From now on a training step calls `calibration_step(batch, batch_idx)`; no loss, no optimizer."""
+        """Let training steps call `calibration_step(batch, batch_idx)` from now on, without loss and optimizer."""
         self.calibration_step = calibration_step
         self.automatic_optimization = False
 
     def disarm(self) -> None:
-        """Back to ordinary training."""
+        """Return to ordinary training."""
         self.calibration_step = None
         self.automatic_optimization = True
 
     def on_fit_start(self) -> None:
-        """With DDP, keep buffers, which are constants here, from being sent before every forward."""
+        """Turn off DDP's broadcast of buffers before every forward pass, since they are constants here."""
         if isinstance(wrapped := self.trainer.strategy.model, nn.parallel.DistributedDataParallel):
             wrapped.broadcast_buffers = False
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """Loss of a batch; when armed, a calibration step."""
+        """Return the loss of a batch; when armed, run the calibration step and return None."""
         if self.calibration_step is None:
             return self.training_loss(batch, batch_idx)
         self.calibration_step(batch, batch_idx)
@@ -91,7 +91,7 @@ class PrunableModule(ResumableModule, TellsModelFacts):
 
     @abstractmethod
     def training_loss(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss of ordinary training."""
+        """Return the loss of a batch in ordinary training."""
 
     @abstractmethod
     def calibration_forward(self, batch: Any) -> None:
@@ -99,26 +99,26 @@ class PrunableModule(ResumableModule, TellsModelFacts):
 
     @abstractmethod
     def sample_positions(self, batch: Any) -> Tensor:
-        """Positions of the samples of a batch in the whole calibration set, (samples,), counted from 0."""
+        """Return the positions of the samples of a batch in the whole calibration set, (samples,), counted from 0."""
 
     def model_facts(self) -> ModelFacts:
-        """What data modules may know of the model; nothing here."""
+        """Return facts about the model for data modules; none here."""
         return ModelFacts()
 
     def described(self) -> dict[str, Any]:
-        """Hyperparameters by name, for reports."""
+        """Return hyperparameters by name, for reports."""
         return dict(self.hparams)
 
     def identity(self) -> dict[str, str]:
-        """Digests of what a pruning run starts from, by name; a resumed run must start from the same."""
+        """Return digests, by name, of all that a pruning run starts from; a resumed run has to start from the same."""
         return {"model": digest(self.model.state_dict().items())}
 
     def sum_over_processes(self, value: float) -> float:
-        """Sum of a number over all processes."""
+        """Sum a number over all processes."""
         return float(self.trainer.strategy.reduce(torch.tensor(float(value), device=self.device), reduce_op="sum"))
 
     def select_samples(self, batch: Any, samples: slice) -> Any:
-        """Some samples of a batch whose tensors all have the samples in front."""
+        """Select samples of a batch; the first axis of all its tensors has to be the samples."""
         return apply_to_collection(batch, Tensor, lambda tensor: tensor[samples])
 
     @abstractmethod
@@ -126,5 +126,5 @@ class PrunableModule(ResumableModule, TellsModelFacts):
         """Write the model so that its own library loads it again."""
 
     def load_arguments(self, directory: Path) -> dict[str, str]:
-        """Arguments of this class, as on a command line, that load what `save` wrote in place of the present model."""
+        """Return arguments of this class, as on a command line, that load what `save` wrote instead of the present model."""
         return {"model_name_or_path": str(directory)}

@@ -1,1 +1,1 @@
-"""What the modules are made of: model tables, the stream of blocks, encoders, compressed linears."""
+"""Parts of the modules: table of model families, stream of blocks, encoders, compressed linears."""

@@ -1,4 +1,4 @@
-"""Adapters of peft that lie beside a model in its directory, as callbacks.LoRA with `merge: none` writes them."""
+"""Load adapters of peft from a model's directory, where callbacks.LoRA with `merge: none` writes them."""
 
 from pathlib import Path
 
@@ -11,10 +11,12 @@ CONFIG = "adapter_config.json"
 
 
 def has_adapters(path: str) -> bool:
-    """Whether a directory, if it is one, holds adapters: transformers adds them by itself, but leaves them out without peft.
+    """Return whether a path is a directory that holds adapters.
+
+    Transformers adds them by itself, but silently leaves them out without peft.
 
     Raises:
-        ModuleNotFoundError: If it does, but peft is not installed.
+        ModuleNotFoundError: If there are adapters but peft is not installed.
     """
     if not (Path(path).expanduser() / CONFIG).is_file():
         return False
@@ -23,10 +25,10 @@ def has_adapters(path: str) -> bool:
 
 
 def add_adapters(model: nn.Module, path: str) -> None:
-    """Add the adapters of a directory to a model, in place; pickled objects are not made.
+    """Add the adapters of a directory to a model, in place, without unpickling objects.
 
     Raises:
-        ValueError: If they do not fit the model or cannot be read.
+        ValueError: If the adapters do not fit the model or cannot be read.
     """
     from peft import PeftModel
 

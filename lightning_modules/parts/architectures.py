@@ -1,7 +1,7 @@
-"""The one table of names: where the blocks of a model family are, and which of their linears are pruned.
+"""Table of model families: the path of their blocks, and the linears that are pruned.
 
-A new family is one entry here and nothing else: no forward is copied. Keys are the ``model_type`` of a Hugging Face config,
-and vision_transformer for timm.
+A new family needs one entry here and nothing else; no forward pass is copied. Keys are the ``model_type`` of a Hugging Face
+config, and vision_transformer for timm.
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,10 +16,10 @@ class Architecture:
     Attributes:
         blocks: Path of the list of decoder or encoder blocks in the model.
         linears: Paths of the linears to prune, relative to a block.
-        projections: The attention projections among them by role: q, k, v, o.
+        projections: Role (q, k, v, o) -> path of the attention projection among the linears.
         attention: Path of the attention module, relative to a block.
-        fused: Linears whose rows are several projections of equal size one after the other, by path; each part is pruned
-            as a linear of its own, called <path>.<part>. Only for the families of `SPLIT_BY_PROJECTION`.
+        fused: Path -> parts of a linear whose rows are several projections of equal size, one after the other. Each part is
+            pruned as a linear of its own, called <path>.<part>. Only for the families of `SPLIT_BY_PROJECTION`.
     """
 
     blocks: str
@@ -38,17 +38,17 @@ class PrunableLinear:
 
     @property
     def weight(self) -> Tensor:
-        """(O, I), a view: what is written here is written into the module."""
+        """Weight, (O, I), a view into that of the module."""
         return self.module.weight.detach()[self.rows]
 
     @property
     def in_features(self) -> int:
-        """I."""
+        """I, number of input channels."""
         return self.module.in_features
 
     @property
     def out_features(self) -> int:
-        """O."""
+        """O, number of output channels."""
         return len(range(*self.rows.indices(self.module.out_features)))
 
 
@@ -70,7 +70,7 @@ OPT = Architecture(
     linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
     projections={role: f"self_attn.{role}_proj" for role in "qkv"} | {"o": "self_attn.out_proj"},
 )
-VISION_TRANSFORMER = Architecture(  # of timm
+VISION_TRANSFORMER = Architecture(  # timm's
     blocks="blocks",
     linears=("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
     projections={role: f"attn.qkv.{role}" for role in "qkv"} | {"o": "attn.proj"},
@@ -118,17 +118,16 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 SPLIT_BY_PROJECTION = frozenset({"vision_transformer"})
-"""Families whose `fused` linears are known to have all rows of q, then of k, then of v. Many others have those of one head
-together (GPT-NeoX, Bloom, Falcon), which neither shapes nor weights show. Add a family together with its case in the test of
-what the attention reads (tests/lightning_modules/parts/test_architectures.py)."""
+"""Families whose `fused` linears are known to have all rows of q, then of k, then of v. Many others (GPT-NeoX, Bloom, Falcon)
+keep the rows of one head together, which neither shapes nor weights show. Together with a family, add a case to the test of the
+rows that attention reads (tests/lightning_modules/parts/test_architectures.py)."""
 
 
 def find_architecture(model_type: str) -> Architecture:
-    """The entry of a model family.
+    """Return the entry of a model family.
 
     Raises:
-        ValueError: If there is none; lists those that exist and says what an entry needs. Or if it splits a fused linear of a
-            family whose order of rows is not known.
+        ValueError: If there is none, or if it splits a fused linear of a family whose order of rows is not known.
     """
     if model_type not in ARCHITECTURES:
         raise ValueError(
@@ -148,7 +147,7 @@ def find_architecture(model_type: str) -> Architecture:
 
 
 def find_blocks(model: nn.Module, architecture: Architecture) -> dict[str, nn.Module]:
-    """Full name -> block of a model, in the order of the chain.
+    """Return full name -> block of a model, in the order of the chain.
 
     Raises:
         ValueError: If the table's path leads to no list of modules.
@@ -169,10 +168,11 @@ def find_blocks(model: nn.Module, architecture: Architecture) -> dict[str, nn.Mo
 
 
 def find_linears(block: nn.Module, architecture: Architecture) -> dict[str, PrunableLinear]:
-    """The prunable linears of one block, by their name within it; a fused one by its parts.
+    """Return name within the block -> prunable linear; a fused linear is split into its parts.
 
     Raises:
-        ValueError: If one of the table's names is not there, or not a plain ``nn.Linear``; or if a projection is none of them.
+        ValueError: If a name of the table does not exist or is not a plain ``nn.Linear``, or a projection is none of the
+            linears.
     """
     linears = {}
     for name in architecture.linears:

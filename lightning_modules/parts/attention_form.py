@@ -1,7 +1,7 @@
-"""How a model computes attention: in its own form, as it was loaded, or eagerly, where probabilities exist as a tensor.
+"""Run attention in the model's own form, as it was loaded, or eagerly, so that probabilities exist as a tensor.
 
-Transformers reads the choice from the config that a model's modules share, timm from a flag of each attention module. Both
-are put back afterwards, also after an error.
+Transformers reads the choice from the config that a model's modules share, timm from a flag of each attention module. Both are
+restored afterwards, also after an error.
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,17 @@ AttentionForm = Literal["eager", "own"]
 
 @contextmanager
 def attention_form(module: nn.Module, form: AttentionForm) -> Iterator[None]:
-    """Within, the attention modules in `module`, a whole model or one of its parts, compute in one form.
+    """Let all attention modules within `module` compute in one form, within the context.
 
-    Blocks whose arguments were captured in eager form hold explicit masks, and can then be run in either form. The other
-    way round they cannot: sdpa is given no mask where the causal one is implied.
+    Arguments of blocks that were captured in eager form hold explicit masks, so the blocks can be run in either form. Those
+    captured in sdpa form have no mask if it is the causal one, so the blocks cannot be run eagerly.
+
+    Args:
+        module: A whole model or one of its parts.
+        form: eager, or own for the model's own form.
 
     Raises:
-        ValueError: If there is no attention whose form could be set.
+        ValueError: If there is no attention whose form can be set.
     """
     configs = {id(m.config): m.config for m in module.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
     flagged = [m for m in module.modules() if isinstance(getattr(m, "fused_attn", None), bool)]
@@ -48,14 +52,14 @@ def attention_form(module: nn.Module, form: AttentionForm) -> Iterator[None]:
 
 
 def _own_implementation(config: Any) -> str:
-    """The model's own implementation, or one that gives the same and reads explicit masks: flash and flex attention do not."""
-    # Of the scores of Gemma-2, which sdpa refuses, or ignores in transformers 5.10.
+    """Return the model's own implementation, or an equal one that reads explicit masks, unlike flash and flex attention."""
+    # Gemma-2 caps its scores, which sdpa refuses, or ignores in transformers 5.10.
     soft_cap = getattr(config, "attn_logit_softcapping", None)
     return "eager" if config._attn_implementation == "eager" or soft_cap else "sdpa"
 
 
 class _Softmaxes(TorchDispatchMode):
-    """Keeps the result of every softmax that is computed while it is active."""
+    """Keeps the results of all softmaxes that are computed while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,13 +73,13 @@ class _Softmaxes(TorchDispatchMode):
 
 
 def run_attention(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """Output of an attention module after its output projection, (samples, tokens, features), in the model's own form."""
+    """Run an attention module in the model's own form; its output, (samples, tokens, features), is after the projection o."""
     with attention_form(attention, "own"):
         return _first(attention(*args, **kwargs))
 
 
 def run_attention_eagerly(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Output of an attention module and its probabilities, (samples, heads, queries, keys), as its softmax gives them.
+    """Run an attention module eagerly; return its output and the probabilities, (samples, heads, queries, keys).
 
     Raises:
         RuntimeError: If the module computes no softmax, or more than one, over keys.

@@ -1,9 +1,9 @@
-"""BlockStream: the hidden states of this process's calibration batches on their way through a chain of blocks.
+"""BlockStream: hidden states of this process's calibration batches on their way through a chain of blocks.
 
 D²Prune is sequential: the inputs of block b are the outputs of the pruned blocks before it. One pass over the whole model
-records, for each batch and each block, the arguments that the model gives that block beside the hidden states (masks,
-position embeddings, whatever the next release adds), kept whole. In that pass the blocks only hand their input on, so it
-costs the embedding and no block; after it blocks run on their own. Nothing here knows about weights.
+records the arguments that the model gives each block beside the hidden states: masks, position embeddings, and whatever else it
+passes. In that pass the blocks only return their input, so it costs the embedding and no block. Afterwards blocks can be run on
+their own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +18,15 @@ from lightning_modules.parts.host_memory import HostMemory
 
 
 class _AllBlocksSeen(Exception):
-    """Leaves the model's forward once its last block was reached; never leaves this file."""
+    """Ends the model's forward pass at its last block; always caught in this file."""
 
 
 @dataclass
 class _Batch:
     hidden: Tensor | None
-    """None while it is in the host's memory."""
+    """None while the hidden states are in host memory."""
     calls: list[tuple[tuple, dict[str, Any]]]
-    """Per block: further positional arguments, keyword arguments."""
+    """Further positional arguments and keyword arguments of each block."""
 
 
 class BlockStream:
@@ -48,11 +48,11 @@ class BlockStream:
 
     @torch.no_grad()
     def capture(self, key: int, run_model: Callable[[], Any]) -> None:
-        """Store what enters the first block, and the arguments of every block, for one batch.
+        """Store the inputs of the first block, and the arguments of every block, for one batch.
 
         Args:
-            key: Name of the batch.
-            run_model: Runs the whole model on the batch. Its own exceptions pass through.
+            key: Number of the batch.
+            run_model: Runs the whole model on the batch. Its exceptions pass through.
 
         Raises:
             RuntimeError: If the model does not call its blocks once each, in order.
@@ -70,11 +70,15 @@ class BlockStream:
         self.replace(key, calls[0][0])
 
     def hidden(self, key: int) -> Tensor:
-        """Hidden states of a batch, (samples, tokens, features)."""
+        """Return the hidden states of a batch, (samples, tokens, features)."""
         return self._batches[key].hidden if self._host is None else self._host.get(key)
 
+    def arguments(self, key: int, index: int) -> tuple[tuple, dict[str, Any]]:
+        """Return what the model gives block `index` beside the hidden states: positional and keyword arguments."""
+        return self._batches[key].calls[index]
+
     def move_to_host(self) -> None:
-        """From now on hidden states wait in the host's memory, and come to the device one batch ahead of their turn."""
+        """Keep hidden states in host memory from now on, and fetch them to the device one batch ahead."""
         self._host = HostMemory(next(iter(self._batches.values())).hidden.device)
         for key, batch in self._batches.items():
             self._host.put(key, batch.hidden)
@@ -82,9 +86,8 @@ class BlockStream:
 
     @torch.no_grad()
     def run(self, key: int, index: int) -> Tensor:
-        """Output of block `index` on the hidden states of a batch, which stay as they are."""
-        batch = self._batches[key]
-        args, kwargs = batch.calls[index]
+        """Return the output of block `index` on the hidden states of a batch, without replacing them."""
+        args, kwargs = self.arguments(key, index)
         return _hidden_of(self.blocks[index](self.hidden(key), *args, **kwargs))
 
     def advance(self, key: int, index: int) -> None:
@@ -92,7 +95,7 @@ class BlockStream:
         self.replace(key, self.run(key, index))
 
     def adopt(self, key: int, other: "BlockStream") -> None:
-        """Take a batch over from another stream of the same blocks; from then on each moves its own."""
+        """Copy a batch from another stream of the same blocks; from then on each stream moves its own."""
         batch = other._batches[key]
         self._batches[key] = _Batch(other.hidden(key), batch.calls)
 
@@ -110,7 +113,10 @@ class BlockStream:
 
     @contextmanager
     def _passing_through(self, calls: list) -> Iterator[None]:
-        """Blocks record their arguments and return their input; the first block really runs once, to see what it returns."""
+        """Let blocks record their arguments and return their input, within the context.
+
+        The first block runs once, to see whether it returns a tuple.
+        """
 
         def hand_on(index: int, forward: Callable) -> Callable:
             def record(*args: Any, **kwargs: Any) -> Any:
@@ -127,7 +133,7 @@ class BlockStream:
 
             return record
 
-        # Assigned on the instance, which shadows the method of the class, and taken away again.
+        # Set on the instance, where it shadows the method of the class, and removed again.
         replaced = [(block, block.__dict__.get("forward")) for block in self.blocks]
         try:
             for index, block in enumerate(self.blocks):
@@ -146,7 +152,7 @@ def _hidden_of(output: Any) -> Tensor:
 
 
 def _share_equal(new: Any, old: Any) -> Any:
-    """`new` with every tensor that equals its counterpart in `old` replaced by that one: windows of one length share masks."""
+    """Replace tensors in `new` by equal ones at the same place in `old`, so that windows of one length share masks."""
     if isinstance(new, Tensor):
         same = isinstance(old, Tensor) and new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
         return old if same and (new is old or torch.equal(new, old)) else new

@@ -1,4 +1,4 @@
-"""HostMemory: tensors that do not fit a GPU together, in pinned memory of the host; each is fetched during the one before."""
+"""HostMemory: tensors that do not fit on a GPU together, in pinned host memory; each is fetched before its turn."""
 
 from contextlib import nullcontext
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class HostMemory:
-    """Tensors by key, read and replaced in the order of their keys, round after round.
+    """Tensors by key, which are read and replaced in the order of their keys, again and again.
 
-    Copies run on a stream of their own, one after the other: a fetch sees what was put before it. Reading a tensor begins to
-    fetch the next.
+    Copies run one after the other on a stream of their own, so a fetch sees what was put before. Reading a tensor starts to
+    fetch the next one.
 
     Args:
-        device: Where the tensors are used.
+        device: Device on which the tensors are used.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,7 +24,7 @@ class HostMemory:
         self._fetched: dict[int, Tensor] = {}
 
     def put(self, key: int, value: Tensor) -> None:
-        """Store a tensor, which is not to be changed any more; shape and type stay those of the first under this key."""
+        """Store a tensor, which must not be changed afterwards; shape and dtype are those of the first one of this key."""
         if key not in self._stored:
             self._stored[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=self._on_gpu)
         with self._copying():
@@ -34,7 +34,7 @@ class HostMemory:
         self._fetched[key] = value  # most likely it is read next
 
     def get(self, key: int) -> Tensor:
-        """The tensor on the device."""
+        """Return the tensor on the device."""
         if key not in self._fetched:
             self._fetch(key)
         if self._on_gpu:

@@ -1,4 +1,4 @@
-"""Causal language models and tokenizers of transformers, loaded so that an error names the argument to blame."""
+"""Load causal language models and tokenizers of transformers, with errors that name the argument to blame."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +15,13 @@ from utilities.safe_load import brief
 
 
 def read_config(path: str) -> Any:
-    """Configuration of a model, which is read before its weights: those of a large model take minutes.
+    """Read the configuration of a model, before its weights, which may take minutes.
 
     Args:
         path: A hub id, a directory, a .gguf file, or package://<python package>/<file>.
 
     Raises:
-        ValueError: If there is none to be had.
+        ValueError: If it cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -31,15 +31,15 @@ def read_config(path: str) -> Any:
 
 
 def load_model(path: str, dtype: str, attn_implementation: str | None) -> nn.Module:
-    """Weights as plain tensors, adapters beside them added; no pickled object is made.
+    """Load a model with its weights as plain tensors, and add adapters beside them; no object is unpickled.
 
     Args:
-        path: As for `read_config`.
-        dtype: auto (what the checkpoint holds; float32 for GGUF) or the name of a dtype.
-        attn_implementation: As in transformers; its own choice when None.
+        path: Same as in `read_config`.
+        dtype: Name of a dtype, or auto for that of the checkpoint (float32 for GGUF).
+        attn_implementation: Attention of transformers, which chooses when None.
 
     Raises:
-        ValueError: If the model cannot be loaded, or sdpa is asked for where it would leave out the soft cap of its scores.
+        ValueError: If the model cannot be loaded, or its scores have a soft cap that the given attention would leave out.
     """
     from transformers import AutoModelForCausalLM
 
@@ -50,7 +50,7 @@ def load_model(path: str, dtype: str, attn_implementation: str | None) -> nn.Mod
         options |= _dequantised(dtype)
     elif Path(name).is_dir():
         has_adapters(name)
-        options["use_safetensors"] = True  # on the hub, OPT has pickled weights only: of these, tensors and nothing else
+        options["use_safetensors"] = True  # not for hub ids: OPT has only pickled weights there
     with _loading(path):
         model = AutoModelForCausalLM.from_pretrained(name, **arguments, **options, weights_only=True)
     _keep_soft_cap(model, attn_implementation)
@@ -58,10 +58,10 @@ def load_model(path: str, dtype: str, attn_implementation: str | None) -> nn.Mod
 
 
 def load_tokenizer(path: str) -> Any | None:
-    """Tokenizer that lies beside a model; None for a directory without one.
+    """Load the tokenizer beside a model; None for a directory without one.
 
     Args:
-        path: As for `read_config`.
+        path: Same as in `read_config`.
 
     Raises:
         ValueError: If it cannot be loaded.
@@ -76,7 +76,7 @@ def load_tokenizer(path: str) -> Any | None:
 
 
 def _keep_soft_cap(model: nn.Module, attn_implementation: str | None) -> None:
-    """Compute Gemma-2 eagerly: sdpa has no soft cap, which newer transformers refuses and 5.10 ignores without a word."""
+    """Switch Gemma-2 to eager attention: sdpa has no soft cap, which newer transformers refuses and 5.10 ignores silently."""
     config = model.config
     if not getattr(config, "attn_logit_softcapping", None) or config._attn_implementation != "sdpa":
         return
@@ -90,7 +90,7 @@ def _keep_soft_cap(model: nn.Module, attn_implementation: str | None) -> None:
 
 @contextmanager
 def _loading(path: str) -> Iterator[None]:
-    """Name the argument to blame for what a library reports."""
+    """Raise errors of libraries again, with the argument to blame."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
@@ -104,10 +104,10 @@ def _loading(path: str) -> Iterator[None]:
 
 
 def _dequantised(dtype: str) -> dict[str, Any]:
-    """Options of ``from_pretrained`` that turn GGUF blocks into plain weights."""
+    """Return options of ``from_pretrained`` that turn GGUF blocks into plain weights."""
     import transformers
 
     options: dict[str, Any] = {"dtype": "float32" if dtype == "auto" else dtype}
-    if hasattr(transformers, "GgufConfig"):  # since 5.23 weights stay quantised otherwise; before, they never did
+    if hasattr(transformers, "GgufConfig"):  # from 5.23 on, weights stay quantised without it
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return options

@@ -20,14 +20,14 @@ from functional.sparse24 import (
 class Linear24(nn.Module):
     """``nn.Linear`` with a compressed 2:4 weight: 9/16 of its bytes at 16 bit, 17/32 at 32 bit.
 
-    Up to 16 tokens on a GPU are multiplied from the compressed form, by a weight of 16 bit (times: docs/speed.md). More
-    tokens, and those of another dtype than the weight's, as autocast makes them, are multiplied by the dense weight, made for
-    the call and given back: slower than dense, and many times slower on a CPU or of a weight of 32 bit, for which there is no
+    On a GPU, up to 16 tokens are multiplied with the compressed form of a 16 bit weight (times: docs/speed.md). More tokens,
+    and tokens of another dtype than the weight's, as under autocast, are multiplied with the dense weight, which is made for
+    the call and freed: slower than a dense linear, and many times slower on a CPU or for a 32 bit weight, for which there is no
     kernel. After `prepare_prefill`, more tokens inside a CUDA graph or torch.compile go through cuSPARSELt; that form takes
     another 9/16.
 
     Args:
-        weight: (O, I), of `functional.sparse24.compress`.
+        weight: Result of `functional.sparse24.compress`, (O, I).
         bias: (O,), or None.
     """
 
@@ -42,31 +42,31 @@ class Linear24(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "Linear24":
-        """Compress the weight of a linear where it is.
+        """Compress the weight of a linear on its device.
 
         Raises:
-            ValueError: If it is not 2:4, or its inputs are no multiple of 4.
+            ValueError: If the weight is not 2:4, or the number of inputs is no multiple of 4.
         """
         return cls(compress(linear.weight.detach()), None if linear.bias is None else linear.bias.detach())
 
     @property
     def compressed(self) -> Compressed:
-        """The weight as it is stored."""
+        """Weight as it is stored."""
         return Compressed(self.values, self.indices, self.out_features, self.in_features)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is stored."""
+        """Number of bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def dense(self) -> Tensor:
-        """The weight, (O, I)."""
+        """Return the dense weight, (O, I)."""
         return (expand if self.values.is_cuda and self.values.dtype in DTYPES else decompress)(*self.compressed)
 
     def prepare_prefill(self, tokens: int) -> "Linear24":
-        """Keep the form of the sparse tensor cores as well, with the algorithm that is fastest for a number of tokens.
+        """Also keep cuSPARSELt's form of the weight, with the algorithm that is fastest for a number of tokens.
 
-        To be called where the linear will stay, before a graph is captured; moved or cast afterwards, it is to be called again.
+        Call it on the final device before a graph is captured, and again after the linear was moved or cast.
 
         Raises:
             ValueError: If the weight is not on a GPU, not bfloat16 or float16, or O or I is no multiple of 16.
@@ -76,7 +76,7 @@ class Linear24(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
+        """Multiply x, (..., I), and return (..., O)."""
         flat = x.reshape(-1, self.in_features)
         as_stored = x.dtype == self.values.dtype and x.dtype in DTYPES
         if on_gpu(x) and as_stored and flat.shape[0] <= MOST_TOKENS:
@@ -84,35 +84,35 @@ class Linear24(nn.Module):
         elif as_stored and self.packed is not None and in_graph():
             y = prefill.multiply(flat, self.packed, self.out_features, self.algorithm)
             y = y if self.bias is None else y + self.bias
-        else:  # outside a graph cuSPARSELt plans for 0.45 ms a call; making the dense weight takes some 0.03 ms
+        else:  # outside a graph cuSPARSELt plans for 0.45 ms in each call; making the dense weight takes some 0.03 ms
             y = nn.functional.linear(flat, self.dense(), self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """As of ``nn.Linear``."""
+        """Return the same description as ``nn.Linear``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether the kernels can read it."""
+    """Return whether the kernels can read a tensor."""
     return x.is_cuda
 
 
 def in_graph() -> bool:
-    """Whether what is launched now is being captured or compiled."""
+    """Return whether a CUDA graph is being captured or torch.compile is tracing."""
     return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def try_kernels(device: torch.device) -> None:
-    """See that the kernels run on a GPU, before a model relies on them.
+    """Check that the kernels run on a device before a model relies on them.
 
     Raises:
-        ValueError: If they do not: Triton or a C compiler is missing, or the GPU has no sparse tensor cores.
+        ValueError: If they do not, because Triton or a C compiler is missing, or the GPU has no sparse tensor cores.
     """
     weight = torch.zeros(1, GROUP, device=device, dtype=torch.bfloat16)
     try:
         decode(weight, compress(weight))
-    except Exception as error:  # of Triton's many classes
+    except Exception as error:  # Triton raises many classes
         raise ValueError(
             "Argument `sparse24` = True needs Triton, a C compiler and, for a GPU, compute capability 8.0 or more, but its "
             f"kernels do not run here ({error}). Install them, or leave `sparse24` out."
@@ -120,14 +120,14 @@ def try_kernels(device: torch.device) -> None:
 
 
 def compress_linears(blocks: list[nn.Module], device: torch.device | None = None) -> tuple[int, int, int, int]:
-    """Put a `Linear24` in the place of every ``nn.Linear`` of some blocks that is 2:4.
+    """Replace every ``nn.Linear`` of some blocks that is 2:4 by a `Linear24`.
 
     Args:
-        blocks: Changed in place.
-        device: Where the work is done and its result stays; where the weights are when None.
+        blocks: Blocks, changed in place.
+        device: Device of the work and of its result; that of the weights when None.
 
     Returns:
-        How many were replaced, of how many linears; bytes of all these linears before and after.
+        Numbers of replaced linears and of all linears; bytes of all linears before and after.
     """
     replaced = total = before = after = 0
     for block in blocks:

@@ -1,4 +1,4 @@
-"""Predictions: rows that `predict` collects in every process and the first one writes as JSON lines, in their order."""
+"""Predictions: rows that `predict` collects in every process, and that the first process writes as JSON lines in order."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ FILE = "predictions.jsonl"
 
 
 class Predictions:
-    """Rows with an `index` each."""
+    """Rows of predictions, each with an `index`."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
@@ -26,7 +26,7 @@ class Predictions:
         """Write the rows of all processes, ordered by index, to `predictions.jsonl` in the run's folder, and forget them.
 
         Returns:
-            All rows, in the first process; no rows elsewhere.
+            All rows in the first process; an empty list in the others.
         """
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # every process has to ask
         parts, self._rows = gathered(self._rows), []

@@ -1,7 +1,7 @@
-"""Vision transformers from timm or transformers, made, loaded and saved by their own library.
+"""Make, load and save vision transformers by their own library, timm or transformers.
 
-Which library it is follows from the name: a directory's config.json says so, a hub id `owner/name` is transformers' unless it
-begins with timm's `hf-hub:`, and every other name is one of timm's. Weights are read from safetensors only.
+The name decides which library it is: a directory's config.json says so, a hub id `owner/name` belongs to transformers unless it
+begins with timm's `hf-hub:`, and every other name belongs to timm. Weights are read from safetensors only.
 """
 
 import json
@@ -18,17 +18,17 @@ from utilities.safe_load import brief, weights_only
 
 WEIGHTS = "model.safetensors"
 SOURCES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-"""Arguments of `timm.create_model` that say where weights are."""
+"""Arguments of `timm.create_model` that name a source of weights."""
 
 
 def make_model(
     name: str, pretrained: bool = False, checkpoint: str | None = None, model_args: dict[str, Any] | None = None
 ) -> nn.Module:
-    """Build an image classifier.
+    """Make or load an image classifier.
 
     Args:
-        name: A name of timm's, `hf-hub:owner/name`, a hub id of transformers, or a directory that either library wrote.
-        pretrained: Whether to download the weights of a name; a directory's weights are always read.
+        name: A name of timm, `hf-hub:owner/name`, a hub id of transformers, or a directory that either library wrote.
+        pretrained: Whether to download the weights of a name; those of a directory are always read.
         checkpoint: A .safetensors file for a model of timm.
         model_args: Further arguments of `timm.create_model`, such as img_size and num_classes.
 
@@ -50,14 +50,26 @@ def make_model(
         with _loading(name):
             return timm.create_model(f"local-dir:{folder}", pretrained=True)
     if pretrained and checkpoint:
-        raise ValueError("Give `pretrained` or `checkpoint`, not both: each is a source of weights.")
+        raise ValueError(
+            "Arguments `pretrained` and `checkpoint` expected at most one of them, not both, since each is a source of weights, but "
+            f"got True and {checkpoint!r}. Leave one of them out."
+        )
     if "/" in name and not name.startswith("hf-hub:"):
         return _hub_id_of_transformers(name, pretrained, checkpoint, model_args)
     return _from_timm(name, pretrained, checkpoint, dict(model_args or {}))
 
 
 def check_given(model: nn.Module, pretrained: bool, checkpoint: str | None) -> None:
-    """Raise a ValueError unless a model in memory is an image classifier, and nothing says how to load it."""
+    """Check that a model in memory is an image classifier, and that no argument says how to load it.
+
+    Args:
+        model: The model.
+        pretrained: Argument of ImageClassifier.
+        checkpoint: Argument of ImageClassifier.
+
+    Raises:
+        ValueError: If it is not, or an argument does.
+    """
     if not is_timm(model) and not hasattr(getattr(model, "config", None), "num_labels"):
         raise ValueError(
             f"Argument `model_name_or_path` expected a name, a directory, or an image classifier of timm or transformers, but "
@@ -102,7 +114,7 @@ def _from_timm(name: str, pretrained: bool, checkpoint: str | None, model_args: 
 
         try:
             tensors = load_file(Path(checkpoint).expanduser())
-        except Exception as error:  # SafetensorError, and what damaged bytes make of its reader
+        except Exception as error:  # SafetensorError, or anything that damaged bytes make its reader raise
             raise ValueError(
                 f"Argument `checkpoint` = {checkpoint!r} is no intact safetensors file ({brief(error)}). Copy it again."
             ) from error
@@ -141,7 +153,7 @@ def _from_transformers(name: str) -> nn.Module:
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Say which argument is to blame for what a library reports; pickled objects are not made."""
+    """Raise errors of libraries again, with the argument to blame; no object is unpickled within the context."""
     try:
         with weights_only():
             yield
@@ -166,12 +178,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def is_timm(model: nn.Module) -> bool:
-    """Whether a model is one of timm's."""
+    """Return whether a model belongs to timm."""
     return hasattr(model, "pretrained_cfg")
 
 
 def model_type(model: nn.Module) -> str:
-    """The key of ARCHITECTURES; the class's name where timm's class has no entry, so that the error shows it."""
+    """Return the key of a model in ARCHITECTURES, or the name of a class of timm that has no entry, for the error."""
     if not is_timm(model):
         return model.config.model_type
     from timm.models import VisionTransformer
@@ -180,19 +192,19 @@ def model_type(model: nn.Module) -> str:
 
 
 def num_classes(model: nn.Module) -> int:
-    """Number of classes."""
+    """Return the number of classes."""
     return model.num_classes if is_timm(model) else model.config.num_labels
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """How the model wants its images: input_size (C, H, W), mean, std, interpolation, crop_pct, as timm writes it."""
+    """Return the images that a model expects, as timm writes it: input_size (C, H, W), mean, std, interpolation, crop_pct."""
     if is_timm(model):
         from timm.data import resolve_data_config
 
         size = getattr(getattr(model, "patch_embed", None), "img_size", None)
         channels = getattr(model, "in_chans", 3)
         found = resolve_data_config({"input_size": (channels, *size)} if size else {}, model=model)
-        return found | {name: tuple(found[name]) for name in ("input_size", "mean", "std")}  # lists where a file was read
+        return found | {name: tuple(found[name]) for name in ("input_size", "mean", "std")}  # from a file they are lists
     processor, config = model.image_processor, model.config
     size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
     resized = processor.size.get("height") or processor.size.get("shortest_edge")
@@ -209,20 +221,26 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """(samples, classes)."""
+    """Return the logits of images, (samples, classes)."""
     output = model(images)
     return output if isinstance(output, Tensor) else output.logits
 
 
 def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Rows and columns of patches that the model cuts an image into; they are the last of its tokens."""
+    """Return the numbers of rows and columns of patches of an image, which are the last of its tokens."""
     patch = model.patch_embed.patch_size if is_timm(model) else model.config.patch_size
     rows, columns = patch if isinstance(patch, (tuple, list)) else (patch, patch)
     return math.ceil(images.shape[-2] / rows), math.ceil(images.shape[-1] / columns)
 
 
 def save_model(model: nn.Module, directory: Path, model_args: dict[str, Any]) -> None:
-    """Write safetensors and config so that the model's own library loads them again."""
+    """Write safetensors and config in the format of the model's own library.
+
+    Args:
+        model: The model.
+        directory: Existing directory.
+        model_args: Arguments that a model of timm was made with.
+    """
     if not is_timm(model):
         model.save_pretrained(directory)
         model.image_processor.save_pretrained(directory)
@@ -233,13 +251,13 @@ def save_model(model: nn.Module, directory: Path, model_args: dict[str, Any]) ->
 
 
 def loaded_args(name: str, model_args: dict[str, Any] | None) -> dict[str, Any]:
-    """Arguments that a model of timm was made with: those given, or those in the directory that it came from."""
+    """Return the arguments that a model of timm was made with: those given, or those in the directory that it came from."""
     folder = Path(name).expanduser()
     return dict(_read_config(folder).get("model_args") or {}) if name and folder.is_dir() else dict(model_args or {})
 
 
 def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: matrices with weight decay; biases, norms and what the model excludes without."""
+    """Return parameter groups: matrices with weight decay; biases, norms and whatever the model excludes without."""
     from timm.optim import param_groups_weight_decay
 
     excluded = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
@@ -248,6 +266,6 @@ def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any
 
 @torch.no_grad()
 def denormalised(images: Tensor, config: dict[str, Any]) -> Tensor:
-    """Images as they were before normalisation, (samples, 3, H, W) in [0, 1]."""
+    """Return images as they were before normalisation, (samples, 3, H, W) in [0, 1]."""
     mean, std = (images.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
     return (images * std + mean).clamp(0, 1)

@@ -238,8 +238,8 @@ def test_rerun_replaces_its_own_result_and_nothing_else(tiny_model, text_file, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "Give either `sparsity`.*or `pattern`.*got sparsity=None and pattern=None"),
-        ({"sparsity": 0.5, "pattern": "2:4"}, "Give either `sparsity`.*got sparsity=0.5 and pattern='2:4'"),
+        ({}, "Arguments `sparsity`.*and `pattern`.*got sparsity=None and pattern=None"),
+        ({"sparsity": 0.5, "pattern": "2:4"}, "Arguments `sparsity`.*got sparsity=0.5 and pattern='2:4'"),
         ({"sparsity": 1.0}, r"`sparsity` expected to be a share of zeros in \[0, 1\) but got 1.0"),
         ({"sparsity": 50}, "`sparsity`.*got 50"),
         ({"pattern": "4:4"}, "`pattern` expected to be N:M.*'4:4'"),
@@ -362,6 +362,6 @@ def test_a_linear_that_misses_its_target_is_an_error(tiny_model, text_file, tmp_
         return results
 
     monkeypatch.setattr("callbacks.blockwise.solve.prune_linears", forgetful)
-    with pytest.raises(RuntimeError, match=r"layers.0.self_attn.q_proj: \d+ of 1024 weights are zero where 512"):
+    with pytest.raises(RuntimeError, match=r"layers.0.self_attn.q_proj: \d+ of 1024 weights are zero, but 512"):
         fit(tiny_model("llama"), text_file, tmp_path, BlockwisePruning(sparsity=0.5, update_rule=FixedRule("v")))
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -1,1 +1,1 @@
-"""What a dead run leaves, and how the next one goes on."""
+"""Keep the steps that a run has finished, and continue a dead run from them."""

@@ -1,7 +1,7 @@
-"""Fingerprint of a pruning run: everything its result depends on, by name. Two runs with different fingerprints do not mix.
+"""Fingerprint of a pruning run: everything that its result depends on, by name. Only a run with the same one is continued.
 
-`binding` entries must be equal for a run to go on. `described` entries are what a person set; where a digest differs they say
-why, and by themselves they refuse nothing: the same text may lie under another path.
+`binding` entries have to be equal. `described` entries are the settings as the user gave them; they explain why a digest
+differs but need not be equal themselves, since the same text may lie under another path.
 """
 
 import platform
@@ -29,7 +29,7 @@ EXPLAINED_BY = {
     "calibration": ("data.", "the calibration data"),
     "rule source": ("data.", "the windows of the update rule"),
 }
-"""Digest -> beginning of the names of the settings that it follows from, and what it is a digest of."""
+"""Digest -> prefix of the settings that it follows from, and a name for its content."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Fingerprint:
     described: dict[str, str]
 
     def as_json(self) -> dict[str, dict[str, str]]:
-        """Content for a file."""
+        """Return the content for a file."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: Any) -> Self:
-        """From the content of a file.
+        """Make a fingerprint from the content of a file.
 
         Raises:
             ValueError: If it is not what `as_json` returns.
@@ -56,7 +56,7 @@ class Fingerprint:
         return cls(*parts)
 
     def differences(self, other: Self) -> list[str]:
-        """What differs in a run that was started with `other`, in words; empty if the two runs are one."""
+        """Describe the differences from the fingerprint `other` in words; there are none if the runs are the same."""
         names = [name for name in sorted(self.binding.keys() | other.binding.keys()) if self._differs(other, name)]
         found = []
         for name in names:
@@ -73,7 +73,7 @@ class Fingerprint:
         return self.binding.get(name) != other.binding.get(name)
 
     def _why(self, other: Self, name: str) -> list[str]:
-        """The settings that explain another digest, or that there are none."""
+        """Name the settings that explain a different digest, or say that there are none."""
         prefix, what = EXPLAINED_BY[name]
         settings = sorted(key for key in self.described.keys() | other.described.keys() if key.startswith(prefix))
         changed = [key for key in settings if self.described.get(key) != other.described.get(key)]
@@ -108,7 +108,7 @@ def fingerprint_of(
 
 
 def flattened(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Name and value of each setting, as a command line has them: `score.lambda1`, `update_rule.candidates`."""
+    """Yield name and value of each setting, named as on a command line: `score.lambda1`, `update_rule.candidates`."""
     for name, value in settings.items():
         if isinstance(value, dict):
             yield from flattened(value, prefix if name == "init_args" else f"{prefix}{name}.")
@@ -117,7 +117,7 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def digest_of_batches(batches: Iterable[Any]) -> str:
-    """Digest of all tensors of all batches, in order."""
+    """Return the digest of all tensors of all batches, in order."""
 
     def tensors():
         for number, batch in enumerate(batches):
@@ -129,7 +129,7 @@ def digest_of_batches(batches: Iterable[Any]) -> str:
 
 
 def digest_of_texts(texts: Iterable[str]) -> str:
-    """Digest of texts in order."""
+    """Return the digest of texts, in order."""
     return digest((text, torch.empty(0)) for text in texts)
 
 

@@ -1,4 +1,4 @@
-"""FinishedBlocks: the blocks that an earlier run, or this one, has finished and kept in a PruningState.
+"""FinishedSteps: the steps that an earlier run or this one has finished, kept in a PruningState.
 
 Only the first process has the files; the others receive what they hold.
 """
@@ -23,29 +23,29 @@ RNG_STATE = "rng_state"
 """Name of the random state among the tensors of a finished block."""
 
 
-class FinishedBlocks:
-    """Finished blocks of one run. Without a directory nothing is kept, and every method does nothing.
+class FinishedSteps:
+    """Finished steps of one run. Without a directory nothing is kept, and every method does nothing.
 
     Args:
         processes: Processes of the run.
-        directory: Where blocks are kept, or None.
+        directory: Directory of the kept blocks, or None.
     """
 
     def __init__(self, processes: Processes, directory: Path | None = None) -> None:
         self.number = 0
-        """Blocks that an earlier run has finished, over all rounds."""
+        """Number of steps that an earlier run has finished."""
         self.seconds = 0.0
-        """Time that they took."""
+        """Time that these steps took."""
         self._processes = processes
         self._state = None if directory is None else PruningState(directory)
         self._written = 0
 
     def open(self, fingerprint: Fingerprint, total: int) -> None:
-        """Find what an earlier run has finished.
+        """Find the steps that an earlier run has finished.
 
         Args:
             fingerprint: Fingerprint of this run.
-            total: Number of blocks over all rounds.
+            total: Number of steps over all rounds.
 
         Raises:
             ValueError: As `PruningState.open`.
@@ -55,7 +55,7 @@ class FinishedBlocks:
             rank_zero_info(f"An earlier run has finished {self.number} of {total} blocks: continuing after them.")
 
     def targets(self, make: Callable[[], Targets | None]) -> Targets | None:
-        """Targets of the run that this one continues, which lie beside its first block; else new ones."""
+        """Return the targets of the run that this one continues, kept with its first block; else make new ones."""
         if not self.number:
             return make()
         _, content = self._processes.in_first(lambda: self._state.read(0)) or ({}, {})
@@ -67,11 +67,11 @@ class FinishedBlocks:
         """Write a block that this run has finished.
 
         Args:
-            number: Number of the block over all rounds.
-            weights: Its pruned weights.
-            record: Its record.
-            solver: Has pruned it.
-            seconds: Time that all blocks so far took.
+            number: Number of the step over all rounds.
+            weights: Linear -> pruned weight.
+            record: Record of the block.
+            solver: Solver that pruned it.
+            seconds: Time that all steps so far took.
         """
         if self._state is None:
             return
@@ -90,15 +90,18 @@ class FinishedBlocks:
         solver: BlockSolver,
         attention: AttentionMonitor | None,
     ) -> BlockRecord:
-        """Give a block the weights that the earlier run has left.
+        """Give a block the weights that the earlier run has kept.
 
         Args:
-            number: Number of the block over all rounds.
+            number: Number of the step over all rounds.
             index: Index of the block in the model.
             name: Name of the block.
             linears: Names of its pruned linears.
-            solver: Writes the weights.
-            attention: Follows attention in this process, if it is looked at.
+            solver: Solver that writes the weights.
+            attention: Follows attention in the first process, if attention is measured.
+
+        Returns:
+            The record of the block.
         """
         weights, content = self._processes.in_first(lambda: self._state.read(number)) or ({}, {})
         content = self._processes.from_first(content)

@@ -1,11 +1,11 @@
-"""PruningState: the finished blocks that a dead run leaves on disk, so that the same command continues after them.
+"""PruningState: finished blocks on disk, so that the same command continues a dead run after them.
 
-    fingerprint.json     what the run was started with; a run with another fingerprint is refused
+    fingerprint.json     fingerprint of the run; a run with another one is refused
     00007.safetensors    block 7: its pruned weights, its record, the random state, and a SHA-256 of all of it
     lock                 held while a process uses the directory; the system releases it when the process dies
 
-Files are written beside their place, flushed to disk and renamed: there is a whole one or none. A block costs the size of its
-weights, not of the model's.
+Files are written under another name, flushed to disk and renamed, so that each is whole or absent. A block takes the space of
+its own weights, not of the model's.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class PruningState:
     """The finished blocks of one run in a directory.
 
     Args:
-        directory: Need not exist.
+        directory: Directory of the files; made if it does not exist.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -44,7 +44,13 @@ class PruningState:
     def open(self, fingerprint: Fingerprint) -> int:
         """Lock the directory for this run and count the blocks that are finished.
 
-        A file that is damaged is named in a warning; that block and those after it are pruned again.
+        If a file is damaged, a warning names it, and its block and those after it are pruned again.
+
+        Args:
+            fingerprint: Fingerprint of this run.
+
+        Returns:
+            Number of finished blocks.
 
         Raises:
             ValueError: If another process uses the directory, it cannot be written, or its blocks belong to a run with
@@ -76,12 +82,12 @@ class PruningState:
         """Keep a finished block.
 
         Args:
-            index: Number of the block over all rounds.
+            index: Number of the step over all rounds.
             tensors: Tensors by name.
-            content: What JSON can hold.
+            content: Values that JSON can hold.
 
         Raises:
-            OSError: If it cannot be written, as on a full disk; what was kept before is unchanged.
+            OSError: If it cannot be written, as on a full disk; blocks that were kept before are unchanged.
         """
         from safetensors.torch import save
 
@@ -97,7 +103,7 @@ class PruningState:
             ) from error
 
     def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and content of a finished block.
+        """Read tensors and content of a finished block.
 
         Raises:
             ValueError: If the file is damaged.
@@ -111,14 +117,17 @@ class PruningState:
                 tensors = {name: file.get_tensor(name) for name in names}
             whole = metadata["sha256"] == _checksum(tensors, metadata["content"])
             content = json.loads(metadata["content"])
-        except Exception as error:  # whatever the bytes of a damaged file make of the reader
+        except Exception as error:  # a damaged file may make the reader raise anything
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
         if not whole:
             raise ValueError(f"{path} is damaged: its SHA-256 is another.")
         return tensors, content
 
     def remove(self) -> None:
-        """Delete everything, once the run has ended well; the fingerprint first, since blocks without one belong to no run."""
+        """Delete everything, once the run has ended well.
+
+        The fingerprint goes first: if the deletion is interrupted, the blocks that are left belong to no run.
+        """
         (self.directory / FINGERPRINT).unlink(missing_ok=True)
         self.close()
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -162,7 +171,7 @@ class PruningState:
             ) from error
 
     def _verified(self) -> int:
-        """Number of blocks from the first on whose files are whole."""
+        """Count the blocks, from the first on, whose files are whole."""
         count = 0
         while self._path(count).exists():
             try:
@@ -187,7 +196,7 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """All of it under its name, on the disk, or nothing."""
+    """Write a file whole or not at all, and flush it to the disk."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("wb") as file:

@@ -1,8 +1,8 @@
-"""AttentionRule: in each block, the states of q, k and v whose attention is nearest to the dense model's (D²Prune §3.2).
+"""AttentionRule: choose for each block the states of q, k and v whose attention is nearest to the dense model's (D²Prune §3.2).
 
-A candidate gives each projection a state: `updated` (the solver's mask and update), `held` (D²-Wanda: mask by rows, no update),
-or a share of the update on the solver's mask, down to `0`. All states of a projection come from two solves; candidates only
-combine them.
+A candidate gives each projection a state: `updated` (mask and update of the solver), `held` (D²-Wanda: mask by rows, no
+update), or a share of the update with the solver's mask, down to `0`. All states of a projection come from two solves;
+candidates only combine them.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,19 +51,19 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """none, or the held projections such as q+v, or all three states where a share is among them."""
+        """Name of the candidate: none, or its held projections such as q+v, or all three states if one of them is a share."""
         if set(self.state.values()) <= {UPDATED, HELD}:
             return "+".join(role for role, state in self.state.items() if state == HELD) or "none"
         return " ".join(f"{role}={state}" for role, state in self.state.items())
 
 
 @dataclass
-class Choice:
+class Selection:
     """The candidate chosen for a block, and all that were evaluated.
 
     Attributes:
         best: The chosen candidate.
-        candidates: All candidates in the order of evaluation.
+        candidates: All evaluated candidates, in the order of evaluation.
         results: Role -> result of the chosen state.
         map_updated: Attention map (queries, keys) with all projections updated.
     """
@@ -82,13 +82,13 @@ class AttentionRule(UpdateRule):
             ½, ¼ or nothing of it, or is held.
         objective: output: error of the attention's output; divergence: Eq. 12, L_qkv + ρ KL, each relative to its value when
             all projections are updated.
-        reference: What attention is compared with: model (the dense model on its own hidden states) or block (the dense
-            block on the pruned model's).
-        rho: ρ of objective divergence; 1 when left out.
-        windows: Calibration windows that are looked at. The output is taken of all; probabilities (heads x seq_len² x 4 bytes)
-            of the first, or of all with objective divergence.
-        source: Another text, or other images, for these windows, in the forms of the data module's `source`; the first
-            calibration windows when left out.
+        reference: Attention to compare with: model (the dense model on its own hidden states) or block (the dense block on the
+            hidden states of the pruned model).
+        rho: ρ of objective divergence; 1 when None.
+        windows: Number of windows on which attention is measured. Outputs are taken of all windows; probabilities (heads x
+            seq_len² x 4 bytes) of the first, or of all with objective divergence.
+        source: Another text, or other images, for these windows, in the forms of the data module's `source`; when None, the
+            first calibration windows are taken.
 
     Raises:
         ValueError: If an argument is out of range or does not apply to the objective.
@@ -122,13 +122,23 @@ class AttentionRule(UpdateRule):
 
     @override
     def holds(self, linears: Mapping[str, PrunableLinear], round_held: str | None) -> tuple[str, ...]:
-        """Nothing yet: `choose` decides once the block is reached."""
+        """Return no role, since `choose` decides once the block is reached."""
         return ()
 
     def states_of(
         self, updated: PruneResult, held: PruneResult, weight: Tensor, inputs: InputStatistics
     ) -> dict[str, PruneResult]:
-        """Every state of one projection, `updated` first, from its two solves."""
+        """Make every state of one projection from its two solves.
+
+        Args:
+            updated: Result with the weight update.
+            held: Result without.
+            weight: Dense weight, (O, I).
+            inputs: Statistics of its inputs.
+
+        Returns:
+            State -> result, `updated` first.
+        """
         states = {UPDATED: updated}
         if self.candidates == "partial":
             states |= {name: partial_update(updated, weight, inputs, share) for name, share in SHARES.items()}
@@ -137,13 +147,16 @@ class AttentionRule(UpdateRule):
     @torch.no_grad()
     def choose(
         self, probe: AttentionProbe, linears: Mapping[str, PrunableLinear], options: Mapping[str, Mapping[str, PruneResult]]
-    ) -> Choice:
+    ) -> Selection:
         """Evaluate candidates in the block that the probe has entered; the block's weights are restored afterwards.
 
         Args:
-            probe: Has entered the block, whose weights are dense.
-            linears: The block's q, k, v linears by role.
+            probe: Probe that has entered the block, whose weights are dense.
+            linears: Role -> linear of the block.
             options: Role -> state -> result; `updated` first.
+
+        Returns:
+            The best candidate and all others.
         """
         trial = _Trial(self, probe, linears, options)
         try:
@@ -156,7 +169,7 @@ class AttentionRule(UpdateRule):
         finally:
             trial.restore()
         results = {role: options[role][name] for role, name in best.items()}
-        return Choice(trial.evaluate(best), trial.candidates, results, map_updated)
+        return Selection(trial.evaluate(best), trial.candidates, results, map_updated)
 
 
 class _Trial:
@@ -177,11 +190,11 @@ class _Trial:
 
     @property
     def candidates(self) -> list[Candidate]:
-        """In the order of evaluation."""
+        """Candidates in the order of evaluation."""
         return list(self._seen.values())
 
     def evaluate(self, state: State) -> Candidate:
-        """Measure a candidate, or recall it."""
+        """Measure a candidate, unless it has been measured before."""
         key = tuple(state.values())
         if key not in self._seen:
             self._write(state)
@@ -214,30 +227,35 @@ class _Trial:
 
 
 def update_share(state: str) -> float:
-    """Share of the weight update that a state takes."""
+    """Return the share of the weight update that a state takes."""
     return SHARES.get(state, 1.0 if state == UPDATED else 0.0)
 
 
 def method_of(state: str) -> str:
-    """Method that a projection in this state is pruned with."""
+    """Return the method that prunes a projection in a state."""
     return HELD_METHOD if state == HELD else UPDATE_METHOD
 
 
 def subsets(roles: list[str], candidates: Candidates) -> list[State]:
-    """Update all first; then each projection held alone (single), or every set of held projections (all)."""
+    """Return the states of all candidates with whole updates, the one that updates all roles first.
+
+    Args:
+        roles: Projections.
+        candidates: single for at most one held projection, all for every set of held projections.
+    """
     states = [dict(zip(roles, combination, strict=True)) for combination in product((UPDATED, HELD), repeat=len(roles))]
     return [state for state in states if candidates == "all" or list(state.values()).count(HELD) <= 1]
 
 
 def descend(options: Mapping[str, list[str]], score: Callable[[State], float]) -> State:
-    """Coordinate descent from the first option of every role until no role finds a better one.
+    """Minimise a score by coordinate descent, from the first option of every role until no role finds a better one.
 
-    Options are ordered. A role tries both ends and, from its present option, neighbours as long as they improve: the error
+    A role tries both ends of its ordered options and, from its present option, neighbours as long as they improve: the error
     along the share of an update is close to a parabola.
 
     Args:
         options: Role -> names of its states, in order.
-        score: Minimised; may be asked again for a state.
+        score: Function to minimise; may be called again for a state.
     """
     state = {role: names[0] for role, names in options.items()}
     while True:

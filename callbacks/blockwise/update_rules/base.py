@@ -24,22 +24,22 @@ class UpdateRule(Choice):
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Roles that the model must have."""
+        """Roles that the model has to have."""
         return ROLES
 
     def rounds(self, roles: list[str]) -> list[str | None]:
-        """How often the model is pruned: for each round the one projection that it holds everywhere, None if the rule decides.
+        """Return for each round the projection that it holds in every block, or None if the rule decides block by block.
 
         Args:
-            roles: Projections that are pruned somewhere in the model.
+            roles: Roles that are pruned in some block.
         """
         return [None]
 
     def holds(self, linears: Mapping[str, PrunableLinear], round_held: str | None) -> tuple[str, ...]:
-        """Roles that a block holds.
+        """Return the roles that a block holds.
 
         Args:
-            linears: Role -> dense linear, of those projections of the block that are pruned.
-            round_held: What this round holds.
+            linears: Role -> dense linear of the block's pruned projections.
+            round_held: Projection that this round holds in every block, or None.
         """
         raise NotImplementedError

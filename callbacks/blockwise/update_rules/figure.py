@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 LARGEST = 96
-"""Queries and keys drawn; longer maps are averaged down to it."""
+"""Largest number of queries and of keys that are drawn; longer maps are averaged down to it."""
 
 
 def attention_figure(maps: dict[str, Tensor], title: str):
@@ -11,7 +11,7 @@ def attention_figure(maps: dict[str, Tensor], title: str):
 
     Args:
         maps: Title of each panel -> (queries, keys), probabilities.
-        title: Above all panels.
+        title: Title above all panels.
 
     Returns:
         A matplotlib figure, not registered with pyplot.

@@ -1,4 +1,4 @@
-"""FixedRule: the same projections hold their weights in every block, as in the released code."""
+"""FixedRule: hold the same projections in every block, as in the released code."""
 
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -30,7 +30,7 @@ class FixedRule(UpdateRule):
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Held roles."""
+        """Held roles, which the model has to have."""
         return {"none": (), "all": ROLES}.get(self.held, (self.held,))
 
     @override

@@ -1,7 +1,7 @@
 """AttentionMonitor: follows the attention of the dense and of the pruned model from block to block.
 
-It feeds windows to the probe (what attention does), lets the rule choose among candidates, writes measures into the record of
-a block and draws attention maps in TensorBoard. BlockSolver says when.
+It feeds windows to the probe, which measures attention, lets the rule choose among candidates, writes measures into the record
+of a block and draws attention maps in TensorBoard. BlockSolver calls it.
 """
 
 import time
@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from callbacks.blockwise.records import BlockRecord
-from callbacks.blockwise.update_rules.attention import AttentionRule, Choice, State, update_share
+from callbacks.blockwise.update_rules.attention import AttentionRule, Selection, State, update_share
 from callbacks.blockwise.update_rules.figure import attention_figure
 from callbacks.blockwise.update_rules.probe import AttentionProbe
 from functional.pruning import PruneResult
@@ -27,7 +27,7 @@ class AttentionMonitor:
 
     Args:
         module: The model, still dense.
-        rule: Rule that chooses; with other rules, its defaults say how attention is looked at.
+        rule: Rule that chooses; under other rules, an AttentionRule whose settings say how attention is measured.
         drawn: Indices of the blocks whose attention maps are drawn.
         forward_context: Context of the model's forward, such as autocast.
     """
@@ -41,57 +41,76 @@ class AttentionMonitor:
     ) -> None:
         self._module, self._rule, self._drawn, self._context = module, rule, drawn, forward_context
         self._probe = AttentionProbe(module, rule.reference, "all" if rule.objective == "divergence" else "first")
-        self._choice: Choice | None = None
+        self._selection: Selection | None = None
         self.seconds = 0.0
         """Time spent on the block that was entered last."""
 
     def feed(self, batch: Any, samples: int) -> None:
-        """Take windows of a batch, one by one so that batching does not matter, until there are as many as the rule wants."""
+        """Take windows of a batch until there are as many as the rule wants; one by one, so that batching does not matter.
+
+        Args:
+            batch: The batch.
+            samples: Number of its samples.
+        """
         for sample in range(min(samples, self._rule.windows - self._probe.num_windows)):
             with self._context():
                 self._probe.capture(self._module.select_samples(batch, slice(sample, sample + 1)), 1)
 
     def enter(self, index: int) -> None:
         """Measure block `index` before its weights change."""
-        self.seconds, self._choice = 0.0, None
+        self.seconds, self._selection = 0.0, None
         with self._timed():
             self._probe.enter(index)
 
     def choose(
         self, linears: Mapping[str, PrunableLinear], options: Mapping[str, Mapping[str, PruneResult]]
     ) -> tuple[State, dict[str, PruneResult]]:
-        """Role -> the state that the rule chose for it, and role -> result."""
+        """Let the rule choose the states of the block that was entered last.
+
+        Args:
+            linears: Role -> linear of the block.
+            options: Role -> state -> result; `updated` first.
+
+        Returns:
+            Role -> chosen state, and role -> its result.
+        """
         with self._timed():
-            self._choice = self._rule.choose(self._probe, linears, options)
-        return self._choice.best.state, self._choice.results
+            self._selection = self._rule.choose(self._probe, linears, options)
+        return self._selection.best.state, self._selection.results
 
     def leave(self, index: int, record: BlockRecord, loggers: list[Logger]) -> None:
-        """Measure block `index` after it was pruned: measures into its record, attention maps to TensorBoard."""
+        """Measure block `index` after it was pruned.
+
+        Args:
+            index: Index of the block in the model.
+            record: Record of the block, which receives the measures.
+            loggers: TensorBoard among them receives attention maps.
+        """
         with self._timed():
             record.attention, maps = self._probe.leave(index)
-        if self._choice is not None:
-            best = self._choice.best
+        if self._selection is not None:
+            best = self._selection.best
             record.choice = best.name
             record.update_shares = {role: update_share(state) for role, state in best.state.items()}
-            record.candidates = [{"name": candidate.name} | asdict(candidate) for candidate in self._choice.candidates]
+            record.candidates = [{"name": candidate.name} | asdict(candidate) for candidate in self._selection.candidates]
         if index in self._drawn:
             self._draw(index, record, maps, loggers)
         record.seconds_rule = self.seconds
 
     def pass_by(self, index: int) -> None:
-        """Move on beyond a block that an earlier run has measured."""
+        """Move on past a block that an earlier run has measured."""
         with self._context():
             self._probe.pass_by(index)
 
     def clear(self) -> None:
         """Free the hidden states."""
         self._probe.clear()
-        self._choice = None
+        self._selection = None
 
     def _draw(self, index: int, record: BlockRecord, maps: list[Tensor], loggers: list[Logger]) -> None:
         panels = {"dense": maps[0]}
-        if self._choice is not None:
-            panels["all updated"] = self._choice.map_updated
+        if self._selection is not None:
+            panels["all updated"] = self._selection.map_updated
         panels[f"pruned: {record.choice}" if record.choice else "pruned"] = maps[1]
         for logger in loggers:
             if isinstance(logger, TensorBoardLogger):

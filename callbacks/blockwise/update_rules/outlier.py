@@ -1,4 +1,4 @@
-"""OutlierRule: in each block the projection whose weight has the largest outlier ratio holds its weights (Eq. 18-19)."""
+"""OutlierRule: hold in each block the projection whose weight has the largest outlier ratio (Eq. 18-19)."""
 
 from collections.abc import Mapping
 
@@ -21,5 +21,5 @@ class OutlierRule(UpdateRule):
 
 
 def outlier_ratios(linears: Mapping[str, PrunableLinear]) -> dict[str, float]:
-    """Role -> outlier ratio of its weight."""
+    """Return role -> outlier ratio of its weight."""
     return {role: outlier_ratio(linear.weight) for role, linear in linears.items()}

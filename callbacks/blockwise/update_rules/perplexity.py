@@ -1,7 +1,7 @@
 """PerplexityRule: prune once with each of q, k and v held, and keep the round with the lowest held-out loss (Algorithm 1).
 
-The paper does not say on which text it measures; the test text would be cheating, so held-out calibration data decide. Copies
-of the dense and of the best weights wait in CPU memory, so that the model never has to be pruned a fourth time.
+The paper does not say on which text it measures. The test text would be cheating, so held-out data decide. Copies of the dense
+and of the best weights wait in CPU memory, so that the model does not have to be pruned a fourth time.
 """
 
 import math
@@ -18,7 +18,7 @@ from lightning_modules.parts.architectures import PrunableLinear
 
 
 class PerplexityRule(UpdateRule):
-    """Prune with each of q, k and v held in every block; the round with the lowest loss on held-out data stays."""
+    """Prune with each of q, k and v held in every block, and keep the round with the lowest loss on held-out data."""
 
     short = "perplexity"
 
@@ -33,7 +33,14 @@ class PerplexityRule(UpdateRule):
 
 @dataclass
 class Round:
-    """One round over all blocks: what it held, its metrics, block records, and pruned weights by full name on the CPU."""
+    """One round over all blocks.
+
+    Attributes:
+        held: Projection that it held.
+        metrics: Metrics of the pruned model.
+        records: Records of the blocks.
+        weights: Full name -> pruned weight, on the CPU.
+    """
 
     held: str
     metrics: dict[str, float]
@@ -42,11 +49,11 @@ class Round:
 
 
 class Rounds:
-    """The rounds of a perplexity rule: puts dense weights back before each, and the best round's at the end.
+    """Rounds of the perplexity rule: restores the dense weights before each, and those of the best round at the end.
 
     Args:
         weights: Full name -> weight of every pruned linear, (O, I) views into the model, still dense.
-        judge: Metric that is minimised.
+        judge: Name of the metric to minimise.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], judge: str) -> None:
@@ -61,7 +68,13 @@ class Rounds:
         self._write(self._dense)
 
     def add(self, held: str, metrics: dict[str, float], records: list[BlockRecord]) -> None:
-        """Judge the round whose weights the model has now, and copy them if no earlier round was better."""
+        """Compare the round whose weights the model has now, and copy them if no earlier round was better.
+
+        Args:
+            held: Projection that it held.
+            metrics: Metrics of the pruned model.
+            records: Records of the blocks.
+        """
         self.metrics[held] = metrics
         if self._best is None or self._loss(metrics) < self._loss(self._best.metrics):
             self._best = Round(held, metrics, records, self._copy())
@@ -69,12 +82,18 @@ class Rounds:
     def finish(self) -> Round:
         """Write the best round's weights into the model, bit for bit, and free all copies.
 
+        Returns:
+            The best round.
+
         Raises:
             RuntimeError: If no round had a finite loss.
         """
         best, self._best = self._best, None
         if best is None or self._loss(best.metrics) == math.inf:
-            raise RuntimeError(f"No round with {', '.join(self.metrics)} held had a finite {self.judge}: {self.metrics}.")
+            raise RuntimeError(
+                f"No round with {', '.join(self.metrics)} held had a finite {self.judge}: {self.metrics}. "
+                "Lower the sparsity, or look at the held-out data."
+            )
         self._write(best.weights)
         self._dense = {}
         return best

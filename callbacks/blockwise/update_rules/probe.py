@@ -1,9 +1,9 @@
-"""AttentionProbe: attention of the dense model and of the pruned one on a few windows, block by block.
+"""AttentionProbe: measures attention of the dense and of the pruned model on a few windows, block by block.
 
-Two streams of hidden states carry the same windows: one through the dense blocks, one through the pruned blocks. The dense
-model's attention in a block is the reference; the error of a candidate is that of its own attention, which reads what the
-pruned blocks before it hand on. So a choice can make up for errors that came before. `reference="block"` instead compares
-with the dense block on the very same input.
+Two streams of hidden states carry the same windows, one through the dense blocks and one through the pruned blocks. The
+attention of the dense model in a block is the reference. A candidate's attention reads the outputs of the pruned blocks before
+it, so a choice can make up for earlier errors. With `reference="block"` the reference is the dense block on the same input
+instead.
 """
 
 import math
@@ -38,9 +38,9 @@ class AttentionProbe:
 
     Args:
         module: The model; its blocks are dense until they are pruned one after the other.
-        reference: model: the dense model on its own hidden states; block: the dense block on those of the pruned model.
-        distributions: all: probabilities are looked at in every window, as Eq. 12 does; first: in the first batch of windows
-            only, which takes less time and memory where the output decides.
+        reference: model (the dense model on its own hidden states) or block (the dense block on those of the pruned model).
+        distributions: all measures probabilities in every window, as Eq. 12 does; first measures them in the first batch of
+            windows only, which takes less time and memory if the output decides.
     """
 
     def __init__(
@@ -54,7 +54,12 @@ class AttentionProbe:
         self.num_windows = 0
 
     def capture(self, batch: Any, samples: int) -> None:
-        """Add a batch of windows, as many as `samples` says."""
+        """Add a batch of windows.
+
+        Args:
+            batch: The batch.
+            samples: Number of its windows.
+        """
         key = len(self._pruned)
         with attention_form(self._module.model, "eager"):
             self._pruned.capture(key, lambda: self._module.calibration_forward(batch))
@@ -63,7 +68,7 @@ class AttentionProbe:
 
     @torch.no_grad()
     def enter(self, index: int) -> None:
-        """Take the reference of block `index`, which must still be dense, and move the dense stream beyond it."""
+        """Measure the reference of block `index`, which must still be dense, and move the dense stream past it."""
         attention = self._attention(index)
         self._windows = []
         for key in range(len(self._pruned)):
@@ -82,7 +87,7 @@ class AttentionProbe:
 
     @torch.no_grad()
     def output_error(self) -> float:
-        """Σ‖o − o_ref‖² / Σ‖o_ref‖² of the attention module with its present weights, o after the output projection."""
+        """Return Σ‖o − o_ref‖² / Σ‖o_ref‖² with the present weights; o is the output after the output projection."""
         error = norm = 0.0
         for window in self._windows:
             output = run_attention(self._attending, window.args, window.kwargs).float()
@@ -92,16 +97,17 @@ class AttentionProbe:
 
     @torch.no_grad()
     def divergence(self) -> float:
-        """KL of the attention probabilities with the present weights from the reference's, in nats (Eq. 12)."""
+        """Return the KL divergence of the present attention probabilities from those of the reference, in nats (Eq. 12)."""
         values = [attention_divergence(probabilities, dense) for probabilities, dense in self._distributions_now()]
         return float(torch.stack(values).mean())
 
     @torch.no_grad()
     def leave(self, index: int) -> tuple[dict[str, float], list[Tensor]]:
-        """Measures of block `index`, which must be pruned by now; moves the pruned stream beyond it.
+        """Measure block `index`, which must be pruned by now, and move the pruned stream past it.
 
         Returns:
-            Measures by name, and attention maps (queries, keys), mean over heads of the first window: dense, pruned.
+            Measures by name; and the attention maps (queries, keys) of the dense and the pruned model, the mean over heads in
+            the first window.
         """
         relative, entries = self.output_error(), sum(window.output.numel() for window in self._windows)
         norm = float(sum(window.output.square().sum() for window in self._windows))
@@ -120,20 +126,20 @@ class AttentionProbe:
         return {name: float(value) for name, value in measures.items()}, maps
 
     def pass_by(self, index: int) -> None:
-        """Move the pruned stream beyond block `index`, which must be pruned by now, without a look at it."""
+        """Move the pruned stream past block `index`, which must be pruned by now, without measuring it."""
         self._windows = []
         with attention_form(self._blocks[index], "own"):
             for key in range(len(self._pruned)):
                 self._pruned.advance(key, index)
 
     def attention_map(self) -> Tensor:
-        """Attention probabilities with the present weights, mean over heads of the first window, (queries, keys)."""
+        """Return the present attention probabilities, the mean over heads in the first window, (queries, keys)."""
         window = self._windows[0]
         with torch.no_grad():
             return run_attention_eagerly(self._attending, window.args, window.kwargs)[1][0].float().mean(0)
 
     def clear(self) -> None:
-        """Give the hidden states back."""
+        """Free the hidden states."""
         self._pruned.clear()
         self._dense.clear()
         self._windows = []
@@ -142,13 +148,13 @@ class AttentionProbe:
         return self._module.attention(self._blocks[index])
 
     def _distributions_now(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Probabilities with the present weights, and the reference's."""
+        """Yield the present probabilities and those of the reference, window by window."""
         for window in self._windows:
             if window.probabilities is not None:
                 yield run_attention_eagerly(self._attending, window.args, window.kwargs)[1], window.probabilities
 
     def _call(self, stream: BlockStream, key: int, index: int) -> tuple[tuple, dict[str, Any], Tensor]:
-        """What block `index` gives its attention, and what it returns."""
+        """Run block `index`; return the arguments of its attention and its own output."""
         calls: list[tuple[tuple, dict[str, Any]]] = []
         attention = self._attention(index)
         handle = attention.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)

@@ -1,6 +1,6 @@
-"""RuleWindows: brings the windows whose attention is looked at to the first process, which alone looks.
+"""RuleWindows: brings the windows on which attention is measured to the first process, which alone measures it.
 
-They come from the rule's `source`, or are the first calibration windows, whichever process has them.
+They come from the rule's `source`, or they are the first calibration windows, whichever process has them.
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from utilities.distributed import Processes
 
 
 class RuleWindows:
-    """Feeds an AttentionMonitor.
+    """Feeds windows to an AttentionMonitor.
 
     Args:
         trainer: Trainer of the run.
         module: The model.
-        rule: Says how many windows there are, and of what.
+        rule: Rule with the number and the source of the windows.
         processes: Processes of the run.
     """
 
@@ -38,8 +38,8 @@ class RuleWindows:
         """Begin a round.
 
         Args:
-            attention: Is fed, in the first process; None elsewhere.
-            wanted: Whether attention is looked at in this round; the same in all processes.
+            attention: Monitor to feed, in the first process; None in others.
+            wanted: Whether attention is measured in this round; the same in all processes.
         """
         self._attention, self._wanted, self._samples = attention, wanted, {}
         if attention is not None:
@@ -47,7 +47,7 @@ class RuleWindows:
                 attention.feed(batch, len(self._module.sample_positions(batch)))
 
     def of_source(self) -> Iterator[Any]:
-        """Batches of the rule's source; none without one, and none in other processes than the first.
+        """Yield batches of the rule's source; none without a source, and none in other processes than the first.
 
         Raises:
             ValueError: If the data module cannot read it.
@@ -58,7 +58,12 @@ class RuleWindows:
             yield self._trainer.strategy.batch_to_device(batch)
 
     def see(self, batch: Any, positions: Tensor) -> None:
-        """Take what is wanted of a calibration batch, on its first way through."""
+        """Take the wanted windows of a calibration batch, when it is captured.
+
+        Args:
+            batch: The batch.
+            positions: Positions of its samples in the calibration set.
+        """
         if not self._wanted or self._rule.source is not None:
             return
         if self._processes.size == 1:
@@ -70,13 +75,13 @@ class RuleWindows:
                 self._samples[position] = move_data_to_device(chosen, torch.device("cpu"))
 
     def seen_all(self, positions: list[int]) -> None:
-        """Send the windows of all processes to the first, in their order, once every calibration batch has come by.
+        """Send the windows of all processes to the first one, in their order, after every calibration batch was captured.
 
         Args:
             positions: Positions of this process's samples.
 
         Raises:
-            ValueError: If two processes have seen the same sample.
+            ValueError: If two processes have the same sample.
         """
         if self._processes.size == 1:
             return

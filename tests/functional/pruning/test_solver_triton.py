@@ -46,7 +46,7 @@ def prune(kernels, weight, factor, terms, sparsity=0.5, pattern=None, block_size
     function = solver._prune_by_kernels if kernels else solver._prune_by_columns
     terms = ScoreTerms(*(None if x is None else x.to(DEVICE) for x in (terms.square, terms.linear, terms.rows)))
     parts = parts or [len(weight)]
-    task = solver.Task(factor.to(DEVICE), terms, pattern, blocks, solver._runs(parts, [sparsity] * len(parts)))
+    task = solver.Task(factor.to(DEVICE), terms, pattern, blocks, solver._spans(parts, [sparsity] * len(parts)))
     return [x.cpu() for x in function(weight.to(DEVICE, copy=True), task)]
 
 
