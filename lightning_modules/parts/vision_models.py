@@ -51,8 +51,8 @@ def make_model(
             return timm.create_model(f"local-dir:{folder}", pretrained=True)
     if pretrained and checkpoint:
         raise ValueError(
-            "Arguments `pretrained` and `checkpoint` expected at most one of them, not both, since each is a source of weights, but "
-            f"got True and {checkpoint!r}. Leave one of them out."
+            "Arguments `pretrained` and `checkpoint` are two sources of weights: expected one, not both, but got "
+            f"True and {checkpoint!r}. Leave one of them out."
         )
     if "/" in name and not name.startswith("hf-hub:"):
         return _hub_id_of_transformers(name, pretrained, checkpoint, model_args)
