@@ -1,6 +1,8 @@
 """AttentionImages: shows which patches the class token of a vision transformer attends to, before and after `fit`."""
 
 import textwrap
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +131,7 @@ class AttentionImages(Callback):
         module.eval()
         handles = [_record_call(attention, calls, name) for name, attention in attentions.items()]
         try:
-            with trainer.precision_plugin.forward_context():
+            with _on_device(module.blocks.values(), module.device), trainer.precision_plugin.forward_context():
                 logits = module(batch["image"])
                 looked = {name: run_attention_eagerly(attentions[name], *calls[name])[1] for name in attentions}
         finally:
@@ -146,6 +148,19 @@ class AttentionImages(Callback):
             probabilities.tolist(),
             "class token" if has_class_token else "average token",
         )
+
+
+@contextmanager
+def _on_device(blocks: Collection[nn.Module], device: torch.device) -> Iterator[None]:
+    """Within, blocks are on a device; with `offload` they wait in host memory."""
+    places = {block: next(block.parameters()).device for block in blocks}
+    for block in places:
+        block.to(device)
+    try:
+        yield
+    finally:
+        for block, place in places.items():
+            block.to(place)
 
 
 def _record_call(attention: nn.Module, calls: dict[str, Any], name: str) -> Any:
