@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from datamodules.image_draws import Pool
 from utilities.extras import import_needed
@@ -59,6 +60,7 @@ class Images(ABC):
 class EncodedImages(Images):
     """Images that are decoded when they are read."""
 
+    @override
     def read(self, position: int) -> Image.Image:
         try:
             return decode(self.encoded(position))
@@ -91,9 +93,11 @@ class FolderImages(EncodedImages):
         if not self.paths:
             raise ValueError(f"Folder '{folder}' holds {len(self.names)} folders but no {_extensions()} below them.")
 
+    @override
     def encoded(self, position: int) -> bytes:
         return Path(self.paths[position]).read_bytes()
 
+    @override
     def name(self, position: int) -> str:
         return f"'{self.paths[position]}'"
 
@@ -125,6 +129,7 @@ class DigitImages(Images):
         self.scans = np.rint(digits.images[kept] * (255 / 16)).astype(np.uint8)
         self.labels = [labels[position] for position in kept]
 
+    @override
     def read(self, position: int) -> Image.Image:
         return Image.fromarray(self.scans[position]).convert("RGB")
 
@@ -167,10 +172,12 @@ class HubImages(EncodedImages):
             )
         return names[0]
 
+    @override
     def encoded(self, position: int) -> bytes:
         cell = self.rows[position][self.column]
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
+    @override
     def name(self, position: int) -> str:
         return f"in row {position} of {self.where}"
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from functional.pruning import InputStatistics, OutputStatistics
+from functional.pruning.batches import LARGEST, too_large
 from functional.pruning.precision import Precision
-from functional.pruning.statistics import LARGEST, too_large
 from lightning_modules.parts.architectures import PrunableLinear
 
 ERROR_TOKENS = 4096

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from functional.pruning.admm import Solver, check_solver
+from functional.pruning.batches import LARGEST
 from functional.pruning.checks import check_arguments, check_scores
 from functional.pruning.hessian import inverse_factor_of
 from functional.pruning.masks import Pattern, mask_by_rows_or_matrix, parse_pattern
@@ -35,7 +36,7 @@ from functional.pruning.refine import refine_by_admm, undo_harmful_updates
 from functional.pruning.scores import ScoreTerms, score_terms
 from functional.pruning.solver import obs_prune
 from functional.pruning.stack import Stack, energies_of
-from functional.pruning.statistics import LARGEST, ActivationNorm, InputStatistics, OutputStatistics
+from functional.pruning.statistics import ActivationNorm, InputStatistics, OutputStatistics
 
 log = logging.getLogger(__name__)
 

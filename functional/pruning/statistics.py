@@ -21,14 +21,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from functional.pruning.dispatch import by_kernels
+from functional.pruning.batches import LARGEST, norms_and_peak, positions_of, too_large
 from functional.pruning.gram import add_products, symmetric
 from functional.pruning.precision import Precision, check_precision, resolved
 
 ActivationNorm = Literal["rms", "official"]
 T = TypeVar("T")
-
-LARGEST = torch.finfo(torch.float32).max
 
 
 class _Statistics:
@@ -106,9 +104,9 @@ class _Statistics:
             raise ValueError(
                 f"Argument `x` expected to have the shape (samples, tokens, {self.features}) but got {tuple(x.shape)}."
             )
-        positions = _positions(sample_index, len(x))
+        positions = positions_of(sample_index, len(x))
         x = x.detach().float() if x.dtype == torch.float64 else x.detach()
-        norm, peak = by_kernels(x, lambda: _norms_and_peak_by_kernel(x), lambda: _norms_and_peak(x))
+        norm, peak = norms_and_peak(x)
         self.peaks.append(peak)
         self._device = self._device or x.device
         self._sum("square_norm").add_(norm.square().sum(0))
@@ -315,46 +313,3 @@ def check_activation_norm(mode: str, scale: float | str) -> None:
         raise ValueError(f"Argument `activation_norm` expected to be rms or official but got {mode!r}.")
     if scale != "auto" and (isinstance(scale, str) or not 0 < scale < float("inf")):
         raise ValueError(f"Argument `scale` expected to be auto or a positive number but got {scale!r}.")
-
-
-def too_large(largest: float, where: str = "") -> str:
-    """Return the text of an error about finite numbers whose squares overflow float32.
-
-    Args:
-        largest: The largest magnitude.
-        where: Place of the number, with a space in front.
-    """
-    return (
-        f"reaches {largest:.3g} in magnitude{where}, and sums of squares of such numbers overflow float32. Scale the data "
-        "down, or look for what makes it grow."
-    )
-
-
-def _norms_and_peak(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ‖X_n,j‖, float32, (samples, features), and the largest magnitude, NaN if x holds any, without GPU waits."""
-    peak = torch.stack(x.aminmax()).abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
-    if x.device.type == "cpu":  # which reduces half precision slowly
-        return x.float().square().sum(1).sqrt(), peak
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32), peak
-
-
-def _norms_and_peak_by_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
-    from functional.pruning.statistics_triton import norms_and_peak
-
-    return norms_and_peak(x) if x.numel() else _norms_and_peak(x)
-
-
-def _positions(sample_index: int | Tensor, num_samples: int) -> Tensor:
-    """Return the 1-based positions n of the samples, float32, (samples,), on the device of the index."""
-    if isinstance(sample_index, Tensor) and sample_index.ndim:
-        # Values on a GPU are not checked, because that would wait for it.
-        valid = sample_index.shape == (num_samples,) and (sample_index.is_cuda or int(sample_index.min()) >= 0)
-        positions = sample_index
-    else:
-        first = int(sample_index)
-        positions, valid = torch.arange(first, first + num_samples), first >= 0
-    if not valid:
-        raise ValueError(
-            f"Argument `sample_index` expected to be a position from 0 on, or {num_samples} of them, but got {sample_index}."
-        )
-    return positions.to(torch.float32) + 1

@@ -126,7 +126,7 @@ def test_collecting_waits_for_nothing(monkeypatch):
     for name in ("item", "tolist", "__bool__", "__float__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} was called"))
     positions = torch.tensor([0])
-    monkeypatch.setattr("functional.pruning.statistics._positions", lambda *_: positions.float() + 1)
+    monkeypatch.setattr("functional.pruning.statistics.positions_of", lambda *_: positions.float() + 1)
     linear = torch.nn.Linear(4, 3)
     collector = StatisticsCollector({"a": PrunableLinear(linear)})
     with torch.no_grad(), collector.collecting(positions):
