@@ -60,8 +60,8 @@ class Diagnostics:
         Raises:
             ValueError: If it is not.
         """
-        looks = self.attention or isinstance(settings.update_rule, AttentionRule)
-        if self.attention_maps is not None and not looks:
+        measured = self.attention or isinstance(settings.update_rule, AttentionRule)
+        if self.attention_maps is not None and not measured:
             raise ValueError(
                 f"Argument `diagnostics.attention_maps` = {self.attention_maps} needs attention to be measured, but "
                 f"`update_rule` is {settings.update_rule!r}. Set `diagnostics.attention: true`, or leave it out."
@@ -257,12 +257,12 @@ class PruningRun:
         if self._rounds is not None:
             self._rounds.restart()
             self._plan = plan_of(self._settings, self._module, self._rounds_held[round_index])
-        looks = isinstance(self._settings.update_rule, AttentionRule) or self._diagnostics.attention
-        looks = looks and not self._is_finished(self._round_end)
-        if looks and self._processes.is_first:
+        measured = isinstance(self._settings.update_rule, AttentionRule) or self._diagnostics.attention
+        measured = measured and not self._is_finished(self._round_end)
+        if measured and self._processes.is_first:
             context = self._trainer.precision_plugin.forward_context
             self._attention = AttentionMonitor(self._module, self._rule, self._drawn(), context)
-        self._windows.start(self._attention, looks)
+        self._windows.start(self._attention, measured)
 
     def _end_round(self) -> None:
         held, metrics = self._held, self.validate()

@@ -108,10 +108,10 @@ def record_of(
 def kept_and_pruned(result: PruneResult) -> dict[str, Tensor]:
     """Return log10 of the positive scores of kept and of pruned weights, at most `MOST_SCORES` of each, on the CPU."""
     found = {}
-    for state, mask in (("kept", result.mask), ("pruned", ~result.mask)):
+    for part, mask in (("kept", result.mask), ("pruned", ~result.mask)):
         scores = result.scores[mask.to(result.scores.device)]
         scores = scores[scores > 0]
-        found[state] = scores[:: len(scores) // MOST_SCORES + 1].log10().cpu()
+        found[part] = scores[:: len(scores) // MOST_SCORES + 1].log10().cpu()
     return found
 
 
@@ -126,6 +126,6 @@ def log_scores(loggers: list[Logger], name: str, scores: dict[str, Tensor], step
     """
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            for state, logs in scores.items():
+            for part, logs in scores.items():
                 if len(logs):
-                    logger.experiment.add_histogram(f"log10_scores_{state}/{name}", logs, step)
+                    logger.experiment.add_histogram(f"log10_scores_{part}/{name}", logs, step)
