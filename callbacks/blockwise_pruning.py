@@ -28,8 +28,9 @@ from callbacks.blockwise.records import BlockRecord
 from callbacks.blockwise.result import check_output, print_summary
 from callbacks.blockwise.run import Diagnostics, PruningRun
 from callbacks.blockwise.settings import Method, PruningSettings, Score
-from callbacks.blockwise.solvers import Solver, SolverName
+from callbacks.blockwise.solvers import Solver
 from callbacks.blockwise.update_rules import UpdateRule, UpdateRuleName
+from functional.pruning.checks import SolverName
 from functional.pruning.precision import Precision
 from lightning_modules.base.prunable import PrunableModule
 from utilities.choice import chosen

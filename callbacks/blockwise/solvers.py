@@ -1,11 +1,9 @@
 """Solvers of the weight update, by their names in configs; the formulas are in functional/pruning."""
 
-from typing import Any, Literal
+from typing import Any
 
 from utilities.checks import check_integer
 from utilities.choice import Choice
-
-SolverName = Literal["obs", "admm"]
 
 
 class Solver(Choice):

@@ -16,12 +16,10 @@ costs one product of the weight with Q. With ones in the diagonal ρ needs no tu
 caller compares the errors of each row (`prune_linears` does).
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-Solver = Literal["obs", "admm"]
 
 ITERATIONS = 20
 PENALTY = 1.0
@@ -99,13 +97,3 @@ def admm_update(
         kept = free.masked_fill(dropped, 0)
         multipliers = free.sub_(kept)
     return kept.mul_(scale)
-
-
-def check_solver(solver: str) -> None:
-    """Check that a solver is known.
-
-    Raises:
-        ValueError: If it is neither obs nor admm.
-    """
-    if solver not in get_args(Solver):
-        raise ValueError(f"Argument `solver` expected to be obs or admm but got {solver!r}.")

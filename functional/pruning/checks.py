@@ -1,10 +1,24 @@
 """Check the arguments of `prune_linear` before anything is computed."""
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from functional.pruning.masks import Pattern, check_divisible, check_sparsity
 from functional.pruning.statistics import ActivationNorm, InputStatistics, OutputStatistics, check_activation_norm
+
+SolverName = Literal["obs", "admm"]
+
+
+def check_solver(solver: str) -> None:
+    """Check that a solver is known.
+
+    Raises:
+        ValueError: If it is neither obs nor admm.
+    """
+    if solver not in get_args(SolverName):
+        raise ValueError(f"Argument `solver` expected to be obs or admm but got {solver!r}.")
 
 
 def check_arguments(

@@ -26,9 +26,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from functional.pruning.admm import Solver, check_solver
 from functional.pruning.batches import LARGEST
-from functional.pruning.checks import check_arguments, check_scores
+from functional.pruning.checks import SolverName, check_arguments, check_scores, check_solver
 from functional.pruning.hessian import inverse_factor_of
 from functional.pruning.masks import Pattern, mask_by_rows_or_matrix, parse_pattern
 from functional.pruning.precision import float32_matmul
@@ -91,7 +90,7 @@ def prune_linear(
     activation_norm: ActivationNorm = "rms",
     block_size: int = 128,
     damping: float = 0.01,
-    solver: Solver = "obs",
+    solver: SolverName = "obs",
 ) -> PruneResult:
     """Prune the weight of a linear map y = W x + b.
 
@@ -145,7 +144,7 @@ def prune_linears(
     activation_norm: ActivationNorm = "rms",
     block_size: int = 128,
     damping: float = 0.01,
-    solver: Solver = "obs",
+    solver: SolverName = "obs",
 ) -> list[PruneResult]:
     """Prune linear maps that read the same x together. The results are those of `prune_linear`, sooner.
 
@@ -251,7 +250,7 @@ def _with_update(
     groups: Pattern | None,
     block_size: int,
     damping: float,
-    solver: Solver,
+    solver: SolverName,
 ) -> _Solved:
     """Run :func:`obs_prune` with the scores of the inverse Hessian, then `solver`; dead inputs score 0 if others live."""
     factor, dead, used_damping = inverse_factor_of(inputs, damping)
