@@ -282,13 +282,13 @@ class PruningRun:
             f"Update rule perplexity: pruning {len(self._rounds_held)} times, with {', '.join(self._rounds_held)} held."
         )
         blocks = self._module.blocks
-        weights = {
-            f"{block}.{name}": linear.weight
+        linears = {
+            f"{block}.{name}": linear
             for block, names in self._plan.items()
             for name, linear in self._module.linears(blocks[block]).items()
             if name in names
         }
-        return Rounds(weights, judge)
+        return Rounds(linears, judge)
 
     @property
     def _held(self) -> str | None:

@@ -52,14 +52,15 @@ class Rounds:
     """Rounds of the perplexity rule: restores the dense weights before each, and those of the best round at the end.
 
     Args:
-        weights: Full name -> weight of every pruned linear, (O, I) views into the model, still dense.
+        linears: Full name -> every pruned linear of the model, still dense. Their weights are looked up at each use, since a
+            block that moves to host memory and back has new ones.
         judge: Name of the metric to minimise.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], judge: str) -> None:
+    def __init__(self, linears: Mapping[str, PrunableLinear], judge: str) -> None:
         self.judge = judge
         self.metrics: dict[str, dict[str, float]] = {}
-        self._weights = dict(weights)
+        self._linears = dict(linears)
         self._dense = self._copy()
         self._best: Round | None = None
 
@@ -99,12 +100,12 @@ class Rounds:
         return best
 
     def _copy(self) -> dict[str, Tensor]:
-        return {name: weight.to("cpu", copy=True) for name, weight in self._weights.items()}
+        return {name: linear.weight.to("cpu", copy=True) for name, linear in self._linears.items()}
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
-        for name, weight in self._weights.items():
-            weight.copy_(values[name])
+        for name, linear in self._linears.items():
+            linear.weight.copy_(values[name])
 
     def _loss(self, metrics: dict[str, float]) -> float:
         loss = metrics[self.judge]

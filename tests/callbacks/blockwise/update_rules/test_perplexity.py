@@ -10,7 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks import FixedRule
 from callbacks.blockwise.update_rules import ROLES
+from callbacks.blockwise.update_rules.perplexity import Rounds
 from datamodules import TextDataModule
+from lightning_modules.parts.architectures import PrunableLinear
 from tests.helpers.rule_cases import SEQ_LEN, on_models
 
 
@@ -45,3 +47,19 @@ def test_perplexity_rule_says_so_and_needs_held_out_text(case, caplog):
     with pytest.raises(ValueError, match="chooses by val/loss on held-out data, but there is none"):
         case.fit(module, update_rule="perplexity")
     assert all(torch.equal(value, before[name]) for name, value in module.model.state_dict().items())
+
+
+def test_rounds_follow_weights_that_move():
+    """A block that goes to another device and back, as with `offload`, has its weights in other memory."""
+    module = torch.nn.Linear(4, 6)
+    linears = {"q": PrunableLinear(module, slice(0, 2)), "v": PrunableLinear(module, slice(2, 6))}
+    dense = module.weight.detach().clone()
+    rounds = Rounds(linears, "val/loss")
+    for held, loss in (("q", 2.0), ("k", 0.5), ("v", 3.0)):
+        module.weight.data = module.weight.detach().clone()  # a move
+        rounds.restart()
+        assert torch.equal(module.weight, dense)
+        module.weight.data = dense * loss
+        rounds.add(held, {"val/loss": loss}, [])
+    module.weight.data = module.weight.detach().clone()
+    assert rounds.finish().held == "k" and torch.equal(module.weight, dense * 0.5)
