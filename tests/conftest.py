@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # of the processes that tests start
+# Of the processes that tests start:
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 from types import SimpleNamespace
 

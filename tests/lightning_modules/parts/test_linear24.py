@@ -192,11 +192,11 @@ def test_logits_equal_those_of_the_dense_model(family, pruned, tmp_path):
 
 
 def test_a_bfloat16_model_goes_through_the_kernel(pruned, through_the_kernel):
-    ids = torch.randint(2, 12, (2, 7), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, 12, (2, 7), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     dense, compressed = (CausalLM(pruned("llama"), dtype="bfloat16", sparse24=sparse) for sparse in (False, True))
     for module in (dense, compressed):
         module.configure_model()
-        module.eval()
+        module.to(DEVICE).eval()
     with torch.inference_mode():
         torch.testing.assert_close(compressed(ids), dense(ids), rtol=5e-2, atol=5e-2)
     assert through_the_kernel == 21 * [14]
