@@ -23,6 +23,7 @@ from datamodules.graph_sources import load_graph
 from datamodules.graph_splits import split_nodes
 from datamodules.graph_types import Graph
 from datamodules.neighbors import NeighborSampler, SeedLoader
+from utilities.checks import check_integer
 from utilities.contract import GraphData, GraphFacts
 
 Split = Literal["public", "random", "geom-gcn"]
@@ -96,11 +97,11 @@ class GraphDataModule(LightningDataModule, GraphData):
             accepted = ", ".join(get_args(Split))
             raise ValueError(f"Argument `split` expected to be one of {accepted} but got {split!r}; random suits every source.")
         if labels_per_class is not None:
-            _check_int("labels_per_class", labels_per_class, 1, "null takes 20, or what the split has")
-        _check_int("num_val", num_val, 1, "choices need validation nodes")
+            check_integer("labels_per_class", labels_per_class, 1, "null takes 20, or what the split has")
+        check_integer("num_val", num_val, 1, "choices need validation nodes")
         if num_test is not None and num_test != -1:
-            _check_int("num_test", num_test, 1, "-1 takes all nodes that are left")
-        _check_int("fold", fold, 0, "0 is the first split")
+            check_integer("num_test", num_test, 1, "-1 takes all nodes that are left")
+        check_integer("fold", fold, 0, "0 is the first split")
         if split == "random" and fold:
             raise ValueError(f"Argument `fold` expected to be 0 with split = random but got {fold}; vary `seed` instead.")
         if isinstance(edge_noise, bool) or not isinstance(edge_noise, int | float) or not 0 <= edge_noise < math.inf:
@@ -108,17 +109,17 @@ class GraphDataModule(LightningDataModule, GraphData):
                 f"Argument `edge_noise` expected to be a number of at least 0 but got {edge_noise!r}; 0.1 adds a tenth of the "
                 "edges."
             )
-        _check_int("knn", knn, 1, "10 is usual")
+        check_integer("knn", knn, 1, "10 is usual")
         if not isinstance(row_normalize, bool):
             raise ValueError(f"Argument `row_normalize` expected to be true or false but got {row_normalize!r}; choose one.")
         if batch_size is not None:
-            _check_int("batch_size", batch_size, 1, "null takes the whole graph")
+            check_integer("batch_size", batch_size, 1, "null takes the whole graph")
         if not isinstance(fanout, list | tuple) or not fanout:
             raise ValueError(f"Argument `fanout` expected to be a list of integers but got {fanout!r}; give one for each hop.")
         for count in fanout:
             if count != -1 or isinstance(count, bool):
-                _check_int("fanout", count, 1, "-1 takes all neighbours")
-        _check_int("seed", seed, 0, "0 is as good as any")
+                check_integer("fanout", count, 1, "-1 takes all neighbours")
+        check_integer("seed", seed, 0, "0 is as good as any")
         if seed > LARGEST_SEED:
             raise ValueError(f"Argument `seed` expected to be at most {LARGEST_SEED} but got {seed}; lower it.")
         self.save_hyperparameters()
@@ -294,8 +295,3 @@ def add_edges(edge_index: Tensor, num_nodes: int, share: float, seed: int) -> Te
     j -= j * (j - 1) // 2 > numbers
     added = torch.from_numpy(np.stack([numbers - j * (j - 1) // 2, j]))
     return coalesce(torch.cat([edge_index, added, added.flip(0)], dim=1), num_nodes=num_nodes)
-
-
-def _check_int(name: str, value: object, least: int, hint: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"Argument `{name}` expected to be an integer of at least {least} but got {value!r}; {hint}.")

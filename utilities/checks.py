@@ -18,19 +18,21 @@ def check_one_of(argument: str, value: object, accepted: tuple[object, ...]) -> 
         raise ValueError(f"Argument `{argument}` expected to be one of {', '.join(map(str, accepted))} but got {value!r}.")
 
 
-def check_integer(argument: str, value: object, least: int) -> None:
+def check_integer(argument: str, value: object, least: int, hint: str = "") -> None:
     """Check that a value is an integer of at least `least`.
 
     Args:
         argument: Name of the setting, for the error.
         value: Value of the setting.
         least: Smallest accepted value.
+        hint: What else to know, or to do next, for the error.
 
     Raises:
         ValueError: If it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"Argument `{argument}` expected to be an integer of at least {least} but got {value!r}.")
+        end = f"; {hint}." if hint else "."
+        raise ValueError(f"Argument `{argument}` expected to be an integer of at least {least} but got {value!r}{end}")
 
 
 def check_share(argument: str, value: float) -> None:

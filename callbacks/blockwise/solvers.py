@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from utilities.checks import check_integer
+from utilities.checks import check_integer, check_share
 from utilities.choice import Choice
 
 
@@ -20,8 +20,7 @@ class Solver(Choice):
 
     def __init__(self, block_size: int = 128, damping: float = 0.01) -> None:
         check_integer("block_size", block_size, 1)
-        if not 0 <= damping <= 1:
-            raise ValueError(f"Argument `damping` expected to be in [0, 1] but got {damping}.")
+        check_share("damping", damping)
         self.block_size, self.damping = block_size, damping
 
     def arguments(self) -> dict[str, Any]:

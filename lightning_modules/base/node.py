@@ -4,7 +4,6 @@ A batch is a torch-geometric Data: x (N, F), edge_index (2, E), y (N,), train_ma
 (N,). In a sampled batch the masks are False on nodes that only help others.
 """
 
-import math
 import warnings
 from abc import abstractmethod
 from typing import Any
@@ -23,6 +22,7 @@ from lightning_modules.base.resumable import ResumableModule
 from lightning_modules.parts.graph_encoders import GlobalOperator, GraphEncoder, sparse_features
 from lightning_modules.parts.node_predictions import NodePredictions
 from lightning_modules.parts.node_probes import clustering_scores, linear_probe
+from utilities.checks import check_at_least_zero
 from utilities.contract import AveragesParametersOnly, GraphFacts, graph_data_of
 from utilities.distributed import gathered, world_size
 
@@ -53,9 +53,8 @@ class NodeModule(ResumableModule):
 
     def __init__(self, learning_rate: float, weight_decay: float) -> None:
         super().__init__()
-        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"Argument `{name}` expected to be at least 0 and finite but got {value}.")
+        check_at_least_zero("learning_rate", learning_rate)
+        check_at_least_zero("weight_decay", weight_decay)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.metrics = nn.ModuleDict()
         self.num_classes = 0

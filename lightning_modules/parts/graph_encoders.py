@@ -16,6 +16,7 @@ from torch_geometric.nn.models import GAT, GCN, GIN, PNA, EdgeCNN, GraphSAGE
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 
 from functional.graph import Factors, SparseMatrix, normalized_adjacency, propagate, strongest_edges
+from utilities.checks import check_share
 
 SYMMETRIC = (conv.GCNConv, conv.SGConv, conv.APPNP, conv.TAGConv, conv.SSGConv, conv.GCN2Conv, conv.ARMAConv)
 MEAN = (conv.GATConv, conv.GATv2Conv, conv.TransformerConv)
@@ -143,8 +144,7 @@ class GraphEncoder(nn.Module):
             raise ValueError(
                 f"Argument `num_layers` expected to be at least 2 (hidden layers and logits) but got {num_layers}."
             )
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"Argument `dropout` expected to be in [0, 1] but got {dropout}.")
+        check_share("dropout", dropout)
         given, arguments = arguments, {**DEFAULTS.get(kind, {}), **arguments}
         self.dropout, self.act = nn.Dropout(dropout), nn.ReLU()
         cls = None if kind in ("appnp", "sgc") else BASIC.get(kind) or _imported(name)

@@ -8,6 +8,7 @@
 A held projection is masked by D²-Wanda and its remaining weights stay; all others take the weight update.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Literal
 
@@ -19,7 +20,7 @@ ROLES = ("q", "k", "v")
 UPDATE_METHOD, HELD_METHOD = "d2_sparsegpt", "d2_wanda"
 
 
-class UpdateRule(Choice):
+class UpdateRule(Choice, ABC):
     """Base of the update rules of method d2prune."""
 
     @property
@@ -35,6 +36,7 @@ class UpdateRule(Choice):
         """
         return [None]
 
+    @abstractmethod
     def holds(self, linears: Mapping[str, PrunableLinear], round_held: str | None) -> tuple[str, ...]:
         """Return the roles that a block holds.
 
@@ -42,4 +44,3 @@ class UpdateRule(Choice):
             linears: Role -> dense linear of the block's pruned projections.
             round_held: Projection that this round holds in every block, or None.
         """
-        raise NotImplementedError
