@@ -5,6 +5,7 @@ with the methods that it builds on and is compared with: magnitude, Wanda, Spars
 """
 
 from functional.pruning.masks import Pattern, parse_pattern, zeros_wanted
+from functional.pruning.perturbation import Perturbation
 from functional.pruning.prune import METHODS, UPDATED, PruneResult, partial_update, prune_linear, prune_linears
 from functional.pruning.solver import NotPositiveDefiniteError
 from functional.pruning.statistics import ActivationNorm, InputStatistics, OutputStatistics
@@ -17,6 +18,7 @@ __all__ = [
     "NotPositiveDefiniteError",
     "OutputStatistics",
     "Pattern",
+    "Perturbation",
     "PruneResult",
     "parse_pattern",
     "partial_update",

@@ -6,19 +6,22 @@ import torch
 from torch import Tensor
 
 from functional.pruning.masks import Pattern, check_divisible, check_sparsity
+from functional.pruning.perturbation import Perturbation
 from functional.pruning.statistics import ActivationNorm, InputStatistics, OutputStatistics, check_activation_norm
 
-SolverName = Literal["obs", "admm"]
+SolverName = Literal["obs", "admm", "joint"]
 
 
-def check_solver(solver: str) -> None:
-    """Check that a solver is known.
+def check_solver(solver: str, compared: str = "matrix") -> None:
+    """Check that a solver, and the group in which it compares weights, are known.
 
     Raises:
-        ValueError: If it is neither obs nor admm.
+        ValueError: If one is not.
     """
+    if compared not in ("matrix", "row"):
+        raise ValueError(f"Argument `compared` expected to be matrix or row but got {compared!r}.")
     if solver not in get_args(SolverName):
-        raise ValueError(f"Argument `solver` expected to be obs or admm but got {solver!r}.")
+        raise ValueError(f"Argument `solver` expected to be obs, admm or joint but got {solver!r}.")
 
 
 def check_arguments(
@@ -35,6 +38,8 @@ def check_arguments(
     activation_norm: ActivationNorm,
     block_size: int,
     damping: float,
+    perturbation: Perturbation | None = None,
+    dense_share: float = 0.0,
 ) -> None:
     """Check the arguments of `prune_linear`, where they are explained.
 
@@ -52,6 +57,8 @@ def check_arguments(
         activation_norm: rms or official.
         block_size: Columns of a block of the weight update.
         damping: Share of the mean diagonal that is added to the Hessian.
+        perturbation: What the inputs lack, or None.
+        dense_share: Share of it that the update makes up for.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others; names the first such argument.
@@ -83,9 +90,27 @@ def check_arguments(
     for name, value in {"lambda1": lambda1, "lambda2": lambda2}.items():
         if not abs(value) < float("inf"):
             raise ValueError(f"Argument `{name}` expected to be a finite number but got {value}.")
+    if not 0 <= dense_share <= 1:
+        raise ValueError(f"Argument `dense_share` expected to be in [0, 1] but got {dense_share}.")
+    if perturbation is not None:
+        _check_perturbation(perturbation, weight, inputs)
     inputs.check_finite("inputs")
     if outputs is not None and dual:
         outputs.check_finite("outputs")
+
+
+def _check_perturbation(perturbation: Perturbation, weight: Tensor, inputs: InputStatistics) -> None:
+    if perturbation.features != inputs.features or perturbation.stream_features not in (0, weight.shape[0]):
+        raise ValueError(
+            f"Argument `perturbation` expected to be Perturbation({inputs.features}) or Perturbation({inputs.features}, "
+            f"{weight.shape[0]}) but got Perturbation({perturbation.features}, {perturbation.stream_features})."
+        )
+    if perturbation.num_tokens != inputs.num_tokens:
+        raise ValueError(
+            f"Argument `perturbation` holds {perturbation.num_tokens} tokens, but `inputs` hold {inputs.num_tokens}. Update "
+            "both with every batch."
+        )
+    perturbation.check_finite("perturbation")
 
 
 def check_scores(scores: Tensor, lambda1: float, lambda2: float, scale: float) -> None:

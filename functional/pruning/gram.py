@@ -42,6 +42,22 @@ def add_products(gram: Tensor, tokens: Tensor, precision: Literal["highest", "hi
                 rows += left @ tokens[:, start:]
 
 
+def add_cross_products(cross: Tensor, left: Tensor, right: Tensor, precision: Literal["highest", "high"]) -> None:
+    """Add leftᵀ right to a sum.
+
+    Args:
+        cross: (L, R), float64; changed in place.
+        left: (T, L), any floating dtype.
+        right: (T, R), any floating dtype.
+        precision: Precision of the products, see :mod:`functional.pruning.precision`.
+    """
+    with float32_matmul(precision, left.device):
+        if left.is_cuda and left.dtype == right.dtype and left.dtype in HALF and precision == "high":
+            cross += torch.mm(left.T, right, out_dtype=torch.float32)
+        else:
+            cross += left.float().T @ right.float()
+
+
 def symmetric(gram: Tensor) -> Tensor:
     """Fill in the entries below the diagonal that `add_products` left out; changes and returns `gram`, (I, I)."""
     width = _panel(gram)

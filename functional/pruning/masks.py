@@ -79,7 +79,7 @@ def zeros_wanted(numel: int, sparsity: float) -> int:
     return int(numel * exact)
 
 
-def zeros_of(shape: tuple[int, int], method: str, sparsity: float, pattern: str | Pattern | None) -> int:
+def zeros_of(shape: tuple[int, int], method: str, sparsity: float, pattern: str | Pattern | None, by_rows: bool = False) -> int:
     """Return the number of zeros that `prune_linear` puts into a weight.
 
     Args:
@@ -87,6 +87,7 @@ def zeros_of(shape: tuple[int, int], method: str, sparsity: float, pattern: str 
         method: Name of the method; some drop equally many weights in every row.
         sparsity: Share of zeros; not used with a pattern.
         pattern: N:M, or None.
+        by_rows: Whether the solver drops equally many weights in every row.
 
     Examples:
         >>> [zeros_of((3, 5), method, 0.5, None) for method in ("sparsegpt", "wanda")]
@@ -96,7 +97,7 @@ def zeros_of(shape: tuple[int, int], method: str, sparsity: float, pattern: str 
     groups = parse_pattern(pattern)
     if groups is not None:
         return rows * columns // groups.group * groups.zeros
-    if method in ("wanda", "d2_wanda"):
+    if by_rows or method in ("wanda", "d2_wanda"):
         return rows * zeros_wanted(columns, sparsity)
     return zeros_wanted(rows * columns, sparsity)
 

@@ -7,6 +7,7 @@
 | d2_wanda     | W² ‖X_j‖² + activation terms           | a row               | unchanged          |
 | sparsegpt    | W² / [H⁻¹]_jj                          | 128 columns         | OBS update         |
 | d2_sparsegpt | W² / [H⁻¹]_jj + activation terms       | 128 columns         | OBS update         |
+| either with solver joint | W² H_jj (+ activation terms) | the whole matrix | least squares    |
 
 With an N:M pattern every method compares within each group of M weights of a row.
 
@@ -28,12 +29,11 @@ from torch import Tensor
 
 from functional.pruning.batches import LARGEST
 from functional.pruning.checks import SolverName, check_arguments, check_scores, check_solver
-from functional.pruning.hessian import inverse_factor_of
-from functional.pruning.masks import Pattern, mask_by_rows_or_matrix, parse_pattern
-from functional.pruning.precision import float32_matmul
-from functional.pruning.refine import refine_by_admm, undo_harmful_updates
-from functional.pruning.scores import ScoreTerms, score_terms
-from functional.pruning.solver import obs_prune
+from functional.pruning.joint import Compared
+from functional.pruning.masks import parse_pattern
+from functional.pruning.methods import Solved, aim_at_dense_outputs, solve_jointly, solve_with_update, solve_without_update
+from functional.pruning.perturbation import DENSE_SHARE, Perturbation
+from functional.pruning.scores import score_terms
 from functional.pruning.stack import Stack, energies_of
 from functional.pruning.statistics import ActivationNorm, InputStatistics, OutputStatistics
 
@@ -53,7 +53,8 @@ class PruneResult:
     Attributes:
         weight: (O, I), in the dtype and on the device of the given weight; exactly 0 where the mask is False.
         mask: (O, I), bool, True = kept.
-        error: Σ ‖(W − Ŵ) x‖² over the calibration tokens; an estimate if only some of them entered the Gram matrix.
+        error: Σ ‖(W − Ŵ) x‖² over the calibration tokens; an estimate if only some of them entered the Gram matrix. With a
+            perturbation, W is the target that makes up for it, here and in `norm`.
         norm: Σ ‖W x‖² over the calibration tokens.
         scores: (O, I), float32, the scores that chose the mask.
         damping: Share of the Hessian's mean diagonal that was added; None without a weight update.
@@ -91,6 +92,9 @@ def prune_linear(
     block_size: int = 128,
     damping: float = 0.01,
     solver: SolverName = "obs",
+    compared: Compared = "matrix",
+    perturbation: Perturbation | None = None,
+    dense_share: float = DENSE_SHARE,
 ) -> PruneResult:
     """Prune the weight of a linear map y = W x + b.
 
@@ -107,8 +111,13 @@ def prune_linear(
         activation_norm: rms (Alg. 1) or official (the released code), see :mod:`functional.pruning.statistics`.
         block_size: Columns that the weight update handles, and compares, at a time.
         damping: Share of the Hessian's mean diagonal that is added to it; grows, with a warning, if that is not enough.
-        solver: Update of the kept weights: obs, or admm, which continues from the OBS solution with the same mask
-            (functional.pruning.admm) and replaces rows whose error it lowers.
+        solver: Update of the kept weights: obs; admm, which continues from the OBS solution with the same mask
+            (functional.pruning.admm) and replaces rows whose error it lowers; or joint, which chooses the mask while it solves
+            (functional.pruning.joint).
+        compared: Whether weights compete within the whole matrix or within their row, for the joint solver.
+        perturbation: What the inputs lack of those in the dense model; a weight update then aims at the dense model's outputs
+            (functional.pruning.perturbation).
+        dense_share: α, the share of the perturbation that the update makes up for, in [0, 1].
 
     Returns:
         The pruned weight, its mask and its error on the calibration tokens.
@@ -127,7 +136,7 @@ def prune_linear(
         (tensor([[1., 0., 3.]]), 8.0)
     """
     given = method, sparsity, pattern, lambda1, lambda2, scale, activation_norm, block_size, damping, solver
-    return prune_linears([weight], inputs, [outputs], *given)[0]
+    return prune_linears([weight], inputs, [outputs], *given, compared, perturbation, dense_share)[0]
 
 
 @torch.no_grad()
@@ -145,6 +154,9 @@ def prune_linears(
     block_size: int = 128,
     damping: float = 0.01,
     solver: SolverName = "obs",
+    compared: Compared = "matrix",
+    perturbation: Perturbation | None = None,
+    dense_share: float = DENSE_SHARE,
 ) -> list[PruneResult]:
     """Prune linear maps that read the same x together. The results are those of `prune_linear`, sooner.
 
@@ -161,7 +173,10 @@ def prune_linears(
         activation_norm: rms or official.
         block_size: Columns that the weight update handles, and compares, at a time.
         damping: Share of the Hessian's mean diagonal that is added to it.
-        solver: Update of the kept weights: obs or admm.
+        solver: Update of the kept weights: obs, admm or joint.
+        compared: Whether weights compete within the matrix or the row, for the joint solver.
+        perturbation: What the inputs lack of those in the dense model.
+        dense_share: Share of the perturbation that the update makes up for.
 
     Returns:
         The result of each map.
@@ -170,23 +185,26 @@ def prune_linears(
         ValueError: If an argument is out of range, the shapes do not fit, or weights or statistics are not finite.
         NotPositiveDefiniteError: (a ValueError) If the Hessian cannot be factorised.
     """
-    check_solver(solver)
+    check_solver(solver, compared)
     groups = parse_pattern(pattern)
     shares = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity] * len(weights)
     for weight, y, share in zip(weights, outputs, shares, strict=True):
-        check_arguments(
-            weight, inputs, y, method, METHODS, share, groups, lambda1, lambda2, scale, activation_norm, block_size, damping
-        )
+        given = weight, inputs, y, method, METHODS, share, groups, lambda1, lambda2, scale, activation_norm, block_size, damping
+        check_arguments(*given, perturbation, dense_share)
     scale = inputs.tokens_per_sample() if scale == "auto" else scale
     stack = Stack(weights, inputs)
     if not inputs.square_norm.any():
         log.warning("All inputs are 0, or so small that their squares are: the magnitude of the weights decides.")
+    if perturbation is not None and dense_share and method in UPDATED:
+        aim_at_dense_outputs(stack, inputs, perturbation, damping, dense_share)
     x_norm, y_norm = _activation_norms(method, inputs, outputs, stack, activation_norm, scale)
     terms_of = partial(score_terms, x_norm=x_norm, y_norm=y_norm, lambda1=lambda1, lambda2=lambda2)
-    if method in UPDATED:
-        solved = _with_update(stack, inputs, terms_of, shares, groups, block_size, damping, solver)
+    if method in UPDATED and solver == "joint":
+        solved = solve_jointly(stack, inputs, terms_of, shares, groups, damping, compared == "row")
+    elif method in UPDATED:
+        solved = solve_with_update(stack, inputs, terms_of, shares, groups, block_size, damping, solver)
     else:
-        solved = _without_update(stack, inputs, terms_of, method, shares, groups)
+        solved = solve_without_update(stack, inputs, terms_of, method, shares, groups)
     check_scores(solved.scores, lambda1, lambda2, scale)
     return _results(stack, inputs, solved, method)
 
@@ -213,17 +231,6 @@ def partial_update(result: PruneResult, weight: Tensor, inputs: InputStatistics,
     return replace(result, weight=mixed.to(weight.device), error=error)
 
 
-@dataclass
-class _Solved:
-    """Result of a method for a stack: pruned weights and row errors of each part; mask and scores of the whole stack."""
-
-    weights: list[Tensor]
-    errors: list[Tensor]
-    mask: Tensor
-    scores: Tensor
-    damping: float | None = None
-
-
 def _activation_norms(
     method: str,
     inputs: InputStatistics,
@@ -242,52 +249,7 @@ def _activation_norms(
     return of_inputs(mode, scale) * root, torch.cat(y_norms)
 
 
-def _with_update(
-    stack: Stack,
-    inputs: InputStatistics,
-    terms_of: partial[ScoreTerms],
-    shares: list[float],
-    groups: Pattern | None,
-    block_size: int,
-    damping: float,
-    solver: SolverName,
-) -> _Solved:
-    """Run :func:`obs_prune` with the scores of the inverse Hessian, then `solver`; dead inputs score 0 if others live."""
-    factor, dead, used_damping = inverse_factor_of(inputs, damping)
-    dead = dead & ~dead.all()
-    terms = terms_of(factor.diagonal().square().reciprocal().masked_fill(dead, 0))
-    with float32_matmul("highest", factor.device):
-        start, mask, scores = obs_prune(stack.scaled, factor, terms, shares, groups, block_size, stack.parts)
-    start.masked_fill_(dead, 0)
-    pruned = stack.in_own_dtypes(start)
-    errors = energies_of(stack.differences(pruned), inputs)
-    pruned, errors = undo_harmful_updates(pruned, errors, stack, mask, inputs)
-    if solver == "admm":
-        pruned, errors = refine_by_admm(pruned, errors, stack, start, mask, inputs, used_damping)
-    return _Solved(pruned, errors, mask, scores, used_damping)
-
-
-def _without_update(
-    stack: Stack,
-    inputs: InputStatistics,
-    terms_of: partial[ScoreTerms],
-    method: str,
-    shares: list[float],
-    groups: Pattern | None,
-) -> _Solved:
-    """Mask by |W| or by the energies of the inputs; if all energies are 0, all inputs count alike."""
-    if method == "magnitude":
-        scores = stack.scaled.abs()
-    else:
-        energy = inputs.mean_square_norm() * stack.x_unit
-        scores = terms_of(energy if energy.any() else torch.ones_like(energy))(stack.scaled)
-    mask = mask_by_rows_or_matrix(scores, shares, groups, stack.parts, rows=method != "magnitude")
-    pairs = zip(stack.originals, stack.split(mask), strict=True)
-    pruned = [weight.to(mask.device).masked_fill(~kept, 0) for weight, kept in pairs]
-    return _Solved(pruned, energies_of(stack.differences(pruned), inputs), mask, scores)
-
-
-def _results(stack: Stack, inputs: InputStatistics, solved: _Solved, method: str) -> list[PruneResult]:
+def _results(stack: Stack, inputs: InputStatistics, solved: Solved, method: str) -> list[PruneResult]:
     norms = energies_of(stack.dense, inputs)
     return [
         PruneResult(

@@ -22,7 +22,7 @@ class Stack:
 
     Attributes:
         originals: The weights as given.
-        dense: The weights as float32 on the device of the statistics.
+        dense: The weights as float32 on the device of the statistics, or what `aim_at` has put in their place.
         parts: Number of rows of each weight.
         units: Factor of each weight in `scaled`.
         scaled: All weights times their factors, (ΣO, I); not to be modified.
@@ -46,6 +46,11 @@ class Stack:
         scaled = [weight if factor == 1 else weight * factor for weight, factor in zip(self.dense, self.units, strict=True)]
         self.scaled = torch.cat(scaled) if len(scaled) > 1 else scaled[0]
         self.x_unit = unit(inputs)
+
+    def aim_at(self, target: Tensor) -> None:
+        """Let other weights, (ΣO, I), without units, be those that the pruned ones have to come close to."""
+        self.dense = self.split(target)
+        self.scaled = torch.cat([part * factor for part, factor in zip(self.dense, self.units, strict=True)])
 
     def split(self, x: Tensor) -> list[Tensor]:
         """Split rows of the whole stack, (ΣO, …), into those of each part."""

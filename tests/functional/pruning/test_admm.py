@@ -153,5 +153,5 @@ def test_linears_of_one_input_share_the_factorisation(monkeypatch):
 
 def test_an_unknown_solver():
     weight, x = problem("independent", rows=2, columns=4, samples=1, tokens=8, seed=0)
-    with pytest.raises(ValueError, match="`solver` expected to be obs or admm but got 'als'"):
+    with pytest.raises(ValueError, match="`solver` expected to be obs, admm or joint but got 'als'"):
         prune_linear(weight, *collect(weight, x), solver="als")
