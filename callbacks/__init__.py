@@ -4,6 +4,7 @@ from importlib import import_module
 
 _HOME = {
     "AdmmSolver": "blockwise.solvers",
+    "JointSolver": "blockwise.solvers",
     "AttentionImages": "attention_images",
     "AttentionRule": "blockwise.update_rules",
     "AverageWeights": "average_weights",

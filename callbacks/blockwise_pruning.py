@@ -27,7 +27,7 @@ from callbacks.blockwise.progress import use_block_progress_bar
 from callbacks.blockwise.records import BlockRecord
 from callbacks.blockwise.result import check_output, print_summary
 from callbacks.blockwise.run import Diagnostics, PruningRun
-from callbacks.blockwise.settings import Method, PruningSettings, Score
+from callbacks.blockwise.settings import Method, PruningSettings, Score, Target
 from callbacks.blockwise.solvers import Solver
 from callbacks.blockwise.update_rules import UpdateRule, UpdateRuleName
 from functional.pruning.checks import SolverName
@@ -71,11 +71,18 @@ class BlockwisePruning(Callback):
             sparsegpt, d2_wanda, d2_sparsegpt.
         sparsity: Share of zeros of every pruned linear, in [0, 1).
         pattern: N:M, N zeros in every M consecutive weights of a row, such as 2:4.
-        score: λ1, λ2, scale and activation norms of D²Prune's score; for methods that have activation terms.
+        score: λ1, λ2, scale and activation norms of D²Prune's score; for methods that have activation terms. With the joint
+            solver λ1 is 30 when None.
         update_rule: Which of q, k, v keep their remaining weights as they are (d2prune): attention (the default), outlier,
             perplexity or fixed, or a class with settings: AttentionRule, OutlierRule, PerplexityRule, FixedRule.
-        solver: Solver that updates the kept weights, for methods with a weight update: obs (the default) or admm, or a class
-            with settings: ObsSolver, AdmmSolver.
+        solver: Solver that updates the kept weights, for methods with a weight update: obs (the default), admm or joint, or a
+            class with settings: ObsSolver, AdmmSolver, JointSolver.
+        target: Outputs that the updated weights of a linear come close to: `pruned`, what its dense weights make of its inputs
+            in the pruned model, or α in [0, 1], the share of the way from there to what the dense model gives for the same
+            tokens. α > 0 keeps the hidden states of the dense model as well. None is 0.35 for `joint`, else pruned.
+        stages: Whether the linears of a block are pruned in the order in which it calls them (q, k, v; o; gate, up; down),
+            each with inputs that the pruned ones before it give. Runs up to the whole block once more for each stage. None is
+            true for `joint`, else false.
         allocation: Allocation of the zeros of `sparsity` to blocks: uniform, owl or error, or a class with settings:
             UniformAllocation, OwlAllocation, ErrorAllocation.
         ignore: Globs of full names of linears to leave dense, such as '*.down_proj' or 'model.layers.0.*'.
@@ -103,6 +110,8 @@ class BlockwisePruning(Callback):
         score: Score | None = None,
         update_rule: UpdateRuleName | UpdateRule | None = None,
         solver: SolverName | Solver | None = None,
+        target: Target | None = None,
+        stages: bool | None = None,
         allocation: AllocationName | Allocation = "uniform",
         ignore: list[str] | None = None,
         precision: Precision = "auto",
@@ -120,6 +129,8 @@ class BlockwisePruning(Callback):
             score,
             None if update_rule is None else chosen("update_rule", update_rule, UpdateRule),
             None if solver is None else chosen("solver", solver, Solver),
+            target,
+            stages,
             chosen("allocation", allocation, Allocation),
             precision,
             () if ignore is None else ignore,

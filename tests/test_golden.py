@@ -61,6 +61,7 @@ VARIANTS: dict[str, list[str]] = {
     "perplexity": ["update_rule", "perplexity"],
     "divergence": ["update_rule", DIVERGENCE],
     "owl": ["allocation", "OwlAllocation", "allocation.spread", "0.05", "allocation.threshold", "3.0"],
+    "error and admm": ["sparsity", "0.7", "allocation", "error", "solver", "admm"],
     "ignored": ["ignore", "['*.down_proj']", "solver", "admm"],
 }
 """Name -> settings of the callback of configs/quickstart.yaml, beside those that it has."""
@@ -71,7 +72,6 @@ def _arguments() -> dict[str, list[str]]:
     cases = {}
     for config in [
         ROOT / "configs/quickstart.yaml",
-        ROOT / "configs/high_sparsity.yaml",
         *(ROOT / "configs/d2prune").glob("*"),
     ]:
         options = TEXT | {"model.model_name_or_path": FAMILY.get(config.stem, "llama"), "data.source": "words.jsonl"}

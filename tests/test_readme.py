@@ -16,7 +16,7 @@ TEXTS = {
 FOLDERS = "configs|benchmarks|results|functional|callbacks|lightning_modules|datamodules|utilities|tests|docs|locks"
 LONGEST = 180
 """Lines of README.md."""
-BASES = ("quickstart", "high_sparsity", "deit/prune_digits", "csg2l/cora", "recover/smollm2_lora", "eval/paper_tasks")
+BASES = ("quickstart", "best", "deit/prune_digits", "csg2l/cora", "recover/smollm2_lora", "eval/paper_tasks")
 """Configs to which a setting that is named by itself may belong."""
 
 

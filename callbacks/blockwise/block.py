@@ -2,26 +2,35 @@
 
     calibrate    batch by batch: the block before, already pruned, passes its outputs on; they go through this block, whose
                  linears collect statistics
-    solve        once all batches have passed: statistics become weights
+    solve        once all batches have passed: statistics become weights, stage by stage
 
-The inputs of a block are thus the outputs of the pruned blocks before it, as in SparseGPT and D²Prune.
+The inputs of a block are thus the outputs of the pruned blocks before it, as in SparseGPT and D²Prune. With `stages` the inputs
+of a linear are also those that the pruned linears before it in the block give. With a dense share in `target` the hidden states
+of the dense model go through the block's dense weights as well, and differences are collected
+(functional.pruning.perturbation).
 """
 
+import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from lightning.pytorch.loggers import Logger
-from torch import Tensor
+from torch import Tensor, nn
 
 from callbacks.blockwise.block_solver import BlockSolver
 from callbacks.blockwise.calibration import CalibrationStream
 from callbacks.blockwise.records import BlockRecord
 from callbacks.blockwise.settings import PruningSettings
+from callbacks.blockwise.stages import BlockStages, Trace, difference, leaving_after, stages_of, tracing, weights_in_place
 from callbacks.blockwise.statistics import StatisticsCollector
 from callbacks.blockwise.update_rules.monitor import AttentionMonitor
 from lightning_modules.parts.architectures import PrunableLinear
+from utilities.distributed import Processes
+
+log = logging.getLogger(__name__)
 
 
 class BlockStep:
@@ -30,10 +39,12 @@ class BlockStep:
     Args:
         index: Index of the block in the model.
         name: Full name of the block.
-        linears: Name within the block -> linear that is pruned now; empty for a block that is restored.
-        methods: Linear -> method.
+        linears: Name within the block -> linear, pruned or not.
+        methods: Linear -> method of those that are pruned.
+        restored: Whether the block gets the weights of an earlier run, so that it needs no statistics.
         stream: Hidden states of the calibration batches.
         settings: Settings of the run.
+        processes: Processes of the run.
     """
 
     def __init__(
@@ -42,12 +53,18 @@ class BlockStep:
         name: str,
         linears: Mapping[str, PrunableLinear],
         methods: Mapping[str, str],
+        restored: bool,
         stream: CalibrationStream,
         settings: PruningSettings,
+        processes: Processes,
     ) -> None:
         self.index, self.name, self.methods = index, name, methods
-        self._stream = stream
-        self._collector = StatisticsCollector(linears, settings.precision, settings.updates)
+        self._all, self._stream, self._settings, self._processes = dict(linears), stream, settings, processes
+        self._linears = {} if restored else {name: linears[name] for name in methods}
+        self._collectors: list[StatisticsCollector] = []
+        """One of each stage."""
+        self._writers: dict[str, float] = {}
+        self._dense_weights: dict[nn.Module, Tensor] = {}
         self._started = time.perf_counter()
 
     @torch.no_grad()
@@ -57,14 +74,19 @@ class BlockStep:
             self._stream.capture(batch, key)
         else:
             self._stream.propagate(batch, key, self.index - 1)
-        if self._collector.linears:
-            with self._collector.collecting(self._stream.positions(key)):
-                self._stream.run(key, self.index)
+        if not self._linears:
+            if self._stream.follows_dense:
+                self._stream.run_dense(key, self.index, advance=True)
+            return
+        if not self._collectors:
+            self._begin_stages(key)
+        self._collect(key, 0)
 
+    @torch.no_grad()
     def solve(
         self, solver: BlockSolver, attention: AttentionMonitor | None, loggers: list[Logger], histograms: bool
     ) -> BlockRecord:
-        """Prune the block from its statistics.
+        """Prune the block from its statistics, stage by stage.
 
         Args:
             solver: Solver of the run.
@@ -75,16 +97,86 @@ class BlockStep:
         Returns:
             The record of the block, with times.
         """
-        collected = time.perf_counter()
-        record = BlockRecord(name=self.name, seconds_statistics=collected - self._started)
-        record = solver.prune(self.index, self._collector, self.methods, attention, record, loggers, histograms)
-        synchronize(next(iter(self.weights().values())).device if self.methods else torch.device("cpu"))
-        record.seconds_solve = time.perf_counter() - collected - record.seconds_rule
+        record = BlockRecord(name=self.name)
+        collectors = self._collectors or [StatisticsCollector({})]
+        for number, collector in enumerate(collectors):
+            if number:
+                for key in self._stream.keys:
+                    self._collect(key, number)
+            synchronize(self._device)
+            collected, before = time.perf_counter(), record.seconds_rule
+            record.seconds_statistics += collected - self._started
+            methods = {name: self.methods[name] for name in collector.linears}
+            given = collector, methods, attention, record, loggers, histograms
+            record = solver.prune(self.index, *given, first=number == 0, last=number == len(collectors) - 1)
+            synchronize(self._device)
+            self._started = time.perf_counter()
+            record.seconds_solve += self._started - collected - (record.seconds_rule - before)
+            collectors[number] = StatisticsCollector({})  # frees its sums
+        self._dense_weights.clear()
         return record
 
     def weights(self) -> dict[str, Tensor]:
         """Return name -> present weight of the pruned linears."""
-        return {name: linear.weight for name, linear in self._collector.linears.items()}
+        return {name: linear.weight for name, linear in self._linears.items()}
+
+    @property
+    def _device(self) -> torch.device:
+        return next((linear.weight.device for linear in self._linears.values()), torch.device("cpu"))
+
+    def _begin_stages(self, key: int) -> None:
+        """Find the stages on the first batch; without `stages` and a dense share all linears are one stage, found by hooks."""
+        settings, dense = self._settings, self._stream.follows_dense
+        found = BlockStages([list(self._linears)], {})
+        if settings.stages or dense:
+            hidden = self._stream.hidden(key)
+            found = stages_of(hidden, lambda: self._stream.run(key, self.index), self._all, self._linears)
+            found = self._processes.from_first(found)
+        self._writers = found.writers if dense else {}
+        if dense and not found.writers:
+            log.info("%s adds more than outputs of linears to its hidden states; targets make up for inputs only.", self.name)
+        stages = found.names if settings.stages else [[name for names in found.names for name in names]]
+        for number, stage in enumerate(stages):
+            perturbed = dense and (self.index > 0 or number > 0)  # the first inputs are those of the dense model
+            leaders = {names[0]: names for names in found.names if names[0] in stage} if perturbed else {}
+            channels = {first: self._channels(names) for first, names in leaders.items()}
+            linears = {name: self._linears[name] for name in stage}
+            self._collectors.append(StatisticsCollector(linears, settings.precision, settings.updates, channels))
+        if dense and len(stages) > 1:
+            modules = [linear.module for linear in self._linears.values()]
+            self._dense_weights = {module: module.weight.detach().clone() for module in modules}
+
+    def _channels(self, siblings: list[str]) -> int:
+        """Return the number of channels of the hidden states that a linear adds to, 0 if it does not or has siblings."""
+        return self._linears[siblings[0]].out_features if len(siblings) == 1 and siblings[0] in self._writers else 0
+
+    def _collect(self, key: int, number: int) -> None:
+        """Collect the statistics of a stage from one batch."""
+        collector, stages = self._collectors[number], len(self._collectors)
+        wanted = {"inputs": collector.perturbations, "outputs": self._writers if collector.perturbations else ()}
+        hidden, positions = self._stream.hidden(key), self._stream.positions(key)
+        own, dense = Trace(hidden, self._writers), None
+        if self._stream.follows_dense:
+            dense = Trace(self._stream.hidden(key, dense=True), self._writers)
+            with weights_in_place(self._dense_weights), tracing(dense, self._all, **wanted), ExitStack() as leaving:
+                is_last = number == stages - 1
+                if not is_last:
+                    leaving.enter_context(leaving_after(collector.linears.values()))
+                if is_last or collector.perturbations:
+                    self._stream.run_dense(key, self.index, advance=is_last)
+
+        def lacks(name: str) -> tuple[Tensor, Tensor | None]:
+            if not collector.perturbations[name].stream_features:
+                return dense.inputs[name], None
+            return dense.inputs[name], difference(dense.added_before(name), own.added_before(name)) / self._writers[name]
+
+        written = {"outputs": wanted["outputs"]}
+        with (
+            tracing(own, self._all, **written),
+            collector.collecting(positions, lacks),
+            leaving_after(collector.linears.values()),
+        ):
+            self._stream.run(key, self.index)
 
 
 def synchronize(device: torch.device) -> None:

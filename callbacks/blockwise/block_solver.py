@@ -59,8 +59,10 @@ class BlockSolver:
         record: BlockRecord,
         loggers: list[Logger],
         histograms: bool,
+        first: bool = True,
+        last: bool = True,
     ) -> BlockRecord:
-        """Give the linears of a block their new weights.
+        """Give the linears of a block, or of one of its stages, their new weights.
 
         Args:
             index: Index of the block in the model.
@@ -70,6 +72,8 @@ class BlockSolver:
             record: Record of the block so far.
             loggers: Receive attention maps and histograms.
             histograms: Whether to log histograms of the scores.
+            first: Whether no linear of the block has been pruned yet.
+            last: Whether none is left afterwards.
 
         Returns:
             The record, the same in all processes.
@@ -87,9 +91,9 @@ class BlockSolver:
         sum_statistics(processes, collector, owners)
 
         def work() -> Solved:
-            if attention is not None:
+            if attention is not None and first:
                 attention.enter(index)
-            found = self._choose(collector, roles, methods, attention, record)
+            found = self._choose(collector, roles, methods, attention, record) if first or roles else {}
             own = {name: method for name, method in methods.items() if owners[name] == processes.rank and name not in found}
             return found | self._solve_all(collector, record.name, own)
 
@@ -98,12 +102,12 @@ class BlockSolver:
         send_weights(processes, collector.linears, own, owners, record.name)
 
         def measure() -> dict[str, LinearRecord]:
-            if attention is not None:
+            if attention is not None and last:
                 attention.leave(index, record, loggers)
             return {name: self._record_of(record.name, name, collector, *pair) for name, pair in solved.items()}
 
         found = {name: entry for part in processes.gather(processes.together(measure)) for name, entry in part.items()}
-        record.linears = {name: found[name] for name in collector.linears}
+        record.linears |= {name: found[name] for name in collector.linears}
         if histograms:
             scores = {name: kept_and_pruned(result) for name, (result, _) in solved.items()}
             for name, entry in (pair for part in processes.gather(scores) for pair in part.items()):

@@ -18,12 +18,14 @@ class CalibrationStream:
         module: The module.
         windows: Pass windows of the batches on to the update rule.
         num_batches: Number of batches of this process.
+        dense: Whether to follow the hidden states of the dense model beside those of the pruned one.
     """
 
-    def __init__(self, module: PrunableModule, windows: RuleWindows, num_batches: int) -> None:
+    def __init__(self, module: PrunableModule, windows: RuleWindows, num_batches: int, dense: bool = False) -> None:
         # Bound here, since DDP may wrap the module before the first calibration step.
         self._forward, self._positions_of = module.calibration_forward, module.sample_positions
         self._stream = BlockStream(list(module.blocks.values()))
+        self._dense = BlockStream(list(module.blocks.values())) if dense else None
         self._windows, self._num_batches = windows, num_batches
         self._positions: dict[int, Tensor] = {}
         self._same: list[Tensor] = []
@@ -33,8 +35,12 @@ class CalibrationStream:
         positions = self._positions_of(batch)
         self._positions[key] = positions.cpu()
         self._stream.capture(key, lambda: self._forward(batch))
-        if key == 0 and not fits(self._stream.hidden(0).nbytes * self._num_batches, positions.device):
-            self._stream.move_to_host()
+        streams = [self._stream] if self._dense is None else [self._stream, self._dense]
+        if self._dense is not None:
+            self._dense.adopt(key, self._stream)
+        if key == 0 and not fits(len(streams) * self._stream.hidden(0).nbytes * self._num_batches, positions.device):
+            for stream in streams:
+                stream.move_to_host()
         self._windows.see(batch, positions)
 
     def propagate(self, batch: Any, key: int, index: int) -> None:
@@ -43,9 +49,36 @@ class CalibrationStream:
         self._same.append(_equal(positions, positions[:0] if known is None else known))
         self._stream.advance(key, index)
 
-    def run(self, key: int, index: int) -> None:
-        """Run block `index` on the hidden states of a batch, without replacing them."""
-        self._stream.run(key, index)
+    def run(self, key: int, index: int) -> Tensor:
+        """Return the output of block `index` on the hidden states of a batch, without replacing them."""
+        return self._stream.run(key, index)
+
+    def hidden(self, key: int, dense: bool = False) -> Tensor:
+        """Return the hidden states of a batch, in the pruned or in the dense model, (samples, tokens, features)."""
+        return (self._dense if dense else self._stream).hidden(key)
+
+    @property
+    def keys(self) -> list[int]:
+        """Numbers of the batches."""
+        return list(self._positions)
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the hidden states of the dense model are here too."""
+        return self._dense is not None
+
+    def run_dense(self, key: int, index: int, advance: bool) -> None:
+        """Run block `index`, which has dense weights now, on the dense model's hidden states.
+
+        Args:
+            key: Number of the batch.
+            index: Index of the block.
+            advance: Whether its output takes the place of the hidden states.
+        """
+        if advance:
+            self._dense.advance(key, index)
+        else:
+            self._dense.run(key, index)
 
     def positions(self, key: int) -> Tensor:
         """Return the positions of a batch's samples in the calibration set, (samples,), on the CPU."""
@@ -69,6 +102,8 @@ class CalibrationStream:
     def clear(self) -> None:
         """Free the hidden states, which are larger than a small model."""
         self._stream.clear()
+        if self._dense is not None:
+            self._dense.clear()
         self._positions.clear()
 
 

@@ -75,6 +75,7 @@ def sum_statistics(processes: Processes, collector: StatisticsCollector, owners:
     if processes.size == 1:
         return
     parts = [(collector.inputs(leader), owners[leader]) for leader in collector.siblings()]
+    parts += [(perturbation, owners[leader]) for leader, perturbation in collector.perturbations.items()]
     parts += [(collector.outputs[name], owner) for name, owner in owners.items()]
     if not parts:
         return

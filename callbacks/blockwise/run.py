@@ -177,9 +177,9 @@ class PruningRun:
         name = self._blocks[index]
         linears = self._module.linears(self._module.blocks[name])
         methods = self._plan[name]
-        chosen = {} if self._is_finished(number) else {linear: linears[linear] for linear in methods}
         self._placement.hold(range(max(index - 1, 0), index + 1))
-        self._step = BlockStep(index, name, chosen, methods, self._stream, self._settings)
+        given = self._stream, self._settings, self._processes
+        self._step = BlockStep(index, name, linears, methods, self._is_finished(number), *given)
 
     def calibrate(self, batch: Any, key: int) -> None:
         """Send batch number `key` through the block before and the present one."""
@@ -305,7 +305,8 @@ class PruningRun:
         return number < self._finished.number
 
     def _new_stream(self) -> CalibrationStream:
-        return CalibrationStream(self._module, self._windows, self._trainer.num_training_batches)
+        batches, dense = self._trainer.num_training_batches, self._settings.dense_share > 0
+        return CalibrationStream(self._module, self._windows, batches, dense)
 
     def _drawn(self) -> set[int]:
         count, maps = len(self._blocks), self._diagnostics.attention_maps

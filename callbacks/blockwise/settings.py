@@ -8,10 +8,11 @@ from typing import Any, Literal, get_args
 from typing_extensions import Self
 
 from callbacks.blockwise.allocations import Allocation, UniformAllocation
-from callbacks.blockwise.solvers import ObsSolver, Solver
+from callbacks.blockwise.solvers import JointSolver, ObsSolver, Solver
 from callbacks.blockwise.update_rules import AttentionRule, FixedRule, UpdateRule
 from functional.pruning import UPDATED, ActivationNorm, parse_pattern
 from functional.pruning.masks import check_sparsity
+from functional.pruning.perturbation import DENSE_SHARE
 from functional.pruning.precision import Precision, check_precision
 from functional.pruning.statistics import check_activation_norm
 from utilities.checks import check_one_of
@@ -21,6 +22,9 @@ DUAL = ("d2prune", "d2_wanda", "d2_sparsegpt")
 """Methods whose score has activation terms."""
 WITH_UPDATE = ("d2prune", *UPDATED)
 """Methods that update the kept weights."""
+Target = Literal["pruned"] | float
+JOINT_LAMBDA1 = 30.0
+"""λ1 of the joint solver, chosen on held-out text with `DENSE_SHARE`."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class PruningSettings:
     score: Score
     update_rule: UpdateRule
     solver: Solver
+    target: Target
+    stages: bool
     allocation: Allocation
     precision: Precision
     ignore: tuple[str, ...]
@@ -76,6 +82,8 @@ class PruningSettings:
         score: Score | None = None,
         update_rule: UpdateRule | None = None,
         solver: Solver | None = None,
+        target: Target | None = None,
+        stages: bool | None = None,
         allocation: Allocation | None = None,
         precision: Precision = "auto",
         ignore: Sequence[str] = (),
@@ -89,6 +97,8 @@ class PruningSettings:
             score: Activation terms of the score.
             update_rule: Update rule.
             solver: Solver of the weight update.
+            target: Outputs that the updated weights come close to.
+            stages: Whether the linears of a block are pruned in their order.
             allocation: Allocation of zeros to blocks.
             precision: Precision of Gram matrices.
             ignore: Globs of full names of linears to leave dense.
@@ -106,8 +116,14 @@ class PruningSettings:
         rule = update_rule or (AttentionRule() if method == "d2prune" else FixedRule("none"))
         if isinstance(ignore, str):
             raise ValueError(f"Argument `ignore` expected to be a list of globs but got {ignore!r}.")
-        defaults = score or Score(), rule, solver or ObsSolver(), allocation or UniformAllocation()
-        return cls(method, sparsity, pattern, *defaults, precision, tuple(ignore))
+        if target not in (None, "pruned") and method not in WITH_UPDATE:
+            raise _does_not_apply("target", "methods with a weight update", method, "d2prune, sparsegpt or d2_sparsegpt")
+        joint = isinstance(solver, JointSolver)
+        target = (DENSE_SHARE if joint else "pruned") if target is None else target
+        score, solver = score or Score(JOINT_LAMBDA1 if joint else 1.0), solver or ObsSolver()
+        stages, allocation = joint if stages is None else stages, allocation or UniformAllocation()
+        given = method, sparsity, pattern, score, rule, solver, target, stages, allocation, precision, tuple(ignore)
+        return cls(*given)
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.pattern is None):
@@ -124,6 +140,10 @@ class PruningSettings:
                 f"Argument `allocation` = {self.allocation!r} gives blocks different shares of zeros, but with `pattern` = "
                 f"{self.pattern!r} all have the same. Leave it out, or give `sparsity` instead of the pattern."
             )
+        if self.target != "pruned" and (isinstance(self.target, str | bool) or not 0 <= self.target <= 1):
+            raise ValueError(f"Argument `target` expected to be pruned or a share in [0, 1] but got {self.target!r}.")
+        if not isinstance(self.stages, bool):
+            raise ValueError(f"Argument `stages` expected to be true or false but got {self.stages!r}.")
         parse_pattern(self.pattern)
         check_precision(self.precision)
 
@@ -131,6 +151,11 @@ class PruningSettings:
     def updates(self) -> bool:
         """Whether kept weights are updated, for which all tokens have to enter the Gram matrices."""
         return self.method in WITH_UPDATE
+
+    @property
+    def dense_share(self) -> float:
+        """α, the share of `target` as a number: 0 for the outputs that the pruned model's inputs give."""
+        return 0.0 if self.target == "pruned" else self.target
 
     @property
     def title(self) -> str:
@@ -148,7 +173,8 @@ class PruningSettings:
         found: dict[str, Any] = {"method": self.method, "sparsity": self.sparsity, "pattern": self.pattern}
         found |= {"score": dict(vars(self.score))} if self.method in DUAL else {}
         found |= {"update_rule": self.update_rule.as_dict()} if self.method == "d2prune" else {}
-        found |= {"solver": self.solver.as_dict()} if self.updates else {}
+        found |= {"solver": self.solver.as_dict(), "target": self.target} if self.updates else {}
+        found |= {"stages": self.stages}
         return found | {"allocation": self.allocation.as_dict(), "precision": self.precision, "ignore": list(self.ignore)}
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from callbacks.blockwise.records import LinearRecord
 from callbacks.blockwise.settings import PruningSettings
+from callbacks.blockwise.solvers import JointSolver
 from callbacks.blockwise.statistics import StatisticsCollector
 from callbacks.blockwise.targets import Targets
-from functional.pruning import PruneResult, prune_linears
+from functional.pruning import UPDATED, PruneResult, prune_linears
 from functional.pruning.masks import zeros_of
 from lightning_modules.parts.architectures import PrunableLinear
 
@@ -49,6 +50,11 @@ def solve(
     inputs, outputs = collector.inputs(names[0]), [collector.outputs[name] for name in names]
     arguments = settings.arguments()
     weights = [collector.linears[name].weight for name in names]
+    if method in UPDATED:
+        arguments |= {
+            "perturbation": collector.perturbations.get(collector.leader(names[0])),
+            "dense_share": settings.dense_share,
+        }
     if targets is not None:
         pairs = zip(names, weights, strict=True)
         arguments["sparsity"] = [targets.sparsity(block, name, weight.numel()) for name, weight in pairs]
@@ -96,7 +102,8 @@ def record_of(
         damping=result.damping,
     )
     share = (settings.sparsity or 0.0) if sparsity is None else sparsity
-    wanted = zeros_of(weight.shape, method, share, settings.pattern)
+    by_rows = isinstance(settings.solver, JointSolver) and settings.solver.compared == "row" and method in UPDATED
+    wanted = zeros_of(weight.shape, method, share, settings.pattern, by_rows)
     if record.zeros < wanted:
         raise RuntimeError(
             f"{full_name}: {record.zeros} of {record.weights} weights are zero, but {wanted} were wanted. "

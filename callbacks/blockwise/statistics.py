@@ -6,7 +6,7 @@ are too large are looked for once a block, in the peaks that the statistics keep
 GPU.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from functional.pruning import InputStatistics, OutputStatistics
 from functional.pruning.batches import LARGEST, too_large
+from functional.pruning.perturbation import Perturbation
 from functional.pruning.precision import Precision
 from lightning_modules.parts.architectures import PrunableLinear
 
@@ -29,6 +30,8 @@ class StatisticsCollector:
         precision: Precision of Gram matrices.
         updates: Whether weights will be updated. If not, the Gram matrix only measures errors, and the first samples, with
             about `ERROR_TOKENS` tokens, are enough.
+        perturbed: Linear, the first of its siblings -> number of channels of the hidden states that it alone adds to, or 0; for
+            linears whose perturbation is measured as well.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class StatisticsCollector:
         linears: Mapping[str, PrunableLinear],
         precision: Precision = "auto",
         updates: bool = True,
+        perturbed: Mapping[str, int] | None = None,
     ) -> None:
         self.linears = dict(linears)
         self._precision, self._updates = precision, updates
@@ -43,6 +47,11 @@ class StatisticsCollector:
         for name, linear in self.linears.items():
             self._modules.setdefault(linear.module, []).append(name)
         self.outputs = {name: OutputStatistics(linear.out_features) for name, linear in self.linears.items()}
+        self.perturbations = {
+            name: Perturbation(self.linears[name].in_features, channels, precision)
+            for name, channels in (perturbed or {}).items()
+        }
+        """Leader -> its perturbation."""
         self._leaders: dict[str, str] = {}
         self._inputs: dict[str, InputStatistics] = {}
         self._positions: list[Tensor] = []
@@ -122,11 +131,15 @@ class StatisticsCollector:
         return f"calibration batch {batch} ({samples}, all counted from 0)"
 
     @contextmanager
-    def collecting(self, positions: Tensor) -> Iterator[None]:
+    def collecting(
+        self, positions: Tensor, lacks: Callable[[str], tuple[Tensor, Tensor | None]] | None = None
+    ) -> Iterator[None]:
         """Add every call of a linear to its statistics, within the context.
 
         Args:
             positions: Positions of the samples of this batch in the calibration set, (samples,), on the CPU.
+            lacks: Returns a linear's inputs in the dense model, and what the hidden states that it adds to lack of the dense
+                model's, if it adds to them; called for the `perturbed` ones.
 
         Raises:
             RuntimeError: If a linear is called twice in one batch, or shares its input in one batch and not in another.
@@ -147,6 +160,10 @@ class StatisticsCollector:
                 if name not in self._inputs:
                     self._inputs[name] = InputStatistics(x.shape[-1], self._precision, self._gram_samples(x))
                 self._inputs[name].update(x, positions)
+                if name in self.perturbations:
+                    dense, lack = lacks(name)
+                    lack = None if lack is None else by_sample(lack, positions)
+                    self.perturbations[name].update(x, by_sample(dense, positions), lack)
             self.outputs[name].update(by_sample(y, positions), positions)
             self._called[name].append(len(self._positions) - 1)
 

@@ -95,9 +95,9 @@ class BlockStream:
         self.replace(key, self.run(key, index))
 
     def adopt(self, key: int, other: "BlockStream") -> None:
-        """Copy a batch from another stream of the same blocks; from then on each stream moves its own."""
-        batch = other._batches[key]
-        self._batches[key] = _Batch(other.hidden(key), batch.calls)
+        """Take a batch over from another stream of the same blocks; from then on each moves its own."""
+        self._batches[key] = _Batch(None, other._batches[key].calls)
+        self.replace(key, other.hidden(key))
 
     def replace(self, key: int, hidden: Tensor) -> None:
         """Replace the hidden states of a batch."""

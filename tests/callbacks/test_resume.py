@@ -76,6 +76,8 @@ def test_one_of_two_processes_killed(seed, tiny_run, whole, tmp_path):
         {"update_rule": AttentionRule(objective="divergence"), "sparsity": 0.6},
         {"method": "sparsegpt", "sparsity": 0.5, "diagnostics": Diagnostics(attention=True)},
         {"method": "wanda", "sparsity": 0.5, "ignore": ["*.1.*"]},
+        {"solver": "joint", "sparsity": 0.5},
+        {"method": "sparsegpt", "pattern": "2:4", "target": 0.5, "stages": False},
     ],
     ids=str,
 )

@@ -53,6 +53,9 @@ def report_of(run: PruningRun) -> dict:
     return json.loads((Path(run.output) / "pruning.json").read_text())
 
 
+JOINT = {"method": "d2_sparsegpt", "solver": "joint", "sparsity": 0.6, "allocation": "error"}
+
+
 @pytest.mark.parametrize(
     ("family", "processes", "settings", "data"),
     [
@@ -88,7 +91,10 @@ def test_same_result_as_one_process(family, processes, settings, data, models, o
         assert block["attention"].keys() == same["attention"].keys()
 
 
-@pytest.mark.parametrize("settings", [{"sparsity": 0.5}, {"pattern": "2:4", "update_rule": FixedRule("none")}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"sparsity": 0.5}, {"pattern": "2:4", "update_rule": FixedRule("none")}, JOINT, JOINT | {"target": "pruned"}],
+)
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_the_same_batches_give_the_same_bits(family, settings, models, one_process, tmp_path):
     """However they are shared out: sums are float64, so that their order leaves no trace in float32."""

@@ -26,7 +26,9 @@ def prune(model, text, folder, batch_size=2, **settings):
     return load_file(folder / "model.safetensors"), callback, module
 
 
-@pytest.mark.parametrize("settings", [{"update_rule": FixedRule("v")}, {}, {"update_rule": "perplexity"}, {"method": "wanda"}])
+@pytest.mark.parametrize(
+    "settings", [{"update_rule": FixedRule("v")}, {}, {"update_rule": "perplexity"}, {"method": "wanda"}, {"solver": "joint"}]
+)
 def test_offload_changes_no_bit(tiny_model, text_file, tmp_path, settings):
     found = [
         prune(tiny_model("llama"), text_file, tmp_path / str(offload), offload=offload, **settings) for offload in (True, False)

@@ -11,6 +11,7 @@ from callbacks import (
     Diagnostics,
     ErrorAllocation,
     FixedRule,
+    JointSolver,
     ObsSolver,
     OutlierRule,
     OwlAllocation,
@@ -24,11 +25,17 @@ APPLIES = {
     "score": ("d2prune", "d2_wanda", "d2_sparsegpt"),
     "update_rule": ("d2prune",),
     "solver": UPDATING,
+    "target": UPDATING,
     "allocation": ("d2prune", "magnitude", "wanda", "sparsegpt", "d2_wanda", "d2_sparsegpt"),
 }
 """Setting -> methods that have a use for it."""
-VALUES = {"score": [Score(lambda1=2.0)], "update_rule": ["outlier", FixedRule("none")], "solver": ["obs", AdmmSolver()]}
-VALUES["allocation"] = ["owl", ErrorAllocation()]
+VALUES = {
+    "score": [Score(lambda1=2.0)],
+    "update_rule": ["outlier", FixedRule("none")],
+    "solver": ["obs", AdmmSolver()],
+    "target": [0.35, 1],
+    "allocation": ["owl", ErrorAllocation()],
+}
 CHOICES = {
     AttentionRule: {"candidates": "all", "objective": "divergence", "reference": "block", "windows": 2, "source": "x.txt"},
     FixedRule: {"held": "k"},
@@ -36,6 +43,7 @@ CHOICES = {
     PerplexityRule: {},
     ObsSolver: {"block_size": 64, "damping": 0.1},
     AdmmSolver: {"block_size": 64, "damping": 0.1},
+    JointSolver: {"compared": "row", "damping": 0.1},
     UniformAllocation: {},
     OwlAllocation: {"threshold": 3.0, "spread": 0.05},
     ErrorAllocation: {},
@@ -103,6 +111,10 @@ def test_a_pattern_leaves_nothing_to_allocate(allocation):
         (lambda: FixedRule("o"), "`held` expected to be one of q, k, v, none, all but got 'o'"),
         (lambda: ObsSolver(block_size=0), "`block_size` expected to be an integer of at least 1 but got 0"),
         (lambda: AdmmSolver(damping=2.0), r"`damping` expected to be in \[0, 1\] but got 2.0"),
+        (lambda: JointSolver(compared="block"), "`compared` expected to be one of matrix, row but got 'block'"),
+        (lambda: BlockwisePruning(sparsity=0.5, target=1.5), r"`target` expected to be pruned or a share in \[0, 1\] .* 1.5"),
+        (lambda: BlockwisePruning(sparsity=0.5, target="dense"), r"`target` expected to be pruned or .* but got 'dense'"),
+        (lambda: BlockwisePruning(sparsity=0.5, stages="o"), "`stages` expected to be true or false but got 'o'"),
         (lambda: OwlAllocation(threshold=0.0), "`threshold` expected to be a positive number but got 0"),
         (lambda: OwlAllocation(spread=float("nan")), "`spread` expected to be a positive number but got nan"),
         (lambda: Score(lambda1=float("nan")), "`score.lambda1` expected to be a finite number but got nan"),
@@ -123,3 +135,11 @@ def test_choices_are_equal_by_their_settings():
     assert AttentionRule(windows=3) == AttentionRule(windows=3) != AttentionRule(windows=4)
     assert repr(FixedRule("k")) == "FixedRule(held='k')"
     assert OwlAllocation(3.0).as_dict() == {"class_path": "OwlAllocation", "init_args": {"threshold": 3.0, "spread": 0.08}}
+
+
+def test_the_joint_solver_brings_its_own_defaults():
+    joint, obs = (BlockwisePruning(sparsity=0.5, solver=solver).settings for solver in ("joint", None))
+    assert (joint.target, joint.stages, joint.score.lambda1) == (0.35, True, 30.0)
+    assert (obs.target, obs.stages, obs.score.lambda1) == ("pruned", False, 1.0)
+    own = BlockwisePruning(sparsity=0.5, solver="joint", target="pruned", stages=False, score=Score(lambda1=2.0)).settings
+    assert (own.target, own.stages, own.score.lambda1, own.dense_share) == ("pruned", False, 2.0, 0.0)
