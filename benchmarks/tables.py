@@ -6,8 +6,9 @@ python -m benchmarks.tables
 import itertools
 import math
 import re
+from collections.abc import Sequence
 
-from benchmarks import allocation, graph_tables, recovery, speed_tables
+from benchmarks import allocation, graph_tables, joint, recovery, speed_tables
 from benchmarks.markdown import ROOT, read, spread, table
 
 METHODS = ("magnitude", "wanda", "d2_wanda", "sparsegpt", "d2_sparsegpt")
@@ -29,12 +30,22 @@ def quality() -> str:
 
 
 def headline() -> str:
-    """The half of `quality` that is calibrated on the test text's own kind."""
-    return _qualities(["method", "50 %", "60 %", "70 %", "2:4"], ("wikitext2-valid",))
+    """The half of `quality` that is calibrated on the test text's own kind, and the joint solver."""
+    value = {
+        (row["variant"], row["target"]): row["test_perplexity"]
+        for row in read("joint.csv")
+        if (row["study"], row["calibration"], row["seed"]) == ("quality", "wikitext2-valid", "0")
+    }
+    names = {"joint": "d2_sparsegpt, `solver: joint`", "joint, error": "the same, `allocation: error`"}
+    more = [
+        [name, *(shown(value[key, target]) if (key, target) in value else "" for target in TARGETS)]
+        for key, name in names.items()
+    ]
+    return _qualities(["method", "50 %", "60 %", "70 %", "2:4"], ("wikitext2-valid",), more)
 
 
-def _qualities(header: list[str], texts: tuple[str, ...]) -> str:
-    """Perplexity on WikiText-2 test by method, a column for each calibration text and target."""
+def _qualities(header: list[str], texts: tuple[str, ...], more: Sequence[list[str]] = ()) -> str:
+    """Perplexity on WikiText-2 test by method, a column for each calibration text and target, and `more` lines."""
     rows = read("smollm2_quality.csv")
     value = {(r["method"], r["target"], r["calibration"]): r["test_perplexity"] for r in rows if r["non_updated"] == "none"}
     value |= {
@@ -46,7 +57,8 @@ def _qualities(header: list[str], texts: tuple[str, ...]) -> str:
         [method, *(shown(value[method, target, text]) for text in texts for target in TARGETS)]
         for method in (*METHODS, "d2prune")
     ]
-    return f"{table(header, lines)}\n\n{setting(rows[0], shown(value['dense', '0.0', 'pydoc']))}, seed {rows[0]['seed']}."
+    note = f"{setting(rows[0], shown(value['dense', '0.0', 'pydoc']))}, seed {rows[0]['seed']}."
+    return f"{table(header, [*lines, *more])}\n\n{note}"
 
 
 def setting(row: dict[str, str], dense: str) -> str:
@@ -160,6 +172,7 @@ TABLES = {
     "defaults": defaults,
 }
 TABLES |= graph_tables.TABLES | speed_tables.TABLES | {"recovery": recovery.table, "allocation": allocation.table}
+TABLES |= {"joint": joint.table, "joint-choice": joint.choice_table}
 TEXTS_WITH_TABLES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
