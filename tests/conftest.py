@@ -32,7 +32,7 @@ SLOW = (
     "test_train_deit.py",
     "lightning_modules/parts/test_linear24.py",
     "functional/pruning/test_solver_triton.py",
-    "callbacks/blockwise/test_targets.py",
+    "callbacks/blockwise/test_quotas.py",
     "utilities/test_failures.py",
     "callbacks/test_export_onnx.py",
     "callbacks/test_evaluate_tasks.py",

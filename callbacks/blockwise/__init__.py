@@ -1,1 +1,1 @@
-"""The parts of BlockwisePruning: settings, one block, targets, records, results."""
+"""The parts of BlockwisePruning: settings, one block, quotas, records, results."""

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from callbacks.blockwise.exchange import owners_of, send_weights, sum_statistics
 from callbacks.blockwise.plan import pruned_projections
+from callbacks.blockwise.quotas import Quotas
 from callbacks.blockwise.records import BlockRecord, LinearRecord
 from callbacks.blockwise.settings import PruningSettings
 from callbacks.blockwise.solve import kept_and_pruned, log_scores, record_of, solve
 from callbacks.blockwise.statistics import StatisticsCollector
-from callbacks.blockwise.targets import Targets
 from callbacks.blockwise.update_rules import AttentionRule, OutlierRule
 from callbacks.blockwise.update_rules.attention import HELD, UPDATED, method_of
 from callbacks.blockwise.update_rules.base import UPDATE_METHOD
@@ -39,13 +39,13 @@ class BlockSolver:
         module: The model.
         settings: Settings of the run.
         processes: Processes that share the work.
-        targets: Zeros of each linear; None if all linears have the same share.
+        quotas: Zeros of each linear; None if all linears have the same share.
     """
 
     def __init__(
-        self, module: PrunableModule, settings: PruningSettings, processes: Processes, targets: Targets | None = None
+        self, module: PrunableModule, settings: PruningSettings, processes: Processes, quotas: Quotas | None = None
     ) -> None:
-        self.targets = targets
+        self.quotas = quotas
         self.calibration: dict[str, float] = {}
         """Number of samples, and of tokens per sample, of the whole calibration set."""
         self._module, self._settings, self._processes = module, settings, processes
@@ -83,8 +83,8 @@ class BlockSolver:
             RuntimeError: If another process failed, or holds different weights afterwards.
         """
         processes = self._processes
-        if self.targets is not None:
-            record.allocation = self.targets.measures.get(record.name, {})  # empty for a block that is ignored
+        if self.quotas is not None:
+            record.allocation = self.quotas.measures.get(record.name, {})  # empty for a block that is ignored
         processes.together(lambda: collector.check(record.name))  # every process checks its own batches before the sum
         roles = self._roles(collector)
         owners = owners_of(collector, processes.size, roles.values() if self._chooses else ())
@@ -148,7 +148,7 @@ class BlockSolver:
         self, block: str, name: str, collector: StatisticsCollector, result: PruneResult, method: str
     ) -> LinearRecord:
         linear = collector.linears[name]
-        sparsity = None if self.targets is None else self.targets.sparsity(block, name, linear.weight.numel())
+        sparsity = None if self.quotas is None else self.quotas.sparsity(block, name, linear.weight.numel())
         return record_of(self._settings, linear, result, method, f"{block}.{name}", sparsity)
 
     def _choose(
@@ -203,4 +203,4 @@ class BlockSolver:
     def _solve(self, collector: StatisticsCollector, block: str, names: list[str], method: str) -> dict[str, PruneResult]:
         inputs = collector.inputs(names[0])
         self.calibration = {"samples": inputs.num_samples, "tokens_per_sample": inputs.tokens_per_sample()}
-        return solve(self._settings, collector, block, names, method, self.targets)
+        return solve(self._settings, collector, block, names, method, self.quotas)

@@ -116,4 +116,4 @@ def rows_lose_alike(settings: PruningSettings, module: PrunableModule, method: s
     """
     undecided = isinstance(settings.update_rule, AttentionRule | PerplexityRule)
     projections = module.architecture.projections
-    return method in ("wanda", "d2_wanda") or (undecided and name in {projections.get(role) for role in ROLES})
+    return settings.by_rows(method) or (undecided and name in {projections.get(role) for role in ROLES})

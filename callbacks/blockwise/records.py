@@ -8,7 +8,10 @@ from typing_extensions import Self
 
 @dataclass
 class LinearRecord:
-    """One pruned linear; error and norm are Σ ‖(W − Ŵ) x‖² and Σ ‖W x‖² over the calibration tokens."""
+    """One pruned linear; error and norm are Σ ‖(W − Ŵ) x‖² and Σ ‖W x‖² over the calibration tokens.
+
+    With a dense share in `target`, W is the target that makes up for what the inputs lack.
+    """
 
     method: str
     error: float

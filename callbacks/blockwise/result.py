@@ -112,9 +112,9 @@ def print_summary(
     dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
     rows = [(name, f"{value:.4g} dense -> {pruned[name]:.4g} pruned") for name, value in dense.items()]
     rows.append(("sparsity", f"{sparsity_of(records):.4%} of the pruned linears of {len(records)} blocks"))
-    targets = [record.allocation["sparsity"] for record in records if record.allocation]
-    if targets:
-        rows.append(("allocation", f"{min(targets):.2%} to {max(targets):.2%} of a block"))
+    shares = [record.allocation["sparsity"] for record in records if record.allocation]
+    if shares:
+        rows.append(("allocation", f"{min(shares):.2%} to {max(shares):.2%} of a block"))
     shares = [record.update_shares for record in records if record.update_shares]
     if shares:
         means = {role: sum(share.get(role, 0.0) for share in shares) / len(shares) for role in shares[0]}

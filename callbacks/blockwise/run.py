@@ -23,12 +23,12 @@ from callbacks.blockwise.calibration import CalibrationStream
 from callbacks.blockwise.placement import Placement
 from callbacks.blockwise.plan import Plan, plan_of, pruned_roles
 from callbacks.blockwise.progress import BlockProgressBar
+from callbacks.blockwise.quotas import quotas_of
 from callbacks.blockwise.records import BlockRecord
 from callbacks.blockwise.result import REPORT, pruning_card, publish, report_of
 from callbacks.blockwise.resume.fingerprint import fingerprint_of
 from callbacks.blockwise.resume.finished import FinishedSteps
 from callbacks.blockwise.settings import PruningSettings
-from callbacks.blockwise.targets import targets_of
 from callbacks.blockwise.update_rules import AttentionRule, PerplexityRule
 from callbacks.blockwise.update_rules.monitor import AttentionMonitor
 from callbacks.blockwise.update_rules.perplexity import Rounds
@@ -152,8 +152,8 @@ class PruningRun:
             given = self._trainer, self._module, self._settings, self._processes
             self._finished.open(fingerprint_of(*given, self._windows.of_source()), self.num_steps)
         given = self._trainer, self._module, self._settings, self._plan, self._placement, self._processes
-        targets = self._finished.targets(lambda: targets_of(*given))
-        self._solver = BlockSolver(self._module, self._settings, self._processes, targets)
+        quotas = self._finished.quotas(lambda: quotas_of(*given))
+        self._solver = BlockSolver(self._module, self._settings, self._processes, quotas)
         self.metrics["dense"] = self.validate()
         log_scalars(self._trainer.loggers, self.metrics["dense"], step=0)
         if isinstance(self._settings.update_rule, PerplexityRule):

@@ -157,6 +157,11 @@ class PruningSettings:
         """α, the share of `target` as a number: 0 for the outputs that the pruned model's inputs give."""
         return 0.0 if self.target == "pruned" else self.target
 
+    def by_rows(self, method: str) -> bool:
+        """Return whether a method of `prune_linears` drops equally many weights in every row."""
+        by_rows = method in UPDATED and isinstance(self.solver, JointSolver) and self.solver.compared == "row"
+        return by_rows or method in ("wanda", "d2_wanda")
+
     @property
     def title(self) -> str:
         """Name of the run in tables."""

@@ -7,11 +7,10 @@ from fractions import Fraction
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
+from callbacks.blockwise.quotas import Quotas
 from callbacks.blockwise.records import LinearRecord
 from callbacks.blockwise.settings import PruningSettings
-from callbacks.blockwise.solvers import JointSolver
 from callbacks.blockwise.statistics import StatisticsCollector
-from callbacks.blockwise.targets import Targets
 from functional.pruning import UPDATED, PruneResult, prune_linears
 from functional.pruning.masks import zeros_of
 from lightning_modules.parts.architectures import PrunableLinear
@@ -28,7 +27,7 @@ def solve(
     block: str,
     names: Sequence[str],
     method: str,
-    targets: Targets | None = None,
+    quotas: Quotas | None = None,
 ) -> dict[str, PruneResult]:
     """Prune linears of a block that read the same tensor, without changing their modules.
 
@@ -38,7 +37,7 @@ def solve(
         block: Name of the block.
         names: Siblings, by name within the block.
         method: Method of `prune_linears`.
-        targets: Zeros of each linear; None if all linears have the same share.
+        quotas: Zeros of each linear; None if all linears have the same share.
 
     Returns:
         Name -> result.
@@ -55,15 +54,15 @@ def solve(
             "perturbation": collector.perturbations.get(collector.leader(names[0])),
             "dense_share": settings.dense_share,
         }
-    if targets is not None:
+    if quotas is not None:
         pairs = zip(names, weights, strict=True)
-        arguments["sparsity"] = [targets.sparsity(block, name, weight.numel()) for name, weight in pairs]
+        arguments["sparsity"] = [quotas.sparsity(block, name, weight.numel()) for name, weight in pairs]
     try:
         results = prune_linears(weights, inputs, outputs, method=method, **arguments)
     except ValueError as error:
         if len(names) == 1:
             raise type(error)(f"{block}.{names[0]}: {error}") from error
-        alone = [solve(settings, collector, block, [name], method, targets) for name in names]  # names the one that fails
+        alone = [solve(settings, collector, block, [name], method, quotas) for name in names]  # names the one that fails
         return {name: result for found in alone for name, result in found.items()}
     damping = results[0].damping
     if damping is not None and damping > settings.solver.damping:
@@ -102,8 +101,7 @@ def record_of(
         damping=result.damping,
     )
     share = (settings.sparsity or 0.0) if sparsity is None else sparsity
-    by_rows = isinstance(settings.solver, JointSolver) and settings.solver.compared == "row" and method in UPDATED
-    wanted = zeros_of(weight.shape, method, share, settings.pattern, by_rows)
+    wanted = zeros_of(weight.shape, settings.by_rows(method), share, settings.pattern)
     if record.zeros < wanted:
         raise RuntimeError(
             f"{full_name}: {record.zeros} of {record.weights} weights are zero, but {wanted} were wanted. "

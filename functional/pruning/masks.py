@@ -79,25 +79,24 @@ def zeros_wanted(numel: int, sparsity: float) -> int:
     return int(numel * exact)
 
 
-def zeros_of(shape: tuple[int, int], method: str, sparsity: float, pattern: str | Pattern | None, by_rows: bool = False) -> int:
+def zeros_of(shape: tuple[int, int], by_rows: bool, sparsity: float, pattern: str | Pattern | None) -> int:
     """Return the number of zeros that `prune_linear` puts into a weight.
 
     Args:
         shape: (O, I).
-        method: Name of the method; some drop equally many weights in every row.
+        by_rows: Whether every row loses equally many weights.
         sparsity: Share of zeros; not used with a pattern.
         pattern: N:M, or None.
-        by_rows: Whether the solver drops equally many weights in every row.
 
     Examples:
-        >>> [zeros_of((3, 5), method, 0.5, None) for method in ("sparsegpt", "wanda")]
+        >>> [zeros_of((3, 5), by_rows, 0.5, None) for by_rows in (False, True)]
         [7, 6]
     """
     rows, columns = shape
     groups = parse_pattern(pattern)
     if groups is not None:
         return rows * columns // groups.group * groups.zeros
-    if by_rows or method in ("wanda", "d2_wanda"):
+    if by_rows:
         return rows * zeros_wanted(columns, sparsity)
     return zeros_wanted(rows * columns, sparsity)
 

@@ -12,10 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from callbacks.blockwise.block_solver import BlockSolver
+from callbacks.blockwise.quotas import Quotas
 from callbacks.blockwise.records import BlockRecord
 from callbacks.blockwise.resume.fingerprint import Fingerprint
 from callbacks.blockwise.resume.state import PruningState
-from callbacks.blockwise.targets import Targets
 from callbacks.blockwise.update_rules.monitor import AttentionMonitor
 from utilities.distributed import Processes
 
@@ -54,12 +54,12 @@ class FinishedSteps:
         if self.number:
             rank_zero_info(f"An earlier run has finished {self.number} of {total} blocks: continuing after them.")
 
-    def targets(self, make: Callable[[], Targets | None]) -> Targets | None:
-        """Return the targets of the run that this one continues, kept with its first block; else make new ones."""
+    def quotas(self, make: Callable[[], Quotas | None]) -> Quotas | None:
+        """Return the quotas of the run that this one continues, kept with its first block; else make new ones."""
         if not self.number:
             return make()
         _, content = self._processes.in_first(lambda: self._state.read(0)) or ({}, {})
-        return Targets.from_json(self._processes.from_first(content)["targets"])
+        return Quotas.from_json(self._processes.from_first(content)["quotas"])
 
     def keep(
         self, number: int, weights: Mapping[str, Tensor], record: BlockRecord, solver: BlockSolver, seconds: float
@@ -76,7 +76,7 @@ class FinishedSteps:
         if self._state is None:
             return
         content = {"record": asdict(record), "calibration": self._processes.from_first(solver.calibration), "seconds": seconds}
-        content["targets"] = None if solver.targets is None else solver.targets.as_json()
+        content["quotas"] = None if solver.quotas is None else solver.quotas.as_json()
         tensors = dict(weights) | {RNG_STATE: torch.get_rng_state()}
         self._processes.in_first(lambda: self._state.write(number, tensors, content))
         self._written += 1

@@ -15,7 +15,7 @@ TARGETS = ({"sparsity": 0.0}, {"sparsity": 0.5}, {"sparsity": 0.99}, {"pattern":
 def prune(weight, x, method, target, **options):
     """Prune, and check what must hold whatever the numbers are."""
     result = prune_linear(weight, *collect(weight, x), method=method, **target, **options)
-    wanted = zeros_of(weight.shape, method, target.get("sparsity", 0.0), target.get("pattern"))
+    wanted = zeros_of(weight.shape, method in ("wanda", "d2_wanda"), target.get("sparsity", 0.0), target.get("pattern"))
     assert (~result.mask).sum() == wanted
     assert result.weight.isfinite().all() and (result.weight[~result.mask] == 0).all() and result.scores.isfinite().all()
     error, zeroed = energy(weight - result.weight, x), energy(weight * ~result.mask, x)

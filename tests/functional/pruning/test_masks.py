@@ -16,9 +16,9 @@ def test_the_number_of_zeros_is_that_of_the_decimal(numel, sparsity, zeros):
 
 
 def test_zeros_of_a_weight():
-    assert zeros_of((5, 7), "wanda", 0.5, None) == 15
-    assert zeros_of((5, 7), "d2_sparsegpt", 0.5, None) == 17
-    assert zeros_of((5, 8), "magnitude", 0.0, "3:4") == 30
+    assert zeros_of((5, 7), True, 0.5, None) == 15
+    assert zeros_of((5, 7), False, 0.5, None) == 17
+    assert zeros_of((5, 8), False, 0.0, "3:4") == 30
 
 
 def test_ties_lose_from_the_left():

@@ -1,4 +1,4 @@
-"""Targets: the number of zeros of each linear, from one pass of the calibration data through the dense model.
+"""Quotas: the number of zeros of each linear, from one pass of the calibration data through the dense model.
 
 The pass sums ‖X_j‖² of the inputs of all linears, and the share of the hidden states that each block writes. It goes batch by
 batch and block by block, so it needs the memory of one batch; the sums are taken over all processes.
@@ -46,7 +46,7 @@ Linears = dict[str, dict[str, PrunableLinear]]
 
 
 @dataclass(frozen=True)
-class Targets:
+class Quotas:
     """Number of zeros of each linear.
 
     Attributes:
@@ -74,14 +74,14 @@ class Targets:
 
     @classmethod
     def from_json(cls, content: dict[str, Any] | None) -> Self | None:
-        """Make targets from the content of a file; None stays None."""
+        """Make quotas from the content of a file; None stays None."""
         return None if content is None else cls(**content)
 
 
-def targets_of(
+def quotas_of(
     trainer: Trainer, module: PrunableModule, settings: PruningSettings, plan: Plan, placement: Placement, processes: Processes
-) -> Targets | None:
-    """Compute the targets of a model that is still dense.
+) -> Quotas | None:
+    """Compute the quotas of a model that is still dense.
 
     Args:
         trainer: Trainer of the run.
@@ -92,7 +92,7 @@ def targets_of(
         processes: Processes of the run.
 
     Returns:
-        Targets, the same in all processes; None if all linears lose the same share.
+        Quotas, the same in all processes; None if all linears lose the same share.
 
     Raises:
         ValueError: If calibration data are not finite; names block and linear.
@@ -183,8 +183,8 @@ def _targets(
     linears: Linears,
     read_off: Mapping[str, Any],
     written: Mapping[str, float],
-) -> Targets:
-    """Make targets from what was read off all blocks."""
+) -> Quotas:
+    """Make quotas from what was read off all blocks."""
     sizes = {block: {name: linear.weight.numel() for name, linear in found.items()} for block, found in linears.items()}
     block_sizes, read = [sum(found.values()) for found in sizes.values()], [read_off[block] for block in sizes]
     if isinstance(settings.allocation, OwlAllocation):
@@ -204,7 +204,7 @@ def _targets(
     ]
     numbers = iter(whole_numbers(*zip(*entries, strict=True), zeros_wanted(sum(block_sizes), settings.sparsity)))
     zeros = {block: {name: next(numbers) for name in found} for block, found in sizes.items()}
-    return Targets(
+    return Quotas(
         zeros,
         {
             block: {"sparsity": sum(zeros[block].values()) / size} | measure

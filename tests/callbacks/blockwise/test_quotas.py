@@ -1,4 +1,4 @@
-"""Allocation in whole runs: exact sums, every way to run gives the same targets, and everything says what they are."""
+"""Allocation in whole runs: exact sums, every way to run gives the same quotas, and everything says what they are."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import BlockwisePruning, ErrorAllocation, FixedRule, OwlAllocation
+from callbacks import BlockwisePruning, ErrorAllocation, FixedRule, JointSolver, OwlAllocation
 from datamodules import TextDataModule
 from functional.pruning import zeros_wanted
 from functional.pruning.allocation import owl_sparsities
@@ -93,9 +93,16 @@ def test_the_sum_of_zeros_is_exact(kind, settings, tiny_model, text_file, tmp_pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["opt", "qwen3"])
-def test_whole_rows_leave_less_than_one_column_of_a_linear(kind, family, tiny_model, text_file, tmp_path):
-    module, _, _ = fit(tiny_model(family), text_file, tmp_path, sparsity=0.57, method="wanda", allocation=KINDS[kind])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("opt", {"method": "wanda"}),
+        ("qwen3", {"method": "wanda"}),
+        ("llama", {"method": "sparsegpt", "solver": JointSolver("row")}),
+    ],
+)
+def test_whole_rows_leave_less_than_one_column_of_a_linear(kind, family, settings, tiny_model, text_file, tmp_path):
+    module, _, _ = fit(tiny_model(family), text_file, tmp_path, sparsity=0.57, allocation=KINDS[kind], **settings)
     counts = zeros_of(module)
     missing = zeros_wanted(sum(weights for _, weights in counts), 0.57) - sum(zeros for zeros, _ in counts)
     smallest = min(x.out_features for block in module.blocks.values() for x in module.linears(block).values())
@@ -138,7 +145,7 @@ def test_expected_error_is_that_of_the_masks(tiny_model, text_file, tmp_path):
         assert record.allocation["expected_error"] == pytest.approx(written * (sum(errors) / len(errors)).item(), rel=2e-2)
 
 
-def test_everything_says_what_the_targets_are(tiny_model, text_file, tmp_path, capsys):
+def test_everything_says_what_the_quotas_are(tiny_model, text_file, tmp_path, capsys):
     logger = TensorBoardLogger(tmp_path, name="run")
     settings = {"sparsity": 0.6, "allocation": OwlAllocation(2.0)}
     _, _, callback = fit(tiny_model("llama"), text_file, tmp_path, logger, progress=True, **settings)
@@ -154,7 +161,7 @@ def test_everything_says_what_the_targets_are(tiny_model, text_file, tmp_path, c
     assert [event.value for event in events.Scalars("allocation/sparsity")] == pytest.approx(shares)
 
 
-def test_uniform_has_no_targets(tiny_model, text_file, tmp_path):
+def test_uniform_has_no_quotas(tiny_model, text_file, tmp_path):
     _, _, callback = fit(tiny_model("llama"), text_file, tmp_path, sparsity=0.6)
     assert not any(record.allocation for record in callback.records)
 
@@ -208,11 +215,11 @@ def test_processes_and_resume_give_the_same_bits(kind, solver, tiny_run, tmp_pat
     assert go(alone) == [0] and go(both) == [0, 0] and both.weights == alone.weights
     assert go(killed, {0: Fault("before a file is renamed", 3)})[0] < 0 and len(list(killed.state.glob("*.safetensors"))) == 1
     assert go(killed) == [0] and killed.weights == alone.weights
-    targets = [[block["allocation"] for block in report_of(run)["blocks"]] for run in (alone, both, killed)]
-    assert targets[0] == targets[1] == targets[2] and targets[0][0] != targets[0][1]
+    quotas = [[block["allocation"] for block in report_of(run)["blocks"]] for run in (alone, both, killed)]
+    assert quotas[0] == quotas[1] == quotas[2] and quotas[0][0] != quotas[0][1]
 
 
-def test_a_resumed_run_reads_its_targets(tiny_run, tmp_path):
+def test_a_resumed_run_reads_its_quotas(tiny_run, tmp_path):
     """They are not computed anew: the statistics of calibration inputs are those of the pruning itself."""
     settings = tiny_run.settings | {"allocation": "owl"}
     run = replace(tiny_run, settings=settings, output=str(tmp_path / "pruned"))
@@ -233,8 +240,8 @@ def test_vision_transformer_with_fused_projections(tmp_path):
         weights = {name: w for name, w in load(run.weights).items() if "blocks" in name and w.ndim == 2}
         numel = sum(w.numel() for w in weights.values())
         assert sum(int((w == 0).sum()) for w in weights.values()) == zeros_wanted(numel, 0.6)
-    targets = [[block["allocation"] for block in report_of(run)["blocks"]] for run in runs]
-    assert targets[0] == targets[1] and targets[0][0]["sparsity"] != targets[0][1]["sparsity"]
+    quotas = [[block["allocation"] for block in report_of(run)["blocks"]] for run in runs]
+    assert quotas[0] == quotas[1] and quotas[0][0]["sparsity"] != quotas[0][1]["sparsity"]
 
 
 @pytest.mark.parametrize(
