@@ -67,7 +67,7 @@ class Perturbation(Sums):
             tensor([[2., 4.],
                     [2., 4.]])
         """
-        given = {"x": (x, self.features), "x_dense": (x_dense, self.features)}
+        given: dict[str, tuple[Tensor | None, int]] = {"x": (x, self.features), "x_dense": (x_dense, self.features)}
         given |= {"lack": (lack, self.stream_features)} if self.stream_features else {}
         for name, (value, features) in given.items():
             if value is None or value.shape != (*x.shape[:2], features):
@@ -80,7 +80,7 @@ class Perturbation(Sums):
         self._device = self._device or x.device
         precision = resolved(self._precision, x.dtype)
         add_cross_products(self._sum("inputs"), moved, tokens, precision)
-        if self.stream_features:
+        if lack is not None and self.stream_features:
             add_cross_products(self._sum("stream"), lack.detach().reshape(-1, self.stream_features), tokens, precision)
         self.num_samples += len(x)
         self.num_tokens += len(tokens)
