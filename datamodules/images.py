@@ -90,6 +90,11 @@ class ImageDataModule(LightningDataModule, CalibrationData):
         on_corrupt: Literal["error", "skip"] = "error",
     ) -> None:
         super().__init__()
+        if root == "self":
+            raise ValueError(
+                "Argument `root` = 'self': an image model writes no images to calibrate on, as a language model writes text. "
+                "Give a folder, a repository of the hub, or digits."
+            )
         for name, value in (("root", root), ("train", train), ("val", val), ("classes", classes)):
             if value == "":
                 raise ValueError(f"Argument `{name}` expected to be a name but got ''; give one or leave it out.")

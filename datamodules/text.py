@@ -8,6 +8,8 @@ Documents are joined by a blank line and tokenised without special tokens, as in
 - fewer documents, or a blank one among them (WikiText has the lines of a running text as rows, empty lines included, so
   their order carries meaning): the last tokens of the joined text are held out.
 
+With `source: self` the model writes all windows itself, before its first batch (datamodules/text_self.py).
+
 Every draw comes from one generator, seeded with `seed`. The global random state is neither used nor changed.
 """
 
@@ -23,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.shards import in_order
+from datamodules.text_self import SELF, SelfWindows, check_self
 from datamodules.text_sources import read_documents
 from datamodules.text_windows import (
     SEPARATOR,
@@ -58,7 +61,8 @@ class TextDataModule(LightningDataModule, CalibrationData):
         tokenizer: A hub id, a local directory, a .gguf file, or package://<python package>/<file>; null takes the model's. From
             Python also a tokenizer of transformers.
         source: Text of calibration and held-out windows: pydoc (the prose of CPython's documentation), a file, a
-            directory, hf://datasets/<repo>/<file>, <repo>:<config>:<split>, or a list of these.
+            directory, hf://datasets/<repo>/<file>, <repo>:<config>:<split>, or a list of these; or self, text that the model
+            samples from itself when `fit` starts.
         test_source: Text of the test windows, in the same forms; null tests on the whole held-out part of `source`.
         sampling: How calibration windows are drawn. joined: at random from the joined text (WikiText style). document:
             each from one random document longer than `seq_len` (C4 style).
@@ -70,6 +74,8 @@ class TextDataModule(LightningDataModule, CalibrationData):
         num_workers: Number of worker processes of each dataloader.
         seed: Seed of the split and of the draws; null takes that of `seed_everything`, else 0.
         text_field: Name of the JSON field or the parquet or dataset column that holds the text.
+        self_file: File (.safetensors) of the windows that `source: self` has written: `fit` writes it if it is not there, and
+            reads it if it is; other stages read it.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class TextDataModule(LightningDataModule, CalibrationData):
         num_workers: int = 0,
         seed: int | None = None,
         text_field: str = "text",
+        self_file: str | None = None,
     ) -> None:
         super().__init__()
         _check_source("source", source)
@@ -104,12 +111,14 @@ class TextDataModule(LightningDataModule, CalibrationData):
             check_integer("seed", seed, 0)
         if not isinstance(text_field, str) or not text_field:
             raise ValueError(f"Argument `text_field` expected the name of a field or column but got {text_field!r}; give one.")
+        check_self(source, test_source, sampling, self_file)
         given = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
         self.save_hyperparameters(ignore=["tokenizer"] if given is not None else [])
         self._windows: dict[str, Tensor] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = given
         self._seed = seed
         self._calibration_batch_size: int | None = None
+        self._self = SelfWindows(self_file, seq_len, num_calibration, num_heldout)
 
     def facts(self) -> DataFacts:
         """Return the length of the windows, numbers, settings, and the tokenizer once it is loaded."""
@@ -151,10 +160,19 @@ class TextDataModule(LightningDataModule, CalibrationData):
             self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         if self._tokenizer is None:
             self._tokenizer = self._find_tokenizer()
+        if self.hparams.source == SELF and not (stage == "test" and self.hparams.test_source is not None):
+            self._windows |= self._self.read(stage, self._seed)
+            return
         cut = self._cut(missing)
         self._windows |= {part: windows for part, (windows, _) in cut.items()}
         parts = [f"{part} {len(windows)} windows of {origin}" for part, (windows, origin) in cut.items()]
         rank_zero_info(f"Text, {self.hparams.seq_len} tokens a window: {'; '.join(parts)}")
+
+    def _written(self, part: str) -> Tensor:
+        """Return the windows of a part, which the model writes now if that is still to be done."""
+        if part not in self._windows:
+            self._windows |= self._self.write(self.trainer, self._seed)
+        return self._windows[part]
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
         """Find the tokenizer: that of the settings or, without one, the model's."""
@@ -236,7 +254,7 @@ class TextDataModule(LightningDataModule, CalibrationData):
         """Return held-out windows. Lightning distributes them over the processes, so it knows which process predicts which."""
         if not self.hparams.num_heldout:
             return []
-        windows = Windows(self._windows["heldout"])
+        windows = Windows(self._written("heldout"))
         return DataLoader(windows, batch_size=self._batch_size("heldout"), num_workers=self.hparams.num_workers)
 
     def rule_dataloader(self, source: str | list[str], number: int) -> DataLoader:
@@ -261,7 +279,7 @@ class TextDataModule(LightningDataModule, CalibrationData):
     def _dataloader(self, part: str) -> DataLoader:
         """Make a dataloader of windows in order; with several processes, each gets its own part of them."""
         argument = {"calibration": "num_calibration", "heldout": "num_heldout", "test": "test_source"}[part]
-        windows, workers = Windows(self._windows[part]), self.hparams.num_workers
+        windows, workers = Windows(self._written(part)), self.hparams.num_workers
         return in_order(windows, argument, self.trainer, self._batch_size(part), num_workers=workers)
 
     def _batch_size(self, part: str) -> int:

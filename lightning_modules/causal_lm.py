@@ -22,7 +22,8 @@ from lightning_modules.parts.architectures import find_architecture
 from lightning_modules.parts.language_models import load_model, load_tokenizer, read_config
 from lightning_modules.parts.linear24 import compress_linears, try_kernels
 from lightning_modules.parts.predictions import Predictions
-from utilities.contract import ModelFacts, data_of
+from lightning_modules.parts.self_text import sample_windows, start_token
+from utilities.contract import ModelFacts, WritesText, data_of
 
 PRINTED = 4
 """Number of continuations that `predict` prints; all of them are written."""
@@ -33,7 +34,7 @@ LARGEST_LOSS = 88.0
 """Largest loss whose exponential float32 holds; the loss itself is logged beside the perplexity."""
 
 
-class CausalLM(PrunableModule):
+class CausalLM(PrunableModule, WritesText):
     """A causal language model for pruning, fine-tuning and evaluation.
 
     Weights are loaded when a run starts, not when the object is made. Any family can be evaluated and trained; those in
@@ -189,6 +190,22 @@ class CausalLM(PrunableModule):
     def sample_positions(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the positions of the windows in the calibration set."""
         return batch["index"]
+
+    def write_windows(self, number: int, seq_len: int, seed: int) -> Tensor:
+        """Sample windows of tokens from the model, to calibrate on.
+
+        Args:
+            number: Number of windows.
+            seq_len: Number of tokens of a window.
+            seed: Seed.
+
+        Returns:
+            Tokens, (number, seq_len), int64, on the CPU.
+
+        Raises:
+            ValueError: If the model is not on one device, or names no token that begins a text.
+        """
+        return sample_windows(self.model, start_token(self.model, self.tokenizer), number, seq_len, seed)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add the losses of held-out windows."""

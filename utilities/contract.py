@@ -150,6 +150,29 @@ class TellsModelFacts(ABC):
         """Return facts about the model, as far as they are known by now."""
 
 
+class WritesText(ABC):
+    """A module whose model can write its own calibration text."""
+
+    @abstractmethod
+    def write_windows(self, number: int, seq_len: int, seed: int) -> Any:
+        """Sample windows of tokens, (number, seq_len), from the model."""
+
+
+def writer_of(trainer: Any) -> WritesText:
+    """Return the module of a Lightning trainer, whose model has to write text.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    module = getattr(trainer, "lightning_module", None)
+    if not isinstance(module, WritesText):
+        raise ValueError(
+            f"Argument `source` = self needs a module that writes text, such as CausalLM, but got {type(module).__name__}. "
+            "Give a text as `source`."
+        )
+    return module
+
+
 def data_of(trainer: Any) -> CalibrationData:
     """Return the data module of a Lightning trainer, or a `PlainData` for plain dataloaders."""
     data = getattr(trainer, "datamodule", None)

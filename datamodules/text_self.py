@@ -1,0 +1,155 @@
+"""Windows that the model writes itself (`source: self`), kept in a file if the settings name one.
+
+The file is safetensors: `windows`, int64, (number, seq_len), with the settings that they were written with as metadata.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utilities.contract import writer_of
+from utilities.distributed import Processes
+from utilities.safe_load import brief
+
+SELF = "self"
+FORMAT = "windows written by the model"
+
+
+class SelfWindows:
+    """Calibration and held-out windows of one data module, written by the model.
+
+    Args:
+        path: File of the windows, or None.
+        seq_len: Number of tokens of a window.
+        num_calibration: Number of calibration windows.
+        num_heldout: Number of held-out windows, which come after them.
+    """
+
+    def __init__(self, path: str | None, seq_len: int, num_calibration: int, num_heldout: int) -> None:
+        self._path = None if path is None else Path(path)
+        self._settings = {"seq_len": seq_len, "num_calibration": num_calibration, "num_heldout": num_heldout}
+
+    def read(self, stage: str, seed: int) -> dict[str, Tensor]:
+        """Read the windows if they are on file.
+
+        Args:
+            stage: Stage of the trainer; only `fit` may come before the file.
+            seed: Seed that they must have been written with.
+
+        Returns:
+            Part -> windows, (number, seq_len); empty if the model is to write them.
+
+        Raises:
+            ValueError: If there is no file in another stage than `fit`, or it holds something else, or other windows.
+        """
+        if self._path is not None and self._path.is_file():
+            return self._parts(read_windows(self._path, self._settings | {"seed": seed}))
+        if stage != "fit":
+            raise ValueError(
+                f"Argument `source` = self: {TrainerFn(stage).value} reads what `fit` has written, but `self_file` = "
+                f"{None if self._path is None else str(self._path)!r} is no file. Name the one that `fit` wrote; or give a "
+                "text, since what a pruned model writes says little about it."
+            )
+        return {}
+
+    def write(self, trainer: Trainer, seed: int) -> dict[str, Tensor]:
+        """Let the model of a trainer write the windows, in the first process.
+
+        Args:
+            trainer: The trainer, whose model is loaded.
+            seed: Seed.
+
+        Returns:
+            Part -> windows, (number, seq_len), the same in all processes.
+
+        Raises:
+            ValueError: If its module writes no text.
+        """
+        writer, processes = writer_of(trainer), Processes(trainer.global_rank, trainer.world_size)
+        number = self._settings["num_calibration"] + self._settings["num_heldout"]
+
+        def write() -> Tensor:
+            windows = writer.write_windows(number, self._settings["seq_len"], seed)
+            if self._path is not None:
+                save_windows(self._path, windows, self._settings | {"seed": seed})
+            return windows
+
+        return self._parts(processes.from_first(processes.in_first(write)))
+
+    def _parts(self, windows: Tensor) -> dict[str, Tensor]:
+        number = self._settings["num_calibration"]
+        return {"calibration": windows[:number], "heldout": windows[number:], "test": windows[number:]}
+
+
+def read_windows(path: Path, wanted: dict[str, Any]) -> Tensor:
+    """Read windows from a file.
+
+    Args:
+        path: The file.
+        wanted: Settings, by name, that the windows must have been written with.
+
+    Raises:
+        ValueError: If the file holds something else, or windows of other settings.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, windows = file.metadata() or {}, file.get_tensor("windows")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"Argument `self_file`: {path} holds no windows that a model has written ({brief(error)}). Delete it, or name "
+            "another."
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"Argument `self_file`: {path} was written by another program. Name another file.")
+    found = json.loads(metadata["settings"])
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"Argument `self_file`: the windows in {path} were written with {name} = {found.get(name)!r}, but it is "
+                f"{value!r} now. Delete the file, name another, or go back to that setting."
+            )
+    return windows
+
+
+def save_windows(path: Path, windows: Tensor, settings: dict[str, Any]) -> None:
+    """Write windows and their settings, all or nothing.
+
+    Args:
+        path: The file.
+        windows: Tokens, (number, seq_len), int64.
+        settings: Settings by name, plain values.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    metadata = {"format": FORMAT, "settings": json.dumps(settings)}
+    save_file({"windows": windows.to(torch.int64).contiguous()}, new, metadata=metadata)
+    os.replace(new, path)
+
+
+def check_self(source: object, test_source: object, sampling: str, self_file: str | None) -> None:
+    """Check the settings of a data module that belong to `source: self`, or do not.
+
+    Args:
+        source: `source`.
+        test_source: `test_source`.
+        sampling: `sampling`.
+        self_file: `self_file`.
+
+    Raises:
+        ValueError: If they do not fit each other.
+    """
+    others = test_source if isinstance(test_source, list) else [test_source]
+    if SELF in others or (isinstance(source, list) and SELF in source):
+        raise ValueError("Argument `source` = self expected to stand alone, and not to be a `test_source`. Give a text there.")
+    if source == SELF and sampling != "joined":
+        raise ValueError(f"Argument `sampling` = {sampling!r} draws from documents, which `source` = self lacks. Leave it out.")
+    if source != SELF and self_file is not None:
+        raise ValueError(f"Argument `self_file` = {self_file!r} belongs to `source: self`. Leave it out, or set that source.")
