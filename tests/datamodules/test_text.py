@@ -381,6 +381,7 @@ def test_every_argument_survives_yaml_to_object_to_yaml(tmp_path, monkeypatch):
         "num_workers": 1,
         "seed": 11,
         "text_field": "content",
+        "self_file": None,
     }
 
     config = {"data": {"class_path": "datamodules.TextDataModule", "init_args": arguments}}
