@@ -3,6 +3,8 @@
     python -m benchmarks.joint --wikitext ../shared/data/wikitext-2 --study quality --seeds 0 1 2
     python -m benchmarks.joint --wikitext ../shared/data/wikitext-2 --study ablation
     python -m benchmarks.joint --wikitext ../shared/data/wikitext-2 --study choice --calibration wikitext2-valid pydoc
+    python -m benchmarks.joint --wikitext ../shared/data/wikitext-2 --study rivals
+    python -m benchmarks.joint --wikitext ../shared/data/wikitext-2 --study quality --calibration self --targets 0.5 0.6
     python -m benchmarks.joint --data ../shared/data/tiny-imagenet-200 --study deit --seeds 0 1 2
 
 `choice` looks at held-out text only: that of the calibration text and that of the other one. Rows are appended as they come and
@@ -27,6 +29,7 @@ from benchmarks.deit import MODEL, DecodedImages
 from benchmarks.markdown import read, spread
 from benchmarks.markdown import table as markdown_table
 from benchmarks.quality import ENVIRONMENT, SMOLLM2, append, environment, finished, plain_wikitext
+from benchmarks.rivals import as_solver
 from callbacks import BlockwisePruning, JointSolver, Score
 from callbacks.blockwise.block import BlockStep
 from datamodules import TextDataModule
@@ -35,6 +38,14 @@ from lightning_modules.base.prunable import PrunableModule
 
 JOINT = {"method": "d2_sparsegpt", "solver": "joint"}
 QUALITY = {"joint": JOINT, "joint, error": JOINT | {"allocation": "error"}}
+ALONE = {"method": "sparsegpt", "solver": "joint", "target": "pruned", "stages": False}
+RIVALS = {
+    "L-ADMM": ALONE | {"rival": "ladmm"},
+    "ALPS": ALONE | {"rival": "alps"},
+    "L-ADMM, our stages and target": JOINT | {"rival": "ladmm"},
+    "ALPS, our stages and target": JOINT | {"rival": "alps"},
+}
+"""Both as published: one pass over each block, against the inputs of the pruned model; and in the place of our solver alone."""
 PLAIN = {"method": "sparsegpt", "target": "pruned", "stages": False}
 ABLATION = {
     "published update": {"method": "d2_sparsegpt"},
@@ -66,9 +77,10 @@ STUDIES = {
     "quality": (QUALITY, ["0.5", "0.6", "0.7", "0.8", "2:4"]),
     "ablation": (ABLATION, ["0.5", "0.7", "2:4"]),
     "choice": (CHOICE, ["0.5", "0.6", "0.7"]),
+    "rivals": (RIVALS, ["0.5", "0.6", "0.7", "0.8", "2:4"]),
     "deit": (DEIT, ["0.6", "0.7", "0.8", "2:4"]),
 }
-TEXTS = {"wikitext2-valid": "WikiText-2 valid", "pydoc": "Python docs"}
+TEXTS = {"wikitext2-valid": "WikiText-2 valid", "pydoc": "Python docs", "self": "its own text"}
 KEYS = ("study", "model", "dtype", "variant", "target", "calibration", "seq_len", "samples", "heldout", "seed")
 MEASURED = ("sparsity", "heldout_perplexity", "other_text", "other_heldout_perplexity", "test_perplexity", "heldout_top1",
             "val_top1", "seconds", "peak_memory_gib", "processes")  # fmt: skip
@@ -83,7 +95,7 @@ def prune(module: PrunableModule, data: LightningDataModule, dense: dict, row: d
     if "score" in settings:
         settings["score"] = Score(settings["score"])
     shutil.rmtree(scratch / "pruned", ignore_errors=True)
-    with _without_stream(settings.pop("stream", True)):
+    with _without_stream(settings.pop("stream", True)), as_solver(settings.pop("rival", "")):
         callback = BlockwisePruning(**aim, **settings, output_dir=str(scratch / "pruned"))
         quiet_trainer(scratch, callbacks=[callback]).fit(module, data)
     linears = [linear for record in callback.records for linear in record.linears.values()]
@@ -117,8 +129,9 @@ def facts_of(args: argparse.Namespace) -> dict[str, str | int]:
 
 def text_data(args: argparse.Namespace, paths: dict[str, str], text: str, seed: int) -> TextDataModule:
     """Return the data of a calibration text."""
+    own = {"source": "self", "self_file": paths["self"].format(seed)} if text == "self" else {"source": paths[text]}
     return TextDataModule(
-        tokenizer=args.model, source=paths[text], test_source=paths["test"], seq_len=args.seq_len,
+        tokenizer=args.model, **own, test_source=paths["test"], seq_len=args.seq_len,
         num_calibration=args.samples, num_heldout=args.heldout, batch_size=args.batch_size, seed=seed,
     )  # fmt: skip
 
@@ -127,6 +140,7 @@ def language_rows(args: argparse.Namespace, scratch: Path) -> None:
     """Run what is missing of a study of a language model."""
     paths, facts, done = plain_wikitext(args.wikitext, scratch), facts_of(args), finished(args.output, KEYS)
     variants, targets = STUDIES[args.study]
+    paths["self"] = str(scratch / "self-{}.safetensors")
     module, dense = CausalLM(args.model, dtype=args.dtype), None
     common = {"study": args.study, "model": Path(args.model).stem, "dtype": args.dtype, "seq_len": args.seq_len}
     common |= {"samples": args.samples, "heldout": args.heldout}
@@ -238,7 +252,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/joint.csv"))
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--dtype", default="float16", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--calibration", nargs="+", default=["wikitext2-valid"], choices=["wikitext2-valid", "pydoc"])
+    parser.add_argument("--calibration", nargs="+", default=["wikitext2-valid"], choices=["wikitext2-valid", "pydoc", "self"])
     parser.add_argument("--targets", nargs="+", help="only these, e.g. 0.5 2:4")
     parser.add_argument("--variants", nargs="+", help="only these")
     parser.add_argument("--seq-len", type=int, default=2048)
