@@ -118,7 +118,7 @@ class TextDataModule(LightningDataModule, CalibrationData):
         self._tokenizer: PreTrainedTokenizerBase | None = given
         self._seed = seed
         self._calibration_batch_size: int | None = None
-        self._self = SelfWindows(self_file, seq_len, num_calibration, num_heldout)
+        self._self = SelfWindows(self_file, seq_len, num_calibration, num_heldout, test_source is None)
 
     def facts(self) -> DataFacts:
         """Return the length of the windows, numbers, settings, and the tokenizer once it is loaded."""
@@ -161,7 +161,7 @@ class TextDataModule(LightningDataModule, CalibrationData):
         if self._tokenizer is None:
             self._tokenizer = self._find_tokenizer()
         if self.hparams.source == SELF and not (stage == "test" and self.hparams.test_source is not None):
-            self._windows |= self._self.read(stage, self._seed)
+            self._self.check(stage)
             return
         cut = self._cut(missing)
         self._windows |= {part: windows for part, (windows, _) in cut.items()}
@@ -169,9 +169,10 @@ class TextDataModule(LightningDataModule, CalibrationData):
         rank_zero_info(f"Text, {self.hparams.seq_len} tokens a window: {'; '.join(parts)}")
 
     def _written(self, part: str) -> Tensor:
-        """Return the windows of a part, which the model writes now if that is still to be done."""
+        """Return the windows of a part, which are read or written now if they come from the model."""
         if part not in self._windows:
-            self._windows |= self._self.write(self.trainer, self._seed)
+            drawn = {"seed": self._seed, "vocabulary": len(self._tokenizer)}
+            self._windows |= self._self.windows(self.trainer, drawn)
         return self._windows[part]
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:

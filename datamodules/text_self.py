@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from utilities.contract import writer_of
-from utilities.distributed import Processes
+from utilities.distributed import Processes, need_whole_weights
 from utilities.safe_load import brief
 
 SELF = "self"
@@ -31,62 +31,65 @@ class SelfWindows:
         seq_len: Number of tokens of a window.
         num_calibration: Number of calibration windows.
         num_heldout: Number of held-out windows, which come after them.
+        tests: Whether the held-out windows are the test windows too, since there is no other text for them.
     """
 
-    def __init__(self, path: str | None, seq_len: int, num_calibration: int, num_heldout: int) -> None:
-        self._path = None if path is None else Path(path)
+    def __init__(self, path: str | None, seq_len: int, num_calibration: int, num_heldout: int, tests: bool) -> None:
+        self._path, self._tests = None if path is None else Path(path), tests
         self._settings = {"seq_len": seq_len, "num_calibration": num_calibration, "num_heldout": num_heldout}
 
-    def read(self, stage: str, seed: int) -> dict[str, Tensor]:
-        """Read the windows if they are on file.
+    def check(self, stage: str) -> None:
+        """Check that a stage has windows to come.
 
         Args:
             stage: Stage of the trainer; only `fit` may come before the file.
-            seed: Seed that they must have been written with.
-
-        Returns:
-            Part -> windows, (number, seq_len); empty if the model is to write them.
 
         Raises:
-            ValueError: If there is no file in another stage than `fit`, or it holds something else, or other windows.
+            ValueError: If there is no file in another stage than `fit`, or nothing is held out to test on.
         """
-        if self._path is not None and self._path.is_file():
-            return self._parts(read_windows(self._path, self._settings | {"seed": seed}))
-        if stage != "fit":
+        if stage == "test" and not self._settings["num_heldout"]:
+            raise ValueError("Argument `test_source` is null and `num_heldout` is 0: there is no text to test on.")
+        if stage != "fit" and not self._is_on_file():
             raise ValueError(
                 f"Argument `source` = self: {TrainerFn(stage).value} reads what `fit` has written, but `self_file` = "
                 f"{None if self._path is None else str(self._path)!r} is no file. Name the one that `fit` wrote; or give a "
                 "text, since what a pruned model writes says little about it."
             )
-        return {}
 
-    def write(self, trainer: Trainer, seed: int) -> dict[str, Tensor]:
-        """Let the model of a trainer write the windows, in the first process.
+    def windows(self, trainer: Trainer, drawn: dict[str, int]) -> dict[str, Tensor]:
+        """Read the windows or, if they are not on file, let the model of a trainer write them; in the first process.
 
         Args:
             trainer: The trainer, whose model is loaded.
-            seed: Seed.
+            drawn: Seed, and size of the vocabulary, by name.
 
         Returns:
             Part -> windows, (number, seq_len), the same in all processes.
 
         Raises:
-            ValueError: If its module writes no text.
+            ValueError: If the file holds something else, or windows of other settings, or the trainer's module writes no text.
         """
-        writer, processes = writer_of(trainer), Processes(trainer.global_rank, trainer.world_size)
-        number = self._settings["num_calibration"] + self._settings["num_heldout"]
+        need_whole_weights(trainer, "`source` = self")
+        processes, settings = Processes(trainer.global_rank, trainer.world_size), self._settings | drawn
+        number = settings["num_calibration"] + settings["num_heldout"]
 
-        def write() -> Tensor:
-            windows = writer.write_windows(number, self._settings["seq_len"], seed)
+        def work() -> Tensor:
+            if self._is_on_file():
+                return read_windows(self._path, settings)
+            windows = writer_of(trainer).write_windows(number, settings["seq_len"], settings["seed"])
             if self._path is not None:
-                save_windows(self._path, windows, self._settings | {"seed": seed})
+                save_windows(self._path, windows, settings)
             return windows
 
-        return self._parts(processes.from_first(processes.in_first(write)))
+        return self._parts(processes.from_first(processes.in_first(work)))
+
+    def _is_on_file(self) -> bool:
+        return self._path is not None and self._path.is_file()
 
     def _parts(self, windows: Tensor) -> dict[str, Tensor]:
         number = self._settings["num_calibration"]
-        return {"calibration": windows[:number], "heldout": windows[number:], "test": windows[number:]}
+        parts = {"calibration": windows[:number], "heldout": windows[number:]}
+        return parts | ({"test": windows[number:]} if self._tests else {})
 
 
 def read_windows(path: Path, wanted: dict[str, Any]) -> Tensor:

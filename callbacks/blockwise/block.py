@@ -12,8 +12,8 @@ of the dense model go through the block's dense weights as well, and differences
 
 import logging
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class BlockStep:
         stream: Hidden states of the calibration batches.
         settings: Settings of the run.
         processes: Processes of the run.
+        context: Makes the context in which the Trainer runs a training step, such as autocast.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class BlockStep:
         stream: CalibrationStream,
         settings: PruningSettings,
         processes: Processes,
+        context: Callable[[], AbstractContextManager],
     ) -> None:
         self.index, self.name, self.methods = index, name, methods
         self._all, self._stream, self._settings, self._processes = dict(linears), stream, settings, processes
+        self._context = context
         self._linears = {} if restored else {name: linears[name] for name in methods}
         self._collectors: list[StatisticsCollector] = []
         """One of each stage."""
@@ -101,18 +104,19 @@ class BlockStep:
         collectors = self._collectors or [StatisticsCollector({})]
         for number, collector in enumerate(collectors):
             if number:
-                for key in self._stream.keys:
-                    self._collect(key, number)
+                with self._context():
+                    for key in self._stream.keys:
+                        self._collect(key, number)
             synchronize(self._device)
             collected, before = time.perf_counter(), record.seconds_rule
             record.seconds_statistics += collected - self._started
             methods = {name: self.methods[name] for name in collector.linears}
-            given = collector, methods, attention, record, loggers, histograms
-            record = solver.prune(self.index, *given, first=number == 0, last=number == len(collectors) - 1)
+            place = {"first": number == 0, "last": number == len(collectors) - 1}
+            record = solver.prune(self.index, collector, methods, attention, record, loggers, histograms, **place)
             synchronize(self._device)
             self._started = time.perf_counter()
             record.seconds_solve += self._started - collected - (record.seconds_rule - before)
-            collectors[number] = StatisticsCollector({})  # frees its sums
+            collectors[number] = collector = StatisticsCollector({})  # frees its sums
         self._dense_weights.clear()
         return record
 
@@ -130,8 +134,8 @@ class BlockStep:
         found = BlockStages([list(self._linears)], {})
         if settings.stages or dense:
             hidden = self._stream.hidden(key)
-            found = stages_of(hidden, lambda: self._stream.run(key, self.index), self._all, self._linears)
-            found = self._processes.from_first(found)
+            given = hidden, lambda: self._stream.run(key, self.index), self._all, self._linears
+            found = self._processes.from_first(self._processes.together(lambda: stages_of(*given)))
         self._writers = found.writers if dense else {}
         if dense and not found.writers:
             log.info("%s adds more than outputs of linears to its hidden states; targets make up for inputs only.", self.name)

@@ -178,7 +178,7 @@ class PruningRun:
         linears = self._module.linears(self._module.blocks[name])
         methods = self._plan[name]
         self._placement.hold(range(max(index - 1, 0), index + 1))
-        given = self._stream, self._settings, self._processes
+        given = self._stream, self._settings, self._processes, self._trainer.precision_plugin.forward_context
         self._step = BlockStep(index, name, linears, methods, self._is_finished(number), *given)
 
     def calibrate(self, batch: Any, key: int) -> None:

@@ -184,6 +184,8 @@ def _writers(before: Tensor, after: Tensor, outputs: Mapping[str, Tensor]) -> di
         return x[0, :FITTED_TOKENS].flatten().double().cpu()
 
     wanted, columns = flat(after) - flat(before), {name: flat(y) for name, y in alike.items()}
+    if not all(x.isfinite().all() for x in (wanted, *columns.values())):
+        return {}  # statistics find it, and say where
     chosen = {name: factor for name, factor in _fit(columns, wanted).items() if abs(factor) > SMALLEST_FACTOR}
     if not chosen:
         return {}

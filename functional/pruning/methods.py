@@ -68,7 +68,7 @@ def solve_with_update(
 
 def aim_at_dense_outputs(
     stack: Stack, inputs: InputStatistics, perturbation: Perturbation, damping: float, share: float
-) -> None:
+) -> float:
     """Let the stack's target be W⁺ of :func:`corrected_target`.
 
     Args:
@@ -77,10 +77,14 @@ def aim_at_dense_outputs(
         perturbation: What the inputs lack of those in the dense model.
         damping: Share of the Hessian's mean diagonal that is added to it.
         share: α.
+
+    Returns:
+        The damping that was used, larger if the Hessian could not be factorised otherwise.
     """
-    factor, *_ = inverse_factor_of(inputs, damping)
+    factor, _, used_damping = inverse_factor_of(inputs, damping)
     with float32_matmul("highest", factor.device):
         stack.aim_at(corrected_target(torch.cat(stack.dense), perturbation, factor, share, stack.x_unit))
+    return used_damping
 
 
 def solve_jointly(

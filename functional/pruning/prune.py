@@ -196,7 +196,7 @@ def prune_linears(
     if not inputs.square_norm.any():
         log.warning("All inputs are 0, or so small that their squares are: the magnitude of the weights decides.")
     if perturbation is not None and dense_share and method in UPDATED:
-        aim_at_dense_outputs(stack, inputs, perturbation, damping, dense_share)
+        damping = aim_at_dense_outputs(stack, inputs, perturbation, damping, dense_share)
     x_norm, y_norm = _activation_norms(method, inputs, outputs, stack, activation_norm, scale)
     terms_of = partial(score_terms, x_norm=x_norm, y_norm=y_norm, lambda1=lambda1, lambda2=lambda2)
     if method in UPDATED and solver == "joint":

@@ -1,7 +1,8 @@
 """Text that a language model writes itself: windows of tokens sampled from its distribution, to calibrate without data.
 
-Each window starts with the model's beginning-of-text token. Tokens are sampled at temperature 1 from the whole vocabulary;
-tokens that end a text are left out, so that a window is one text. Batches of `WRITTEN_AT_A_TIME` windows are seeded one by one.
+Each window starts with the model's beginning-of-text token, or end of text without one. Tokens are sampled at temperature 1
+from the whole vocabulary; those that end a text are left out, so that a window is one text. Batches of `WRITTEN_AT_A_TIME`
+windows are seeded one by one.
 """
 
 import torch
@@ -35,7 +36,7 @@ def sample_windows(model: nn.Module, start: int, number: int, seq_len: int, seed
             "Argument `source` = self needs the whole model on one device, but `offload` keeps blocks in host memory. Write "
             "the text without `offload` first, with `self_file`, on a machine that holds the model."
         )
-    device, training = devices.pop(), model.training
+    device, modes = devices.pop(), {module: module.training for module in model.modules()}
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     options |= {"min_new_tokens": seq_len - 1, "max_new_tokens": seq_len - 1}
     if device.type == "cuda":
@@ -52,7 +53,8 @@ def sample_windows(model: nn.Module, start: int, number: int, seq_len: int, seed
                 windows.append(written.cpu())
                 rank_zero_info(f"The model has written {first + size} of {number} windows.")
     finally:
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     return torch.cat(windows)
 
 

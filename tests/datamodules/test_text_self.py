@@ -14,7 +14,7 @@ from datamodules import ImageDataModule, TextDataModule
 from lightning_modules import CausalLM
 from lightning_modules.parts.self_text import WRITTEN_AT_A_TIME, sample_windows, start_token
 from tests.helpers.launchers import Fault, PruningRun, go
-from tests.helpers.tiny import make_model, quiet
+from tests.helpers.tiny import VOCABULARY, make_model, quiet
 
 SIZES = {"seq_len": 12, "num_calibration": 6, "num_heldout": 2, "batch_size": 2}
 
@@ -73,7 +73,10 @@ def test_prunes_without_any_text(tiny_model, tmp_path):
     assert callback.metrics["pruned"]["val/perplexity"] > 0
     with safe_open(file, "pt") as stored:
         windows = stored.get_tensor("windows")
-        assert json.loads(stored.metadata()["settings"]) == {k: SIZES[k] for k in list(SIZES)[:3]} | {"seed": 0}
+        assert json.loads(stored.metadata()["settings"]) == {k: SIZES[k] for k in list(SIZES)[:3]} | {
+            "seed": 0,
+            "vocabulary": VOCABULARY,
+        }
     assert windows.shape == (8, 12)
     fresh = CausalLM(model)
     fresh.configure_model()
@@ -107,8 +110,16 @@ def test_other_stages_read_the_file(stage, tiny_model, tmp_path):
 
 def test_a_text_to_test_on(tiny_model, text_file, tmp_path):
     model = tiny_model("llama")
-    (found,) = quiet(tmp_path).test(CausalLM(model), data_of(model, test_source=str(text_file)))
-    assert found["test/perplexity"] > 0
+    data = data_of(model, test_source=str(text_file))
+    (expected,) = quiet(tmp_path).test(CausalLM(model), data)
+    other = data_of(model, test_source=str(text_file))
+    module, _, _ = prune(model, tmp_path / "one", other, sparsity=0.0, method="magnitude")
+    assert quiet(tmp_path).test(module, other)[0] == expected  # after `fit` too
+
+
+def test_nothing_to_test_on(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="there is no text to test on"):
+        quiet(tmp_path).test(CausalLM(tiny_model("llama")), data_of(tiny_model("llama"), num_heldout=0))
 
 
 @pytest.mark.parametrize(

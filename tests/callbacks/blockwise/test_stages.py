@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from callbacks import BlockwisePruning
+from callbacks.blockwise.block import BlockStep
 from callbacks.blockwise.stages import Trace, difference, leaving_after, stages_of, tracing, weights_in_place
 from datamodules import TextDataModule
 from functional.pruning import InputStatistics, OutputStatistics, Perturbation, prune_linears
@@ -243,3 +244,26 @@ def test_ignored_linears_count_among_what_is_added(tiny_model, text_file, tmp_pa
     weights, callback = prune(tiny_model("llama"), text_file, tmp_path, sparsity=0.5, solver="joint", ignore=["*.o_proj"])
     assert all("self_attn.o_proj" not in record.linears for record in callback.records)
     assert callback.metrics["pruned"]["val/perplexity"] > 0 and weights["model.layers.1.self_attn.o_proj.weight"].all()
+
+
+def test_mixed_precision_reaches_every_stage(tiny_model, text_file, tmp_path, monkeypatch):
+    seen, collect = [], BlockStep._collect
+
+    def record(self, key, number):
+        seen.append((number, torch.is_autocast_enabled("cpu")))
+        return collect(self, key, number)
+
+    monkeypatch.setattr(BlockStep, "_collect", record)
+    callback = BlockwisePruning(output_dir=str(tmp_path), sparsity=0.5, solver="joint")
+    data = data_of(tiny_model("llama"), text_file)
+    quiet(tmp_path, callback, max_epochs=None, precision="bf16-mixed").fit(CausalLM(tiny_model("llama")), data)
+    assert {number for number, _ in seen} == {0, 1, 2, 3} and all(autocast for _, autocast in seen)
+
+
+def test_bad_numbers_are_found_by_name(tiny_model, text_file, tmp_path):
+    module = CausalLM(tiny_model("llama"))
+    module.configure_model()
+    module.model.model.layers[1].self_attn.v_proj.weight.data[0, 0] = torch.nan
+    callback = BlockwisePruning(output_dir=str(tmp_path), sparsity=0.5, solver="joint")
+    with pytest.raises(ValueError, match=r"model.layers.1.self_attn.v_proj: Argument `weight` holds NaN or Inf"):
+        quiet(tmp_path, callback, max_epochs=None).fit(module, data_of(tiny_model("llama"), text_file))
