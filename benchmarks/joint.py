@@ -38,7 +38,8 @@ from lightning_modules.base.prunable import PrunableModule
 
 JOINT = {"method": "d2_sparsegpt", "solver": "joint"}
 QUALITY = {"joint": JOINT, "joint, error": JOINT | {"allocation": "error"}}
-ALONE = {"method": "sparsegpt", "solver": "joint", "target": "pruned", "stages": False}
+PLAIN = {"method": "sparsegpt", "target": "pruned", "stages": False}
+ALONE = PLAIN | {"solver": "joint"}
 RIVALS = {
     "L-ADMM": ALONE | {"rival": "ladmm"},
     "ALPS": ALONE | {"rival": "alps"},
@@ -46,10 +47,9 @@ RIVALS = {
     "ALPS, our stages and target": JOINT | {"rival": "alps"},
 }
 """Both as published: one pass over each block, against the inputs of the pruned model; and in the place of our solver alone."""
-PLAIN = {"method": "sparsegpt", "target": "pruned", "stages": False}
 ABLATION = {
     "published update": {"method": "d2_sparsegpt"},
-    "joint solver alone": PLAIN | {"solver": "joint"},
+    "joint solver alone": ALONE,
     "stages alone": PLAIN | {"stages": True},
     "dense target alone": PLAIN | {"target": 0.35},
     "all": JOINT,

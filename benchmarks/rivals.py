@@ -41,7 +41,7 @@ def ladmm(
         ramp: Iterations until all zeros are there.
     """
     dense = target / preconditioned.scale
-    product, inverse = dense @ preconditioned.gram, _inverse(preconditioned.gram, 1.0)
+    product, inverse = dense @ preconditioned.gram, preconditioned.inverse
     free, dual = dense, torch.zeros_like(dense)
     mask = torch.ones_like(dense, dtype=torch.bool)
     for iteration in range(1, iterations + 1):
@@ -108,7 +108,3 @@ def as_solver(rival: str) -> Iterator[None]:
         return
     with mock.patch("functional.pruning.methods.joint_prune", {"ladmm": ladmm, "alps": alps}[rival]):
         yield
-
-
-def _inverse(gram: Tensor, penalty: float) -> Tensor:
-    return torch.linalg.inv(gram + penalty * torch.eye(len(gram), device=gram.device, dtype=gram.dtype))

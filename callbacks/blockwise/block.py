@@ -157,12 +157,16 @@ class BlockStep:
     def _collect(self, key: int, number: int) -> None:
         """Collect the statistics of a stage from one batch."""
         collector, stages = self._collectors[number], len(self._collectors)
-        wanted = {"inputs": collector.perturbations, "outputs": self._writers if collector.perturbations else ()}
+        writers = self._writers if collector.perturbations else ()
         hidden, positions = self._stream.hidden(key), self._stream.positions(key)
         own, dense = Trace(hidden, self._writers), None
         if self._stream.follows_dense:
             dense = Trace(self._stream.hidden(key, dense=True), self._writers)
-            with weights_in_place(self._dense_weights), tracing(dense, self._all, **wanted), ExitStack() as leaving:
+            with (
+                weights_in_place(self._dense_weights),
+                tracing(dense, self._all, inputs=collector.perturbations, outputs=writers),
+                ExitStack() as leaving,
+            ):
                 is_last = number == stages - 1
                 if not is_last:
                     leaving.enter_context(leaving_after(collector.linears.values()))
@@ -174,9 +178,8 @@ class BlockStep:
                 return dense.inputs[name], None
             return dense.inputs[name], difference(dense.added_before(name), own.added_before(name)) / self._writers[name]
 
-        written = {"outputs": wanted["outputs"]}
         with (
-            tracing(own, self._all, **written),
+            tracing(own, self._all, outputs=writers),
             collector.collecting(positions, lacks),
             leaving_after(collector.linears.values()),
         ):

@@ -16,7 +16,8 @@ costs one product of the weight with Q. With ones in the diagonal ρ needs no tu
 caller compares the errors of each row (`prune_linears` does).
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,24 +27,28 @@ PENALTY = 1.0
 """Penalty ρ."""
 
 
-class Preconditioned(NamedTuple):
+@dataclass
+class Preconditioned:
     """Matrices that ADMM derives from a Hessian.
 
     Attributes:
         gram: G, (I, I).
-        inverse: Q, (I, I).
         scale: Diagonal of D, (I,).
         dead: Inputs that are always 0, bool, (I,); their weights become 0.
     """
 
     gram: Tensor
-    inverse: Tensor
     scale: Tensor
     dead: Tensor
 
+    @cached_property
+    def inverse(self) -> Tensor:
+        """Q for the fixed penalty, (I, I), computed once."""
+        return penalised_inverse(self.gram, PENALTY)
+
 
 def precondition(hessian: Tensor, damping: float) -> Preconditioned:
-    """Return G and Q of a Hessian in float32. Q exists whatever the rank, since ρ is positive.
+    """Return G of a Hessian in float32.
 
     Args:
         hessian: (I, I), symmetric, positive semi-definite, float32, in units in which its diagonal is no further from 1 than
@@ -51,7 +56,7 @@ def precondition(hessian: Tensor, damping: float) -> Preconditioned:
         damping: Share of the mean diagonal that is added, as for OBS.
 
     Returns:
-        G, Q, the diagonal of D and the dead inputs.
+        G, the diagonal of D and the dead inputs.
     """
     dead = hessian.diagonal() == 0
     diagonal = hessian.diagonal() + dead
@@ -59,9 +64,19 @@ def precondition(hessian: Tensor, damping: float) -> Preconditioned:
     scale = diagonal.rsqrt()
     gram = hessian.mul_(scale).mul_(scale[:, None])
     gram.diagonal().fill_(1)
+    return Preconditioned(gram, scale, dead)
+
+
+def penalised_inverse(gram: Tensor, penalty: float) -> Tensor:
+    """Return Q = (G + ρ I)⁻¹, (I, I), float32. It exists whatever the rank of G, since ρ is positive.
+
+    Args:
+        gram: G, (I, I), float32.
+        penalty: ρ.
+    """
     penalised = gram.clone()
-    penalised.diagonal().add_(PENALTY)
-    return Preconditioned(gram, torch.cholesky_inverse(torch.linalg.cholesky(penalised)), scale, dead)
+    penalised.diagonal().add_(penalty)
+    return torch.cholesky_inverse(torch.linalg.cholesky(penalised))
 
 
 def admm_update(
@@ -87,7 +102,7 @@ def admm_update(
         >>> admm_update(weight, weight * mask, mask, precondition(hessian, damping=0.0))
         tensor([[2.5000, 0.0000]])
     """
-    gram, inverse, scale, dead = preconditioned
+    gram, scale, dead, inverse = preconditioned.gram, preconditioned.scale, preconditioned.dead, preconditioned.inverse
     dropped = ~mask | dead
     dense, kept = weight / scale, (start / scale).masked_fill_(dropped, 0)
     multipliers = ((dense - kept) @ gram).div_(PENALTY).masked_fill_(~dropped, 0)

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from functional.pruning.admm import Preconditioned
+from functional.pruning.admm import Preconditioned, penalised_inverse
 from functional.pruning.masks import Pattern, mask_by_rows_or_matrix
 from functional.pruning.precision import float32_matmul
 from functional.pruning.scores import ScoreTerms
@@ -71,13 +71,13 @@ def joint_prune(
         >>> weight, mask
         (tensor([[0.0000, 2.9000]]), tensor([[False,  True]]))
     """
-    gram, scale = preconditioned.gram, preconditioned.scale
-    live = ~preconditioned.dead | preconditioned.dead.all()  # without any live input all count alike
+    gram, scale, dead = preconditioned.gram, preconditioned.scale, preconditioned.dead
+    live = ~dead | dead.all()  # without any live input all count alike
     dense = (target / scale).mul_(live)
     mask, scores = torch.ones_like(dense, dtype=torch.bool), dense
     mixed, multipliers = dense, torch.zeros_like(dense)  # Z − U, and U
     for index, penalty in enumerate(PENALTIES):
-        inverse = _inverse(gram, penalty)
+        inverse = penalised_inverse(gram, penalty)
         # The caller compares errors, so that these products may be inexact; those of the last steps are not.
         with float32_matmul("high", dense.device):
             shifted = torch.addmm(dense, dense, inverse, alpha=-penalty)  # B = this + ρ (Z − U) Q
@@ -119,10 +119,3 @@ def least_squares(dense: Tensor, start: Tensor, mask: Tensor, gram: Tensor, step
         before, energy = energy, residual.square().sum(1, keepdim=True)
         direction = torch.addcmul(residual, torch.where(before > 0, energy / before, 0), direction)
     return z
-
-
-def _inverse(gram: Tensor, penalty: float) -> Tensor:
-    """Return Q = (G + ρ I)⁻¹, which exists whatever the rank of G."""
-    penalised = gram.clone()
-    penalised.diagonal().add_(penalty)
-    return torch.cholesky_inverse(torch.linalg.cholesky(penalised))
