@@ -16,6 +16,10 @@ from torch import Tensor
 
 LARGEST_COMPARED_GROUP = 8
 """Largest group of an N:M pattern that is compared entry by entry; larger groups are sorted."""
+LONG_ROW = 2**22
+"""Least number of scores of a single row whose threshold is searched for on a GPU."""
+SAMPLED, SAMPLED_MARGIN = 2**16, 2**10
+"""Number of scores that the search looks at first, and the distance from the expected place that is sorted."""
 
 
 class Pattern(NamedTuple):
@@ -115,7 +119,8 @@ def keep_largest(scores: Tensor, num_zeros: int) -> Tensor:
 def keep_largest_of_rows(scores: Tensor, num_zeros: int) -> Tensor:
     """Drop the `num_zeros` smallest scores of every row (last dimension): bool, like `scores`.
 
-    A CPU sorts partially, in linear time. On a GPU a full sort is faster than a search for the threshold.
+    A CPU sorts partially, in linear time. On a GPU a full sort is the fastest, but for a long row, which has its threshold
+    searched for.
 
     Examples:
         Ties lose from the left.
@@ -127,7 +132,11 @@ def keep_largest_of_rows(scores: Tensor, num_zeros: int) -> Tensor:
     if num_zeros in (0, scores.shape[-1]) or scores.numel() == 0:
         return torch.full_like(scores, num_zeros == 0, dtype=torch.bool)
     if scores.device.type == "cpu":
-        return _keep_above_threshold(scores, num_zeros)
+        values = scores.detach().float().numpy()  # numpy knows no bfloat16; the order stays
+        smallest = np.partition(values, num_zeros, axis=-1)[..., num_zeros : num_zeros + 1]
+        return _keep_from(scores, torch.from_numpy(smallest), num_zeros)
+    if scores.shape[-1] == scores.numel() >= LONG_ROW:
+        return _keep_from(scores, smallest_kept(scores.flatten(), num_zeros), num_zeros)
     keep = torch.ones_like(scores, dtype=torch.bool)
     return keep.scatter_(-1, torch.sort(scores, dim=-1, stable=True).indices[..., :num_zeros], False)
 
@@ -181,14 +190,38 @@ def check_divisible(in_features: int, pattern: Pattern) -> None:
         )
 
 
-def _keep_above_threshold(scores: Tensor, num_zeros: int) -> Tensor:
-    values = scores.detach().float().numpy()  # numpy knows no bfloat16; the order stays
-    threshold = torch.from_numpy(np.partition(values, num_zeros, axis=-1)[..., num_zeros : num_zeros + 1])  # smallest kept
-    keep = scores >= threshold
-    excess = keep.sum(-1) - (scores.shape[-1] - num_zeros)  # ties with the threshold that have to go
+def smallest_kept(scores: Tensor, num_zeros: int) -> Tensor:
+    """Return the smallest score that is kept, (1,), from a small part of the scores that is sorted.
+
+    Every n-th score tells between which two values it nearly surely is.
+
+    Args:
+        scores: (N,).
+        num_zeros: Number of scores to drop, less than N.
+
+    Examples:
+        >>> smallest_kept(torch.tensor([4.0, 1.0, 2.0, 3.0]), num_zeros=2)
+        tensor([3.])
+    """
+    step = len(scores) // SAMPLED | 1  # odd, so that it walks through all columns of a matrix
+    sample = scores[::step].sort().values
+    place, last = num_zeros // step, len(sample) - 1
+    low = sample[place - SAMPLED_MARGIN] if place > SAMPLED_MARGIN else -torch.inf
+    high = sample[place + SAMPLED_MARGIN] if place + SAMPLED_MARGIN < last else torch.inf
+    below = int((scores < low).sum())
+    middle = scores[(scores >= low) & (scores <= high)]
+    if not 0 <= num_zeros - below < len(middle):
+        below, middle = 0, scores
+    return middle.sort().values[num_zeros - below :][:1]
+
+
+def _keep_from(scores: Tensor, smallest: Tensor, num_zeros: int) -> Tensor:
+    """Keep scores from the smallest one on, (..., 1), and of those that equal it the right ones."""
+    keep = scores >= smallest
+    excess = keep.sum(-1) - (scores.shape[-1] - num_zeros)  # ties with the smallest that have to go
     rows = excess > 0
     if rows.any():
-        ties = scores[rows] == threshold[rows]
+        ties = scores[rows] == smallest.expand(*scores.shape[:-1], 1)[rows]
         keep[rows] &= ~ties | (ties.cumsum(-1) > excess[rows][:, None])
     return keep
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from functional.pruning import parse_pattern, zeros_wanted
-from functional.pruning.masks import keep_largest, keep_largest_of_rows, zeros_of
+from functional.pruning import masks, parse_pattern, zeros_wanted
+from functional.pruning.masks import keep_largest, keep_largest_of_rows, smallest_kept, zeros_of
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,29 @@ def test_ties_lose_from_the_left():
 def test_patterns():
     assert parse_pattern("2:4") == (2, 4) and str(parse_pattern("3:4")) == "3:4" and parse_pattern("3:4").sparsity == 0.75
     assert parse_pattern(None) is None
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "columns", "sorted", "constant", "misleading"])
+@pytest.mark.parametrize("margin", [0, 5])
+def test_search_finds_what_sorting_finds(kind, margin, monkeypatch):
+    """Also where every n-th score says something else than all do."""
+    monkeypatch.setattr(masks, "SAMPLED", 50)
+    monkeypatch.setattr(masks, "SAMPLED_MARGIN", margin)
+    scores = torch.rand(40, 60, generator=torch.Generator().manual_seed(0))
+    scores = {
+        "random": scores,
+        "ties": (scores * 5).round(),
+        "columns": scores * torch.logspace(-9, 9, 60),
+        "sorted": scores.flatten().sort().values,
+        "constant": torch.ones(2400),
+        "misleading": scores.flatten().clone().index_fill_(0, torch.arange(0, 2400, 2400 // 50 | 1), 9.0),
+    }[kind].flatten()
+    for num_zeros in (1, 2, 700, 1200, 2398, 2399):
+        assert torch.equal(smallest_kept(scores, num_zeros), scores.sort().values[num_zeros : num_zeros + 1])
+
+
+def test_ties_of_a_long_row_lose_from_the_left():
+    """As on a GPU."""
+    scores = (torch.rand(30, 20, generator=torch.Generator().manual_seed(0)) * 9).round()
+    found = masks._keep_from(scores.reshape(1, -1), smallest_kept(scores.flatten(), 300), 300)
+    assert torch.equal(found.view_as(scores), keep_largest(scores, 300)) and found.sum() == 300
