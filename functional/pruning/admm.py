@@ -70,13 +70,19 @@ def precondition(hessian: Tensor, damping: float) -> Preconditioned:
 def penalised_inverse(gram: Tensor, penalty: float) -> Tensor:
     """Return Q = (G + ρ I)⁻¹, (I, I), float32. It exists whatever the rank of G, since ρ is positive.
 
+    A GPU makes it from the inverse of the Cholesky factor, with a product of the precision that is set.
+
     Args:
         gram: G, (I, I), float32.
         penalty: ρ.
     """
     penalised = gram.clone()
     penalised.diagonal().add_(penalty)
-    return torch.cholesky_inverse(torch.linalg.cholesky(penalised))
+    lower, _ = torch.linalg.cholesky_ex(penalised)
+    if gram.device.type == "cpu":
+        return torch.cholesky_inverse(lower)
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(gram), device=gram.device), upper=False)
+    return inverse.T @ inverse
 
 
 def admm_update(

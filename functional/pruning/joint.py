@@ -76,19 +76,20 @@ def joint_prune(
     dense = (target / scale).mul_(live)
     mask, scores = torch.ones_like(dense, dtype=torch.bool), dense
     mixed, multipliers = dense, torch.zeros_like(dense)  # Z − U, and U
+    terms = terms.rescaled(scale)
     for index, penalty in enumerate(PENALTIES):
-        inverse = penalised_inverse(gram, penalty)
-        # The caller compares errors, so that these products may be inexact; those of the last steps are not.
-        with float32_matmul("high", dense.device):
+        with float32_matmul("high", dense.device):  # the last steps have the caller's precision
+            inverse = penalised_inverse(gram, penalty)
             shifted = torch.addmm(dense, dense, inverse, alpha=-penalty)  # B = this + ρ (Z − U) Q
             for iteration in range(ITERATIONS):
                 free = torch.addmm(shifted, mixed, inverse, alpha=penalty).add_(multipliers)
-                scores = terms(free * scale)
+                scores = terms(free)
                 mask = mask_by_rows_or_matrix(scores, shares, pattern, parts, by_rows)
                 # U is in units of 1 / ρ.
                 last = iteration == ITERATIONS - 1 and penalty != PENALTIES[-1]
-                ratio = penalty / PENALTIES[index + 1] if last else 1.0
-                multipliers = free.masked_fill(mask, 0).mul_(ratio)
+                multipliers = free.masked_fill(mask, 0)
+                if last:
+                    multipliers *= penalty / PENALTIES[index + 1]
                 mixed = torch.where(mask, free, -multipliers)
     kept = mixed.masked_fill_(~mask, 0)
     return least_squares(dense, kept, mask & live, gram).mul_(scale), mask, scores

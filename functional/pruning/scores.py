@@ -41,6 +41,15 @@ class ScoreTerms:
             return score
         return score + self.rows[:, None] * (weight.abs() * self.linear[columns])
 
+    def rescaled(self, scale: Tensor) -> "ScoreTerms":
+        """Return the score as a function of W_ij / scale_j.
+
+        Args:
+            scale: Factors of the columns, (I,).
+        """
+        linear = None if self.linear is None else self.linear * scale
+        return ScoreTerms(self.square * scale.square(), linear, self.rows)
+
     def coefficients(self, columns: slice, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return a and c of some columns, and r; zeros without these terms."""
         square = self.square[columns]
