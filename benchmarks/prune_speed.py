@@ -46,6 +46,7 @@ SHAPES = {
 }  # fmt: skip
 V_HELD = {"method": "d2prune", "update_rule": FixedRule("v")}
 V_HELD_24 = V_HELD | {"sparsity": None, "pattern": "2:4"}
+JOINT = {"method": "d2_sparsegpt", "solver": "joint"}
 VARIANTS = {
     "d2prune, v held": V_HELD,
     "d2prune, attention rule": {"method": "d2prune"},
@@ -55,6 +56,12 @@ VARIANTS = {
     "d2prune, v held, admm": V_HELD | {"solver": "admm"},
     "d2prune, v held, offload": V_HELD | {"offload": True},
     "wanda": {"method": "wanda"},
+    "joint": JOINT,
+    "joint, one pass, pruned model's target": JOINT | {"stages": False, "target": "pruned"},
+    "joint, one pass": JOINT | {"stages": False},
+    "joint, pruned model's target": JOINT | {"target": "pruned"},
+    "joint, 2:4": JOINT | {"sparsity": None, "pattern": "2:4"},
+    "joint, error": JOINT | {"allocation": "error"},
 }
 PLAIN = {"plain d2prune, v held": True, "plain wanda": False}
 SETTING = ("model", "variant", "dtype", "blocks", "seq_len", "samples", "batch_size", "seed")
