@@ -68,6 +68,8 @@ class BlockStep:
         """One of each stage."""
         self._writers: dict[str, float] = {}
         self._dense_weights: dict[nn.Module, Tensor] = {}
+        self._dense_traces: dict[int, Trace] = {}
+        """Batch -> trace of all stages, where there is room."""
         self._started = time.perf_counter()
 
     @torch.no_grad()
@@ -79,7 +81,7 @@ class BlockStep:
             self._stream.propagate(batch, key, self.index - 1)
         if not self._linears:
             if self._stream.follows_dense:
-                self._stream.run_dense(key, self.index, advance=True)
+                self._stream.replace_dense(key, self._stream.run(key, self.index, dense=True))
             return
         if not self._collectors:
             self._begin_stages(key)
@@ -156,34 +158,51 @@ class BlockStep:
 
     def _collect(self, key: int, number: int) -> None:
         """Collect the statistics of a stage from one batch."""
-        collector, stages = self._collectors[number], len(self._collectors)
-        writers = self._writers if collector.perturbations else ()
-        hidden, positions = self._stream.hidden(key), self._stream.positions(key)
-        own, dense = Trace(hidden, self._writers), None
-        if self._stream.follows_dense:
-            dense = Trace(self._stream.hidden(key, dense=True), self._writers)
-            with (
-                weights_in_place(self._dense_weights),
-                tracing(dense, self._all, inputs=collector.perturbations, outputs=writers),
-                ExitStack() as leaving,
-            ):
-                is_last = number == stages - 1
-                if not is_last:
-                    leaving.enter_context(leaving_after(collector.linears.values()))
-                if is_last or collector.perturbations:
-                    self._stream.run_dense(key, self.index, advance=is_last)
+        collector = self._collectors[number]
+        dense = self._trace_dense(key, number) if self._stream.follows_dense else None
+        own = Trace(self._stream.hidden(key), self._writers)
 
-        def lacks(name: str) -> tuple[Tensor, Tensor | None]:
-            if not collector.perturbations[name].stream_features:
-                return dense.inputs[name], None
-            return dense.inputs[name], difference(dense.added_before(name), own.added_before(name)) / self._writers[name]
+        def lacks(name: str) -> Tensor:
+            if collector.perturbations[name].out_features:
+                return difference(dense.sum_up_to(name), own.sum_up_to(name)) / self._writers[name]
+            return dense.inputs[name] - own.inputs[name]
 
+        traced = collector.perturbations
         with (
-            tracing(own, self._all, outputs=writers),
-            collector.collecting(positions, lacks),
+            tracing(own, self._all, inputs=traced, outputs=self._writers if traced else ()),
+            collector.collecting(self._stream.positions(key), lacks),
             leaving_after(collector.linears.values()),
         ):
             self._stream.run(key, self.index)
+
+    def _trace_dense(self, key: int, number: int) -> Trace:
+        """Return what linears of a stage read and write in the dense model; after the last stage its hidden states move on.
+
+        One run traces all stages if there is room for the traces of all batches; if not, each stage has its own run, up to its
+        last linear.
+        """
+        last = number == len(self._collectors) - 1
+        if key in self._dense_traces:
+            return self._dense_traces.pop(key) if last else self._dense_traces[key]
+        ahead = number == 0 and not last and self._stream.may_have_room
+        traced = self._collectors if ahead else [self._collectors[number]]
+        perturbed = [name for collector in traced for name in collector.perturbations]
+        trace, output = Trace(self._stream.hidden(key, dense=True), self._writers), None
+        with (
+            weights_in_place(self._dense_weights),
+            tracing(trace, self._all, inputs=perturbed, outputs=self._writers if perturbed else ()),
+            ExitStack() as leaving,
+        ):
+            if not (ahead or last):
+                leaving.enter_context(leaving_after(self._collectors[number].linears.values()))
+            if perturbed or last:
+                output = self._stream.run(key, self.index, dense=True)
+        ahead = ahead and self._stream.has_room_for(trace.nbytes, output.device)
+        if ahead:
+            self._dense_traces[key] = trace
+        if ahead or last:
+            self._stream.replace_dense(key, output)
+        return trace
 
 
 def synchronize(device: torch.device) -> None:

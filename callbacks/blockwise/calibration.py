@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from callbacks.blockwise.placement import fits
+from callbacks.blockwise.placement import fits, has_spare
 from callbacks.blockwise.update_rules.windows import RuleWindows
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts.block_stream import BlockStream
@@ -29,6 +29,7 @@ class CalibrationStream:
         self._windows, self._num_batches = windows, num_batches
         self._positions: dict[int, Tensor] = {}
         self._same: list[Tensor] = []
+        self._has_room: bool | None = None
 
     def capture(self, batch: Any, key: int) -> None:
         """Store the inputs of the first block for batch number `key`."""
@@ -49,9 +50,9 @@ class CalibrationStream:
         self._same.append(_equal(positions, positions[:0] if known is None else known))
         self._stream.advance(key, index)
 
-    def run(self, key: int, index: int) -> Tensor:
-        """Return the output of block `index` on the hidden states of a batch, without replacing them."""
-        return self._stream.run(key, index)
+    def run(self, key: int, index: int, dense: bool = False) -> Tensor:
+        """Return the output of block `index` on the pruned or the dense model's hidden states of a batch, replacing none."""
+        return (self._dense if dense else self._stream).run(key, index)
 
     def hidden(self, key: int, dense: bool = False) -> Tensor:
         """Return the hidden states of a batch, in the pruned or in the dense model, (samples, tokens, features)."""
@@ -67,18 +68,20 @@ class CalibrationStream:
         """Whether the hidden states of the dense model are here too."""
         return self._dense is not None
 
-    def run_dense(self, key: int, index: int, advance: bool) -> None:
-        """Run block `index`, which has dense weights now, on the dense model's hidden states.
+    def replace_dense(self, key: int, hidden: Tensor) -> None:
+        """Replace the dense model's hidden states of a batch."""
+        self._dense.replace(key, hidden)
 
-        Args:
-            key: Number of the batch.
-            index: Index of the block.
-            advance: Whether its output takes the place of the hidden states.
-        """
-        if advance:
-            self._dense.advance(key, index)
-        else:
-            self._dense.run(key, index)
+    @property
+    def may_have_room(self) -> bool:
+        """Whether `has_room_for` was true, or has not been asked."""
+        return self._has_room is not False
+
+    def has_room_for(self, num_bytes: int, device: torch.device) -> bool:
+        """Return whether so much can be kept of every batch beside the hidden states; answered once, for all blocks."""
+        if self._has_room is None:
+            self._has_room = has_spare(num_bytes * self._num_batches, device)
+        return self._has_room
 
     def positions(self, key: int) -> Tensor:
         """Return the positions of a batch's samples in the calibration set, (samples,), on the CPU."""

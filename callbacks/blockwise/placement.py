@@ -4,6 +4,7 @@ With offload, blocks wait in host memory; embeddings, final norm and head stay o
 them are on the device. A pass of the whole model (validation) moves every block there and back for each batch.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -19,7 +20,7 @@ MOST_TOKENS = 65536
 ACTIVATION_SHARE = 0.1
 """Share of the GPU's memory that a block's activations may take."""
 HIDDEN_SHARE = 0.4
-"""Share of the GPU's free memory that hidden states may take."""
+"""Share of the free memory that hidden states, or traces, may take."""
 
 
 class Placement:
@@ -76,6 +77,16 @@ def give_back_placement(trainer: Trainer) -> None:
 def fits(num_bytes: int, device: torch.device) -> bool:
     """Return whether a GPU has room for hidden states of this size beside the model; other devices always do."""
     return device.type != "cuda" or num_bytes < HIDDEN_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def has_spare(num_bytes: int, device: torch.device) -> bool:
+    """Return whether a GPU, or the host for a CPU, has this much memory to spare; what is not known counts as none."""
+    free = 0
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return num_bytes < HIDDEN_SHARE * free
 
 
 def windows_at_a_time(module: PrunableModule, seq_len: int, num_windows: int, device: torch.device) -> int:

@@ -56,11 +56,16 @@ class Trace:
         """Linear -> its outputs."""
         self._hidden, self._writers = hidden, writers
 
-    def added_before(self, name: str) -> list[tuple[Tensor, float]]:
-        """Return the tensors and factors whose sum are the hidden states to which a writer's outputs are added."""
-        before = list(self._writers)[: list(self._writers).index(name)]
-        outputs = ((self.outputs[other].reshape(self._hidden.shape), self._writers[other]) for other in before)
-        return [(self._hidden, 1.0), *outputs]
+    def sum_up_to(self, name: str) -> list[tuple[Tensor, float]]:
+        """Return the tensors and factors whose sum are the hidden states once a writer's outputs have been added."""
+        shape, writers = self._hidden.shape, list(self._writers)
+        added = writers[: writers.index(name) + 1]
+        return [(self._hidden, 1.0), *((self.outputs[other].reshape(shape), self._writers[other]) for other in added)]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tensors, in bytes."""
+        return sum(tensor.nbytes for tensor in (self._hidden, *self.inputs.values(), *self.outputs.values()))
 
 
 def stages_of(

@@ -30,8 +30,8 @@ class StatisticsCollector:
         precision: Precision of Gram matrices.
         updates: Whether weights will be updated. If not, the Gram matrix only measures errors, and the first samples, with
             about `ERROR_TOKENS` tokens, are enough.
-        perturbed: Linear, the first of its siblings -> number of channels of the hidden states that it alone adds to, or 0; for
-            linears whose perturbation is measured as well.
+        perturbed: Linear, the first of its siblings -> its outputs if it adds them to hidden states, or 0; for linears whose
+            perturbation is measured as well.
     """
 
     def __init__(
@@ -131,15 +131,13 @@ class StatisticsCollector:
         return f"calibration batch {batch} ({samples}, all counted from 0)"
 
     @contextmanager
-    def collecting(
-        self, positions: Tensor, lacks: Callable[[str], tuple[Tensor, Tensor | None]] | None = None
-    ) -> Iterator[None]:
+    def collecting(self, positions: Tensor, lacks: Callable[[str], Tensor] | None = None) -> Iterator[None]:
         """Add every call of a linear to its statistics, within the context.
 
         Args:
             positions: Positions of the samples of this batch in the calibration set, (samples,), on the CPU.
-            lacks: Returns a linear's inputs in the dense model, and what the hidden states that it adds to lack of the dense
-                model's, if it adds to them; called for the `perturbed` ones.
+            lacks: Returns what a linear's inputs lack of the dense model's, or its outputs and the hidden states that it adds
+                to, see :class:`Perturbation`; called for the `perturbed` ones.
 
         Raises:
             RuntimeError: If a linear is called twice in one batch, or shares its input in one batch and not in another.
@@ -161,9 +159,7 @@ class StatisticsCollector:
                     self._inputs[name] = InputStatistics(x.shape[-1], self._precision, self._gram_samples(x))
                 self._inputs[name].update(x, positions)
                 if name in self.perturbations:
-                    dense, lack = lacks(name)
-                    lack = None if lack is None else by_sample(lack, positions)
-                    self.perturbations[name].update(x, by_sample(dense, positions), lack)
+                    self.perturbations[name].update(x, by_sample(lacks(name), positions))
             self.outputs[name].update(by_sample(y, positions), positions)
             self._called[name].append(len(self._positions) - 1)
 

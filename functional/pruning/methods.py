@@ -82,7 +82,7 @@ def aim_at_dense_outputs(
         The damping that was used, larger if the Hessian could not be factorised otherwise.
     """
     factor, _, used_damping = inverse_factor_of(inputs, damping)
-    with float32_matmul("highest", factor.device):
+    with float32_matmul(inputs.precision, factor.device):
         stack.aim_at(corrected_target(torch.cat(stack.dense), perturbation, factor, share, stack.x_unit))
     return used_damping
 
@@ -109,7 +109,7 @@ def solve_jointly(
     """
     preconditioned = preconditioned_of(inputs, damping)
     terms = terms_of(preconditioned.scale.square().reciprocal())
-    with float32_matmul("highest", stack.scaled.device):
+    with float32_matmul(inputs.precision, stack.scaled.device):
         new, mask, scores = joint_prune(stack.scaled, preconditioned, terms, shares, groups, stack.parts, by_rows)
     pruned = stack.in_own_dtypes(new)
     return Solved(pruned, energies_of(stack.differences(pruned), inputs), mask, scores, damping)

@@ -10,6 +10,7 @@ from torch import nn
 
 from callbacks import BlockwisePruning
 from callbacks.blockwise.block import BlockStep
+from callbacks.blockwise.calibration import CalibrationStream
 from callbacks.blockwise.stages import Trace, difference, leaving_after, stages_of, tracing, weights_in_place
 from datamodules import TextDataModule
 from functional.pruning import InputStatistics, OutputStatistics, Perturbation, prune_linears
@@ -125,14 +126,18 @@ def test_weights_come_back_after_an_error():
     assert torch.equal(block.up.weight, own) and block.up.weight.data_ptr() == own.data_ptr()
 
 
-def test_difference_is_that_of_the_hidden_states_before_a_writer():
+@pytest.mark.parametrize("writer", ["other", "down"])
+def test_difference_is_that_of_the_hidden_states_after_a_writer(writer):
+    """As if the block added the outputs of `other` to its hidden states first."""
     block, hidden = Toy(0.5), torch.randn(2, 5, 8)
     dense, own = Trace(hidden + 1, {"other": 1.0, "down": 0.5}), Trace(hidden, {"other": 1.0, "down": 0.5})
+    after = []
     for trace, x in ((dense, hidden + 1), (own, hidden)):
-        with tracing(trace, block.linears(), outputs=["other"]):
-            block(x)
-    expected = 1 + block.other(hidden + 1) - block.other(hidden)
-    assert torch.allclose(difference(dense.added_before("down"), own.added_before("down")), expected, atol=1e-6)
+        with tracing(trace, block.linears(), outputs=["other", "down"]):
+            after.append(block(x))
+    others = block.other(hidden + 1) - block.other(hidden)
+    expected = others + (after[0] - after[1] if writer == "down" else 1)
+    assert torch.allclose(difference(dense.sum_up_to(writer), own.sum_up_to(writer)), expected, atol=1e-6)
 
 
 def data_of(model, text, **options):
@@ -178,10 +183,10 @@ def by_whole_models(model, text, share, sparsity):
         for stage in STAGES["llama"]:
             writes = stage[0] in ("self_attn.o_proj", "mlp.down_proj")
             runs = [seen(network, layer, stage[0], stage[0] == "mlp.down_proj") for network in (dense, pruned)]
-            (x_dense, _, h_dense), (x, _, h) = runs
+            (x_dense, y_dense, h_dense), (x, y, h) = runs
             inputs = InputStatistics(x.shape[-1]).update(x, 0)
             perturbation = Perturbation(x.shape[-1], h.shape[-1] if writes else 0)
-            perturbation.update(x, x_dense, h_dense - h if writes else None)
+            perturbation.update(x, (h_dense + y_dense) - (h + y) if writes else x_dense - x)
             linears = [pruned.model.layers[layer].get_submodule(name) for name in stage]
             outputs = [OutputStatistics(len(linear.weight)).update(linear(x), 0) for linear in linears]
             results = prune_linears(
@@ -207,6 +212,26 @@ def test_same_as_statistics_of_whole_models(share, tiny_model, text_file, tmp_pa
         if alike == 1:
             assert (found[name] - expected[name]).norm() <= (1e-3 if "layers.0" in name else 0.1) * expected[name].norm(), name
     assert callback.settings.as_dict()["stages"] is True
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_traces_that_do_not_fit_are_made_stage_by_stage(room, tiny_model, text_file, tmp_path, monkeypatch):
+    """The dense model is run once a batch and block if its traces fit, else once a stage; the weights are the same."""
+    model, runs = tiny_model("llama"), []
+    run = CalibrationStream.run
+
+    def counted(stream, key, index, dense=False):
+        runs.append((index, key, dense))
+        return run(stream, key, index, dense)
+
+    settings = {"sparsity": 0.5, "method": "d2_sparsegpt", "solver": "joint"}
+    expected, _ = prune(model, text_file, tmp_path / "first", **settings)
+    monkeypatch.setattr(CalibrationStream, "run", counted)
+    monkeypatch.setattr("callbacks.blockwise.calibration.has_spare", lambda num_bytes, device: room)
+    found, _ = prune(model, text_file, tmp_path / "second", **settings)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    dense_runs = sum(dense for index, _, dense in runs if index == 1)
+    assert dense_runs == (4 if room else 4 * 4)  # four batches, four stages
 
 
 @pytest.mark.parametrize("settings", [{"target": 0.35, "stages": False}, {"target": "pruned", "stages": True}, {}], ids=str)
