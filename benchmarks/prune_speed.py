@@ -33,7 +33,6 @@ from callbacks.blockwise.placement import windows_at_a_time
 from datamodules import TextDataModule
 from datamodules.text import Windows
 from lightning_modules import CausalLM
-from lightning_modules.parts.architectures import find_architecture
 from lightning_modules.parts.block_stream import BlockStream
 
 LLAMA = {"num_attention_heads": 32, "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 32000}
@@ -73,6 +72,11 @@ PERPLEXITY = {"seq_len": 1024, "windows": 20}
 class Timed(CausalLM):
     """A CausalLM whose result is not written."""
 
+    def configure_model(self) -> None:
+        """Load a model unless it was made here; random weights have no tokenizer."""
+        if self.model is None:
+            super().configure_model()
+
     def save(self, directory: Path) -> None:
         """Write nothing, since the file system is not to be measured."""
 
@@ -87,9 +91,7 @@ def random_module(shape: str, dtype: torch.dtype, layers: int | None) -> Timed:
     config.num_hidden_layers = layers or config.num_hidden_layers
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    module = Timed("random")
-    module.model, module.architecture = model.eval(), find_architecture(config.model_type)
-    return module
+    return Timed(model.eval())
 
 
 @torch.no_grad()
