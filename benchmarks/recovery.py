@@ -1,9 +1,9 @@
 """Perplexity of a language model dense, pruned, and recovered by a short training -> one CSV row each.
 
     python -m benchmarks.recovery                                   results/recovery.csv, 10 minutes on two CPU cores
-    python -m benchmarks.recovery --source ../shared/data/wikitext-2 --samples 1024 --seq-len 1024 --batch-size 8     on a GPU
+    python -m benchmarks.recovery --source ../shared/data/wikitext-2 --samples 400 --seq-len 512 --batch-size 8       on a GPU
 
-The windows that pruning is calibrated on are those that the recovery trains on, once; perplexity is that of held-out text, and
+Pruned by the joint solver. The windows that pruning is calibrated on are those that the recovery trains on, once; perplexity is that of held-out text, and
 with WikiText-2 of its test text. Recoveries: full (all weights train, KeepSparsity keeps the zeros), lora (adapters trained and
 merged where weights are not zero), lora apart (adapters as usual, kept apart: the model that is measured is not sparse).
 Rows are appended as they come and not run again if they are there; `seconds` are those of pruning, or of training.
@@ -89,7 +89,7 @@ def prune(args: argparse.Namespace, target: str, data: TextDataModule, scratch: 
     """Directory of the pruned model."""
     output = scratch / target.replace(":", "of")
     settings = {"pattern": target} if ":" in target else {"sparsity": float(target)}
-    callback = BlockwisePruning(**settings, output_dir=str(output))
+    callback = BlockwisePruning(**settings, method="d2_sparsegpt", solver="joint", output_dir=str(output))
     trainer_of(scratch, callback).fit(CausalLM(args.model, dtype=args.dtype), data)
     return output
 

@@ -155,3 +155,11 @@ def test_an_unknown_solver():
     weight, x = problem("independent", rows=2, columns=4, samples=1, tokens=8, seed=0)
     with pytest.raises(ValueError, match="`solver` expected to be obs, admm or joint but got 'als'"):
         prune_linear(weight, *collect(weight, x), solver="als")
+
+
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_triangular_inverse(size, monkeypatch):
+    monkeypatch.setattr(admm, "SMALLEST_HALF", 3)
+    generator = torch.Generator().manual_seed(0)
+    lower = torch.rand(size, size, generator=generator).tril() + torch.eye(size)
+    assert torch.allclose(admm.triangular_inverse(lower).double(), torch.linalg.inv(lower.double()), rtol=1e-4, atol=1e-5)
