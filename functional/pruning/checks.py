@@ -113,7 +113,7 @@ def check_perturbation(perturbation: Perturbation, weight: Tensor, inputs: Input
     if perturbation.features != inputs.features or perturbation.stream_features not in (0, weight.shape[0]):
         raise ValueError(
             f"Argument `perturbation` expected to be Perturbation({inputs.features}) or Perturbation({inputs.features}, "
-            f"{weight.shape[0]}) but got Perturbation({perturbation.features}, {perturbation.stream_features})."
+            f"{weight.shape[0]}) but got {perturbation!r}."
         )
     if perturbation.num_tokens != inputs.num_tokens:
         raise ValueError(

@@ -50,6 +50,10 @@ class Perturbation(Sums):
         if stream_features:
             self.add_sum("stream", (stream_features, in_features))
 
+    def __repr__(self) -> str:
+        """Return class and sizes, for errors."""
+        return f"Perturbation({self.features}, {self.stream_features})"
+
     def update(self, x: Tensor, x_dense: Tensor, lack: Tensor | None = None) -> Self:
         """Add samples.
 

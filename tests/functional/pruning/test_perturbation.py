@@ -149,6 +149,19 @@ def test_order_and_processes_leave_no_trace(tokens):
     assert merged.counts() == whole.counts() == {"num_samples": 6, "num_tokens": 240}
 
 
+@pytest.mark.parametrize("channels", [(ROWS, 0), (0, ROWS), (ROWS, ROWS + 1)])
+def test_sums_of_other_hidden_states_are_not_merged(tokens, channels):
+    x, x_dense, *_ = tokens
+    mine, other = (Perturbation(COLUMNS, n).update(x, x_dense, torch.ones(*x.shape[:2], n) if n else None) for n in channels)
+    before = {name: value.clone() for name, value in mine.sums().items()}
+    message = rf"`other` expected to be Perturbation\(12, {channels[0]}\) but got Perturbation\(12, {channels[1]}\)"
+    with pytest.raises(ValueError, match=message):
+        mine.merge(other)
+    assert mine.num_samples == 6 and all(torch.equal(value, before[name]) for name, value in mine.sums().items())
+    with pytest.raises(ValueError, match=r"`other` expected to be .* but got InputStatistics\(12\)"):
+        mine.merge(InputStatistics(COLUMNS))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_multiplied_exactly(tokens, dtype):
     x, x_dense, lack, _ = (value.to(dtype) for value in tokens)
