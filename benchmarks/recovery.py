@@ -3,9 +3,10 @@
     python -m benchmarks.recovery                                   results/recovery.csv, 10 minutes on two CPU cores
     python -m benchmarks.recovery --source ../shared/data/wikitext-2 --samples 400 --seq-len 512 --batch-size 8       on a GPU
 
-Pruned by the joint solver. The windows that pruning is calibrated on are those that the recovery trains on, once; perplexity is that of held-out text, and
-with WikiText-2 of its test text. Recoveries: full (all weights train, KeepSparsity keeps the zeros), lora (adapters trained and
-merged where weights are not zero), lora apart (adapters as usual, kept apart: the model that is measured is not sparse).
+Pruned by the joint solver. The windows that pruning is calibrated on are those that the recovery trains on, once; perplexity is
+that of held-out text, and with WikiText-2 of its test text. Recoveries: full (all weights train, KeepSparsity keeps the zeros),
+lora (adapters trained and merged where weights are not zero), lora apart (adapters as usual, kept apart: the model that is
+measured is not sparse).
 Rows are appended as they come and not run again if they are there; `seconds` are those of pruning, or of training.
 """
 

@@ -1,7 +1,9 @@
 """Two published solvers, written here from their papers, to be measured in the place of ours on the same windows.
 
 `as_solver` puts one of them where `solver: joint` calls :func:`functional.pruning.joint.joint_prune`; everything around it
-(blocks, statistics, sparsity) is that of the project. Both work in coordinates in which the Hessian has ones in its diagonal.
+(blocks, statistics, sparsity) is that of the project. Both work in coordinates in which the Hessian has ones in its diagonal,
+with weights of dead inputs (always 0) at 0 from the start, as ours does: they change no output, so the papers' objective is the
+same, and they must not take places in the mask.
 
     ladmm   "Fast and Effective Weight Update for Pruned Large Language Models" (arXiv 2401.02938), Algorithms 1 and 2
     alps    "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models" (arXiv 2406.07831)
@@ -40,7 +42,7 @@ def ladmm(
         iterations: Number of iterations.
         ramp: Iterations until all zeros are there.
     """
-    dense = target / preconditioned.scale
+    dense = _coordinates(target, preconditioned)
     product, inverse = dense @ preconditioned.gram, preconditioned.inverse
     free, dual = dense, torch.zeros_like(dense)
     mask = torch.ones_like(dense, dtype=torch.bool)
@@ -76,7 +78,7 @@ def alps(
         most: Largest number of iterations.
         every: Iterations between two looks at the support.
     """
-    dense, gram = target / preconditioned.scale, preconditioned.gram
+    dense, gram = _coordinates(target, preconditioned), preconditioned.gram
     values, vectors = torch.linalg.eigh(gram)
     product, penalty = dense @ gram, 0.1
     kept, dual = dense, torch.zeros_like(dense)
@@ -94,6 +96,12 @@ def alps(
             penalty *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
             before = mask
     return least_squares(dense, kept, mask, gram, steps=10) * preconditioned.scale, mask, kept.abs()
+
+
+def _coordinates(target: Tensor, preconditioned: Preconditioned) -> Tensor:
+    """Return W D⁻¹, 0 at dead inputs unless all are dead."""
+    dead = preconditioned.dead
+    return (target / preconditioned.scale).masked_fill(dead & ~dead.all(), 0)
 
 
 @contextmanager

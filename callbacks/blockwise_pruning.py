@@ -71,8 +71,8 @@ class BlockwisePruning(Callback):
             sparsegpt, d2_wanda, d2_sparsegpt.
         sparsity: Share of zeros of every pruned linear, in [0, 1).
         pattern: N:M, N zeros in every M consecutive weights of a row, such as 2:4.
-        score: λ1, λ2, scale and activation norms of D²Prune's score; for methods that have activation terms. With the joint
-            solver λ1 is 30 when None.
+        score: λ1, λ2, scale and activation norms of D²Prune's score; for methods that have activation terms. λ1 is 30
+            with the joint solver and 1 with others, unless it is given.
         update_rule: Which of q, k, v keep their remaining weights as they are (d2prune): attention (the default), outlier,
             perplexity or fixed, or a class with settings: AttentionRule, OutlierRule, PerplexityRule, FixedRule.
         solver: Solver that updates the kept weights, for methods with a weight update: obs (the default), admm or joint, or a

@@ -1,4 +1,4 @@
-"""Windows that the model writes itself (`source: self`), kept in a file if the settings name one.
+"""Windows that the model writes itself (`source: self`), in all processes, kept in a file if the settings name one.
 
 The file is safetensors: `windows`, int64, (number, seq_len), with the settings that they were written with as metadata.
 """
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utilities.contract import writer_of
+from utilities.contract import WINDOWS_OF_A_BATCH, WritesText, writer_of
 from utilities.distributed import Processes, need_whole_weights
 from utilities.safe_load import brief
 
@@ -57,7 +58,9 @@ class SelfWindows:
             )
 
     def windows(self, trainer: Trainer, drawn: dict[str, int]) -> dict[str, Tensor]:
-        """Read the windows or, if they are not on file, let the model of a trainer write them; in the first process.
+        """Read the windows or, if they are not on file, let the model of a trainer write them.
+
+        The first process reads and saves; all of them write.
 
         Args:
             trainer: The trainer, whose model is loaded.
@@ -68,20 +71,17 @@ class SelfWindows:
 
         Raises:
             ValueError: If the file holds something else, or windows of other settings, or the trainer's module writes no text.
+            ProcessFailedError: If another process failed.
         """
         need_whole_weights(trainer, "`source` = self")
         processes, settings = Processes(trainer.global_rank, trainer.world_size), self._settings | drawn
+        if processes.first_of(self._is_on_file):
+            return self._parts(processes.first_of(lambda: read_windows(self._path, settings)))
         number = settings["num_calibration"] + settings["num_heldout"]
-
-        def work() -> Tensor:
-            if self._is_on_file():
-                return read_windows(self._path, settings)
-            windows = writer_of(trainer).write_windows(number, settings["seq_len"], settings["seed"])
-            if self._path is not None:
-                save_windows(self._path, windows, settings)
-            return windows
-
-        return self._parts(processes.from_first(processes.in_first(work)))
+        windows = write_together(processes, writer_of(trainer), number, settings["seq_len"], settings["seed"])
+        if self._path is not None:
+            processes.in_first(lambda: save_windows(self._path, windows, settings))
+        return self._parts(windows)
 
     def _is_on_file(self) -> bool:
         return self._path is not None and self._path.is_file()
@@ -90,6 +90,37 @@ class SelfWindows:
         number = self._settings["num_calibration"]
         parts = {"calibration": windows[:number], "heldout": windows[number:]}
         return parts | ({"test": windows[number:]} if self._tests else {})
+
+
+def write_together(processes: Processes, writer: WritesText, number: int, seq_len: int, seed: int) -> Tensor:
+    """Let each process write its share of the batches: batch i is written by process i modulo their number.
+
+    They meet after each round of batches, so that none waits for another longer than a batch takes.
+
+    Args:
+        processes: Processes of the run.
+        writer: Module of this process.
+        number: Number of windows.
+        seq_len: Number of tokens of a window.
+        seed: Seed.
+
+    Returns:
+        Tokens, (number, seq_len), the same in all processes, whatever their number.
+
+    Raises:
+        Exception: The error of the writer, in processes where it failed.
+        ProcessFailedError: In the others.
+    """
+    batches, written = -(-number // WINDOWS_OF_A_BATCH), []
+    for first in range(0, batches, processes.size):
+        batch = first + processes.rank
+
+        def work(batch: int = batch) -> Tensor | None:
+            return writer.write_batch(batch, number, seq_len, seed) if batch < batches else None
+
+        written += [windows for windows in processes.gather(processes.together(work)) if windows is not None]
+        rank_zero_info(f"The model has written {sum(map(len, written))} of {number} windows.")
+    return torch.cat(written)
 
 
 def read_windows(path: Path, wanted: dict[str, Any]) -> Tensor:

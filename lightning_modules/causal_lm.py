@@ -22,7 +22,7 @@ from lightning_modules.parts.architectures import find_architecture
 from lightning_modules.parts.language_models import load_model, load_tokenizer, read_config
 from lightning_modules.parts.linear24 import compress_linears, try_kernels
 from lightning_modules.parts.predictions import Predictions
-from lightning_modules.parts.self_text import sample_windows, start_token
+from lightning_modules.parts.self_text import sample_batch, start_token
 from utilities.contract import ModelFacts, WritesText, data_of
 
 PRINTED = 4
@@ -191,21 +191,22 @@ class CausalLM(PrunableModule, WritesText):
         """Return the positions of the windows in the calibration set."""
         return batch["index"]
 
-    def write_windows(self, number: int, seq_len: int, seed: int) -> Tensor:
-        """Sample windows of tokens from the model, to calibrate on.
+    def write_batch(self, batch: int, number: int, seq_len: int, seed: int) -> Tensor:
+        """Sample a batch of windows of tokens from the model, to calibrate on.
 
         Args:
-            number: Number of windows.
+            batch: Number of the batch, from 0.
+            number: Number of windows of all batches.
             seq_len: Number of tokens of a window.
-            seed: Seed.
+            seed: Seed of all batches.
 
         Returns:
-            Tokens, (number, seq_len), int64, on the CPU.
+            Tokens, (windows of this batch, seq_len), int64, on the CPU.
 
         Raises:
-            ValueError: If the model is not on one device, or names no token that begins a text.
+            ValueError: If the model is not on one device, or names no token that begins a text, or there is no such batch.
         """
-        return sample_windows(self.model, start_token(self.model, self.tokenizer), number, seq_len, seed)
+        return sample_batch(self.model, start_token(self.model, self.tokenizer), batch, number, seq_len, seed)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add the losses of held-out windows."""

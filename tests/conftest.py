@@ -36,6 +36,7 @@ SLOW = (
     "utilities/test_failures.py",
     "callbacks/test_export_onnx.py",
     "callbacks/test_evaluate_tasks.py",
+    "datamodules/test_text_self.py",
 )
 """Files that take more than 15 s: marked `slow`, and run first, so that no worker waits for another at the end."""
 

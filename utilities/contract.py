@@ -150,12 +150,16 @@ class TellsModelFacts(ABC):
         """Return facts about the model, as far as they are known by now."""
 
 
+WINDOWS_OF_A_BATCH = 32
+"""Windows that a model writes at a time. Fixed, since the batch decides which random numbers a window gets."""
+
+
 class WritesText(ABC):
-    """A module whose model can write its own calibration text."""
+    """A module whose model can write its own calibration text, batch by batch, each of which depends on its number only."""
 
     @abstractmethod
-    def write_windows(self, number: int, seq_len: int, seed: int) -> Any:
-        """Sample windows of tokens, (number, seq_len), from the model."""
+    def write_batch(self, batch: int, number: int, seq_len: int, seed: int) -> Any:
+        """Sample a batch of `number` windows in all: tokens, (at most `WINDOWS_OF_A_BATCH`, seq_len)."""
 
 
 def writer_of(trainer: Any) -> WritesText:

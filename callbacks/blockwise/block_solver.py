@@ -24,7 +24,7 @@ from callbacks.blockwise.update_rules.attention import HELD, UPDATED, method_of
 from callbacks.blockwise.update_rules.base import UPDATE_METHOD
 from callbacks.blockwise.update_rules.monitor import AttentionMonitor
 from callbacks.blockwise.update_rules.outlier import outlier_ratios
-from functional.pruning import PruneResult
+from functional.pruning import PruneResult, target_of
 from lightning_modules.base.prunable import PrunableModule
 from utilities.distributed import Processes
 
@@ -183,11 +183,15 @@ class BlockSolver:
         """Return role -> state -> result."""
         names = list(roles.values())
         updated, held = (self._solve(collector, block, names, method_of(state)) for state in (UPDATED, HELD))
-        rule = self._settings.update_rule
-        return {
-            role: rule.states_of(updated[name], held[name], collector.linears[name].weight, collector.inputs(name))
-            for role, name in roles.items()
-        }
+
+        def states_of(name: str) -> dict[str, PruneResult]:
+            weight, inputs, target = collector.linears[name].weight, collector.inputs(name), None
+            perturbation, share = collector.perturbations.get(collector.leader(name)), self._settings.dense_share
+            if perturbation is not None and share:
+                target = target_of(weight, inputs, perturbation, updated[name].damping, share)
+            return self._settings.update_rule.states_of(updated[name], held[name], weight, inputs, target)
+
+        return {role: states_of(name) for role, name in roles.items()}
 
     def _solve_all(self, collector: StatisticsCollector, block: str, methods: Mapping[str, str]) -> Solved:
         """Solve siblings that have the same method together."""

@@ -1,7 +1,7 @@
 """PruningSettings: what the result of a pruning run depends on, checked at once; settings that do not apply are refused."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, Literal, get_args
 
@@ -23,6 +23,8 @@ DUAL = ("d2prune", "d2_wanda", "d2_sparsegpt")
 WITH_UPDATE = ("d2prune", *UPDATED)
 """Methods that update the kept weights."""
 Target = Literal["pruned"] | float
+LAMBDA1 = 1.0
+"""λ1 of the other solvers, and of methods without one."""
 JOINT_LAMBDA1 = 30.0
 """λ1 of the joint solver, chosen on held-out text with `DENSE_SHARE`."""
 
@@ -32,7 +34,7 @@ class Score:
     """Activation terms of the score, D²Prune Eq. 13-15.
 
     Args:
-        lambda1: λ1, weight of the first-order term ŷ |W| x̂.
+        lambda1: λ1, weight of the first-order term ŷ |W| x̂; when None, 30 with the joint solver, else 1.
         lambda2: λ2, weight of W² x̂², which is subtracted.
         scale: s in the activation norms; auto is the number of tokens of a sample.
         activation_norm: rms (Algorithm 1) or official (what the released code computes).
@@ -41,14 +43,14 @@ class Score:
         ValueError: If an argument is out of range.
     """
 
-    lambda1: float = 1.0
+    lambda1: float | None = None
     lambda2: float = 0.0
     scale: float | Literal["auto"] = "auto"
     activation_norm: ActivationNorm = "rms"
 
     def __post_init__(self) -> None:
-        for name in ("lambda1", "lambda2"):
-            if not isfinite(value := getattr(self, name)):
+        for name, value in {"lambda1": self.lambda1 or 0.0, "lambda2": self.lambda2}.items():
+            if not isfinite(value):
                 raise ValueError(f"Argument `score.{name}` expected to be a finite number but got {value}.")
         check_activation_norm(self.activation_norm, self.scale)
 
@@ -120,7 +122,9 @@ class PruningSettings:
             raise _does_not_apply("target", "methods with a weight update", method, "d2prune, sparsegpt or d2_sparsegpt")
         joint = isinstance(solver, JointSolver)
         target = (DENSE_SHARE if joint else "pruned") if target is None else target
-        score, solver = score or Score(JOINT_LAMBDA1 if joint else 1.0), solver or ObsSolver()
+        score, solver = score or Score(), solver or ObsSolver()
+        if score.lambda1 is None:
+            score = replace(score, lambda1=JOINT_LAMBDA1 if joint else LAMBDA1)
         stages, allocation = joint if stages is None else stages, allocation or UniformAllocation()
         given = method, sparsity, pattern, score, rule, solver, target, stages, allocation, precision, tuple(ignore)
         return cls(*given)

@@ -73,6 +73,9 @@ def stages_of(
 ) -> BlockStages:
     """Run a block once, and find its stages and writers.
 
+    A linear that is not pruned and called twice is none of the writers; if its outputs are added to the hidden states, these
+    are no sum of the others' outputs, and there are no writers at all.
+
     Args:
         hidden: Hidden states that the block is run on, (samples, tokens, features).
         run_block: Runs the block and returns its hidden states.
@@ -80,12 +83,11 @@ def stages_of(
         pruned: Linears that the stages consist of.
 
     Raises:
-        RuntimeError: If a linear is called twice, or a pruned one never.
+        RuntimeError: If a pruned linear is called twice, or never.
     """
-    trace = Trace(hidden, {})
-    with tracing(trace, linears, inputs=linears, outputs=linears):
+    trace, pruned = Trace(hidden, {}), list(pruned)
+    with tracing(trace, linears, inputs=linears, outputs=linears, once=pruned):
         after = run_block()
-    pruned = list(pruned)
     if missing := [name for name in pruned if name not in trace.inputs]:
         raise RuntimeError(f"The linear {missing[0]!r} was never called while calibrating, so it cannot be pruned.")
     stages: list[tuple[Tensor, list[str]]] = []
@@ -100,7 +102,11 @@ def stages_of(
 
 @contextmanager
 def tracing(
-    trace: Trace, linears: Mapping[str, PrunableLinear], inputs: Iterable[str] = (), outputs: Iterable[str] = ()
+    trace: Trace,
+    linears: Mapping[str, PrunableLinear],
+    inputs: Iterable[str] = (),
+    outputs: Iterable[str] = (),
+    once: Iterable[str] | None = None,
 ) -> Iterator[None]:
     """Fill a trace with the inputs and outputs of linears, within the context.
 
@@ -109,16 +115,23 @@ def tracing(
         linears: Name -> linear.
         inputs: Linears whose inputs are wanted.
         outputs: Linears whose outputs are wanted.
+        once: Those of them that must not be called twice, all when None; others that are called twice are left out.
 
     Raises:
-        RuntimeError: If one of them is called twice.
+        RuntimeError: If a linear is called twice that must not be.
     """
-    inputs, outputs = set(inputs), set(outputs)
+    inputs, outputs, called = set(inputs), set(outputs), set()
+    once = inputs | outputs if once is None else set(once)
 
     def note(name: str, linear: PrunableLinear) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            if name in trace.inputs or name in trace.outputs:
-                raise RuntimeError(f"The linear {name!r} is called more than once a forward pass; it cannot be pruned.")
+            if name in called:
+                if name in once:
+                    raise RuntimeError(f"The linear {name!r} is called more than once a forward pass; it cannot be pruned.")
+                trace.inputs.pop(name, None)
+                trace.outputs.pop(name, None)
+                return
+            called.add(name)
             if name in inputs:
                 trace.inputs[name] = args[0]
             if name in outputs:

@@ -6,7 +6,16 @@ with the methods that it builds on and is compared with: magnitude, Wanda, Spars
 
 from functional.pruning.masks import Pattern, parse_pattern, zeros_wanted
 from functional.pruning.perturbation import Perturbation
-from functional.pruning.prune import METHODS, UPDATED, PruneResult, partial_update, prune_linear, prune_linears
+from functional.pruning.prune import (
+    METHODS,
+    UPDATED,
+    PruneResult,
+    measured_against,
+    partial_update,
+    prune_linear,
+    prune_linears,
+    target_of,
+)
 from functional.pruning.solver import NotPositiveDefiniteError
 from functional.pruning.statistics import ActivationNorm, InputStatistics, OutputStatistics
 
@@ -20,9 +29,11 @@ __all__ = [
     "Pattern",
     "Perturbation",
     "PruneResult",
+    "measured_against",
     "parse_pattern",
     "partial_update",
     "prune_linear",
     "prune_linears",
+    "target_of",
     "zeros_wanted",
 ]

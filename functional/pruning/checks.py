@@ -93,17 +93,27 @@ def check_arguments(
     if not 0 <= dense_share <= 1:
         raise ValueError(f"Argument `dense_share` expected to be in [0, 1] but got {dense_share}.")
     if perturbation is not None:
-        _check_perturbation(perturbation, weight, inputs)
+        check_perturbation(perturbation, weight, inputs)
     inputs.check_finite("inputs")
     if outputs is not None and dual:
         outputs.check_finite("outputs")
 
 
-def _check_perturbation(perturbation: Perturbation, weight: Tensor, inputs: InputStatistics) -> None:
+def check_perturbation(perturbation: Perturbation, weight: Tensor, inputs: InputStatistics) -> None:
+    """Check that a perturbation fits a weight and the statistics of its inputs.
+
+    Args:
+        perturbation: What the inputs lack.
+        weight: W, (O, I).
+        inputs: Statistics of x.
+
+    Raises:
+        ValueError: If it does not, or is not finite.
+    """
     if perturbation.features != inputs.features or perturbation.out_features not in (0, weight.shape[0]):
         raise ValueError(
             f"Argument `perturbation` expected to be Perturbation({inputs.features}) or Perturbation({inputs.features}, "
-            f"{weight.shape[0]}) but got Perturbation({perturbation.features}, {perturbation.out_features})."
+            f"{weight.shape[0]}) but got {perturbation!r}."
         )
     if perturbation.num_tokens != inputs.num_tokens:
         raise ValueError(

@@ -13,6 +13,8 @@ from functional.pruning.precision import HALF, float32_matmul
 
 PANEL, PANEL_ON_GPU = 256, 2048
 """Rows of a panel on a CPU and on a GPU, the fastest of those measured."""
+EXPONENT = 15
+"""Exponent of the largest power of two that float16 holds."""
 
 
 def add_products(gram: Tensor, tokens: Tensor, precision: Literal["highest", "high"]) -> None:
@@ -47,15 +49,39 @@ def add_cross_products(cross: Tensor, left: Tensor, right: Tensor, precision: Li
 
     Args:
         cross: (L, R), float64; changed in place.
-        left: (T, L), any floating dtype.
+        left: (T, L), any floating dtype; with `high` and a half-precision `right` on a GPU it is rounded to that dtype, in a
+            unit in which it fits.
         right: (T, R), any floating dtype.
         precision: Precision of the products, see :mod:`functional.pruning.precision`.
     """
     with float32_matmul(precision, left.device):
-        if left.is_cuda and left.dtype == right.dtype and left.dtype in HALF and precision == "high":
-            cross += torch.mm(left.T, right, out_dtype=torch.float32)
+        if right.is_cuda and right.dtype in HALF and precision == "high":
+            rounded, unit = in_half(left, right.dtype)
+            cross += torch.mm(rounded.T, right, out_dtype=torch.float32) * unit
         else:
             cross += left.float().T @ right.float()
+
+
+def in_half(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    """Round to half precision in a unit, a power of two, in which the largest entry is near the largest number of the dtype.
+
+    Args:
+        x: Any floating dtype.
+        dtype: torch.float16 or torch.bfloat16.
+
+    Returns:
+        x / unit, rounded, and the unit: a scalar on the device of `x`, for which nobody waits.
+
+    Examples:
+        >>> rounded, unit = in_half(torch.tensor([2.0**20, 3.0]), torch.float16)
+        >>> (rounded.float() * unit).tolist()
+        [1048576.0, 3.0]
+    """
+    if x.dtype == dtype:
+        return x, 1.0
+    largest = x.abs().max().float().clamp_min(torch.finfo(torch.float32).tiny)
+    unit = torch.exp2(torch.ceil(torch.log2(largest)) - (EXPONENT if dtype == torch.float16 else 0))
+    return (x / unit).to(dtype), unit
 
 
 def symmetric(gram: Tensor) -> Tensor:

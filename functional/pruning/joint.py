@@ -87,10 +87,11 @@ def joint_prune(
                 mask = mask_by_rows_or_matrix(scores, shares, pattern, parts, by_rows)
                 # U is in units of 1 / ρ.
                 last = iteration == ITERATIONS - 1 and penalty != PENALTIES[-1]
-                multipliers = free.masked_fill(mask, 0)
+                ratio = penalty / PENALTIES[index + 1] if last else 1.0
+                multipliers = torch.where(mask, 0, free)
+                mixed = torch.sub(free, multipliers, alpha=1 + ratio)
                 if last:
-                    multipliers *= penalty / PENALTIES[index + 1]
-                mixed = torch.where(mask, free, -multipliers)
+                    multipliers *= ratio
     kept = mixed.masked_fill_(~mask, 0)
     return least_squares(dense, kept, mask & live, gram).mul_(scale), mask, scores
 

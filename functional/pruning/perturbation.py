@@ -47,6 +47,10 @@ class Perturbation(Sums):
         self.out_features, self._precision = out_features, precision
         self.add_sum("lack", (out_features or in_features, in_features))
 
+    def __repr__(self) -> str:
+        """Return class and sizes, for errors."""
+        return f"Perturbation({self.features}, {self.out_features})"
+
     def update(self, x: Tensor, lack: Tensor) -> Self:
         """Add samples.
 

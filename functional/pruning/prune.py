@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from functional.pruning.batches import LARGEST
-from functional.pruning.checks import SolverName, check_arguments, check_scores, check_solver
+from functional.pruning.checks import SolverName, check_arguments, check_perturbation, check_scores, check_solver
 from functional.pruning.joint import Compared
 from functional.pruning.masks import parse_pattern
 from functional.pruning.methods import Solved, aim_at_dense_outputs, solve_jointly, solve_with_update, solve_without_update
@@ -210,25 +210,76 @@ def prune_linears(
 
 
 @torch.no_grad()
-def partial_update(result: PruneResult, weight: Tensor, inputs: InputStatistics, share: float) -> PruneResult:
+def partial_update(
+    result: PruneResult, weight: Tensor, inputs: InputStatistics, share: float, target: Tensor | None = None
+) -> PruneResult:
     """Take only a share of the weight update, with the same mask: M ⊙ W + share · (Ŵ − M ⊙ W).
+
+    Without any update the kept weights are those of W, with a target too: aiming at it is a part of the update.
 
     Args:
         result: Ŵ with its mask M, from :func:`prune_linear` with a method that updates.
         weight: W, (O, I), the weight that was pruned.
-        inputs: Statistics of x, for the error.
+        inputs: Statistics of x, for error and norm.
         share: 0 leaves the kept weights as they are, 1 is the whole update.
+        target: W⁺ of :func:`target_of`, which error and norm belong to, if there was a perturbation; W when None.
 
     Raises:
-        ValueError: If `share` is not in [0, 1].
+        ValueError: If `share` is not in [0, 1], or the target has another shape than the weight.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"Argument `share` expected to be in [0, 1] but got {share}.")
-    dense = weight.to(inputs.square_norm.device, torch.float32)
-    kept = dense.masked_fill(~result.mask.to(dense.device), 0)
-    mixed = torch.lerp(kept, result.weight.to(kept), share).to(weight.dtype)
-    error = energies_of([dense - mixed.float()], inputs)[0].sum().item()
-    return replace(result, weight=mixed.to(weight.device), error=error)
+    kept = weight.to(inputs.square_norm.device, torch.float32).masked_fill(~result.mask.to(inputs.square_norm.device), 0)
+    mixed = torch.lerp(kept, result.weight.to(kept), share).to(weight)
+    return measured_against(replace(result, weight=mixed), weight if target is None else target, inputs)
+
+
+@torch.no_grad()
+def measured_against(result: PruneResult, target: Tensor, inputs: InputStatistics) -> PruneResult:
+    """Return a result with the error and norm that belong to a target T: Σ ‖(T − Ŵ) x‖² and Σ ‖T x‖².
+
+    Args:
+        result: Ŵ.
+        target: T, (O, I), any floating dtype.
+        inputs: Statistics of x.
+
+    Raises:
+        ValueError: If the target has another shape than the weight.
+    """
+    if target.shape != result.weight.shape:
+        raise ValueError(
+            f"Argument `target` expected to have the shape {tuple(result.weight.shape)} of the weight but got "
+            f"{tuple(target.shape)}. Make it with `target_of`."
+        )
+    target = target.to(inputs.square_norm.device, torch.float32)
+    error, norm = (rows.sum().item() for rows in energies_of([target - result.weight.to(target), target], inputs))
+    return replace(result, error=error, norm=norm)
+
+
+@torch.no_grad()
+def target_of(
+    weight: Tensor, inputs: InputStatistics, perturbation: Perturbation, damping: float, dense_share: float = DENSE_SHARE
+) -> Tensor:
+    """Return W⁺, the target of a solve with a perturbation, (O, I), float32, on the device of the statistics.
+
+    Results do not keep it, which would be another float32 weight for each linear; the factor of the Hessian that it needs is
+    cached with the statistics.
+
+    Args:
+        weight: W, (O, I), the weight that was pruned.
+        inputs: Statistics of x.
+        perturbation: As given to :func:`prune_linear`.
+        damping: `damping` of the result.
+        dense_share: As given to :func:`prune_linear`.
+
+    Raises:
+        ValueError: If the perturbation does not fit the weight and the inputs.
+        NotPositiveDefiniteError: (a ValueError) If the Hessian cannot be factorised.
+    """
+    check_perturbation(perturbation, weight, inputs)
+    stack = Stack([weight], inputs)
+    aim_at_dense_outputs(stack, inputs, perturbation, damping, dense_share)
+    return stack.dense[0]
 
 
 def _activation_norms(

@@ -23,29 +23,38 @@ Rows = tuple[list[Tensor], list[Tensor]]
 def undo_harmful_updates(
     pruned: list[Tensor], errors: list[Tensor], stack: Stack, mask: Tensor, inputs: InputStatistics
 ) -> Rows:
-    """Put harmed rows back to their dense values, in parts whose error after the update is larger than with the mask alone.
+    """Put harmed rows back to their target, masked, in parts whose error after the update is larger than that leaves.
+
+    The target T is W, or W⁺ of :mod:`functional.pruning.perturbation` if the stack aims at it. Errors are Σ ‖(T − Ŵ) x‖², so
+    that M ⊙ T misses nothing but what the mask drops, as if T had been the weight; M ⊙ W would miss M ⊙ (T − W) as well.
+    Rows of T that the weight's dtype cannot hold keep their update.
 
     Args:
         pruned: Updated weights of each part.
         errors: Errors of the rows of each part.
-        stack: The dense weights.
+        stack: The targets.
         mask: (ΣO, I), True = kept.
         inputs: Statistics of x.
 
     Returns:
         Weights of each part, and the errors of their rows.
     """
-    masks = stack.split(mask)
-    without = energies_of([dense.masked_fill(kept, 0) for dense, kept in zip(stack.dense, masks, strict=True)], inputs)
-    for i, dense in enumerate(stack.dense):
+    kept = [_masked(*part) for part in zip(stack.dense, stack.split(mask), pruned, strict=True)]
+    without = energies_of(stack.differences(kept), inputs)
+    for i, part in enumerate(kept):
         if errors[i].sum() <= without[i].sum():
             continue
         harmed = errors[i] > without[i]
         log.warning("The weight update raises the error: %d of %d rows stay without.", harmed.sum(), len(harmed))
-        kept = dense.masked_fill(~masks[i], 0).to(pruned[i].dtype)
-        pruned[i] = torch.where(harmed.to(dense.device)[:, None], kept, pruned[i])
+        pruned[i] = torch.where(harmed.to(part.device)[:, None], part, pruned[i])
         errors[i] = torch.minimum(errors[i], without[i])
     return pruned, errors
+
+
+def _masked(target: Tensor, mask: Tensor, updated: Tensor) -> Tensor:
+    """Return the masked target in the dtype of the updated weight, whose rows stand in where that cannot hold it."""
+    masked = target.masked_fill(~mask, 0).to(updated.dtype)
+    return torch.where(masked.isfinite().all(1, keepdim=True), masked, updated)
 
 
 def refine_by_admm(
@@ -62,7 +71,7 @@ def refine_by_admm(
     Args:
         pruned: Weights of each part.
         errors: Errors of the rows of each part.
-        stack: The dense weights.
+        stack: The targets.
         start: OBS solution of the whole stack, (ΣO, I), in the stack's units.
         mask: (ΣO, I), True = kept.
         inputs: Statistics of x.

@@ -36,10 +36,10 @@ class ScoreTerms:
 
     def __call__(self, weight: Tensor, columns: slice = slice(None)) -> Tensor:
         """Return the scores (O, columns) of some columns from their current weights."""
-        score = self.square[columns] * weight.square()
         if self.linear is None or self.rows is None:
-            return score
-        return score + self.rows[:, None] * (weight.abs() * self.linear[columns])
+            return self.square[columns] * weight.square()
+        size = weight.abs()
+        return (self.square[columns] * size).addcmul_(self.rows[:, None], self.linear[columns]).mul_(size)
 
     def rescaled(self, scale: Tensor) -> "ScoreTerms":
         """Return the score as a function of W_ij / scale_j.

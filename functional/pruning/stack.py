@@ -57,7 +57,7 @@ class Stack:
         return list(x.split(self.parts))
 
     def differences(self, pruned: Sequence[Tensor]) -> list[Tensor]:
-        """Return W − Ŵ of each part, float32."""
+        """Return the difference of target and pruned weight of each part, float32."""
         return [dense - new.float() for dense, new in zip(self.dense, pruned, strict=True)]
 
     def in_own_units(self, weights: Tensor) -> list[Tensor]:

@@ -41,6 +41,10 @@ class Sums:
         self._counts = ["num_samples", "num_tokens"]
         self._derived: dict[Hashable, Any] = {}
 
+    def __repr__(self) -> str:
+        """Return class and sizes, for errors."""
+        return f"{type(self).__name__}({self.features})"
+
     def add_sum(self, name: str, shape: tuple[int, ...]) -> None:
         """Declare a float64 sum over samples, reduced over processes by addition."""
         self._shapes[name] = shape
@@ -66,11 +70,9 @@ class Sums:
         Raises:
             ValueError: If `other` is of another class or has other features.
         """
-        if type(other) is not type(self) or other.features != self.features:
-            raise ValueError(
-                f"Argument `other` expected to be {type(self).__name__}({self.features}) but got "
-                f"{type(other).__name__}({getattr(other, 'features', '?')})."
-            )
+        if type(other) is not type(self) or other._shapes != self._shapes:
+            got = repr(other) if isinstance(other, Sums) else type(other).__name__
+            raise ValueError(f"Argument `other` expected to be {self!r} but got {got}. Merge sums of the same linear.")
         if other.num_samples:
             self._device = self._device or other._device
             for name, value in other.sums().items():

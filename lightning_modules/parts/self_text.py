@@ -1,35 +1,38 @@
 """Text that a language model writes itself: windows of tokens sampled from its distribution, to calibrate without data.
 
 Each window starts with the model's beginning-of-text token, or end of text without one. Tokens are sampled at temperature 1
-from the whole vocabulary; those that end a text are left out, so that a window is one text. Batches of `WRITTEN_AT_A_TIME`
-windows are seeded one by one.
+from the whole vocabulary; those that end a text are left out, so that a window is one text. Each batch of windows is seeded by
+itself, so that it does not matter which process writes it, nor what that has written before.
 """
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from transformers import CompileConfig
 
-WRITTEN_AT_A_TIME = 32
-"""Windows of a batch. Fixed, since the batch decides which random numbers a window gets."""
+from utilities.contract import WINDOWS_OF_A_BATCH
 
 
 @torch.no_grad()
-def sample_windows(model: nn.Module, start: int, number: int, seq_len: int, seed: int) -> Tensor:
-    """Sample windows from a causal language model of transformers.
+def sample_batch(model: nn.Module, start: int, batch: int, number: int, seq_len: int, seed: int) -> Tensor:
+    """Sample a batch of windows from a causal language model of transformers.
 
     Args:
         model: The model, on its device. Its mode and the random state stay as they are.
         start: Token that every window starts with.
-        number: Number of windows.
+        batch: Number of the batch, from 0.
+        number: Number of windows of all batches; each has `WINDOWS_OF_A_BATCH`, the last one what is left.
         seq_len: Number of tokens of a window, the first included.
-        seed: Seed.
+        seed: Seed of all batches.
 
     Returns:
-        Tokens, (number, seq_len), int64, on the CPU.
+        Tokens, (windows of this batch, seq_len), int64, on the CPU.
 
     Raises:
-        ValueError: If parts of the model are on different devices.
+        ValueError: If there is no such batch, or parts of the model are on different devices.
     """
+    first = batch * WINDOWS_OF_A_BATCH
+    if not 0 <= first < number:
+        raise ValueError(f"Argument `batch` expected to be one of those of {number} windows, from 0, but got {batch}.")
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         raise ValueError(
@@ -37,25 +40,24 @@ def sample_windows(model: nn.Module, start: int, number: int, seq_len: int, seed
             "the text without `offload` first, with `self_file`, on a machine that holds the model."
         )
     device, modes = devices.pop(), {module: module.training for module in model.modules()}
+    on_gpu = device.type == "cuda"
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     options |= {"min_new_tokens": seq_len - 1, "max_new_tokens": seq_len - 1}
-    if device.type == "cuda":
-        options["cache_implementation"] = "static"  # transformers then compiles a step
-    windows = []
+    if on_gpu:
+        # transformers then compiles a step: here for each size of a batch alone. Else a process that has written a full batch
+        # would write the last, smaller one with kernels for any size, and these round otherwise.
+        options |= {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=False)}
+    prompt = torch.full((min(WINDOWS_OF_A_BATCH, number - first), 1), start, device=device)
     model.eval()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for first in range(0, number, WRITTEN_AT_A_TIME):
-                torch.manual_seed(seed * number + first)
-                size = min(WRITTEN_AT_A_TIME, number - first)
-                prompt = torch.full((size, 1), start, device=device)
-                written = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-                windows.append(written.cpu())
-                rank_zero_info(f"The model has written {first + size} of {number} windows.")
+        with torch.random.fork_rng([device] if on_gpu else []):
+            torch.manual_seed(seed * number + first)
+            return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options).cpu()
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return torch.cat(windows)
+        if on_gpu:
+            torch.cuda.empty_cache()  # of keys and values; what is free decides where hidden states wait
 
 
 def start_token(model: nn.Module, tokenizer: object) -> int:

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from callbacks.blockwise.update_rules.base import HELD_METHOD, UPDATE_METHOD, UpdateRule
 from callbacks.blockwise.update_rules.probe import AttentionProbe, Reference
-from functional.pruning import InputStatistics, PruneResult, partial_update
+from functional.pruning import InputStatistics, PruneResult, measured_against, partial_update
 from lightning_modules.parts.architectures import PrunableLinear
 from utilities.checks import check_integer, check_one_of
 
@@ -126,23 +126,24 @@ class AttentionRule(UpdateRule):
         return ()
 
     def states_of(
-        self, updated: PruneResult, held: PruneResult, weight: Tensor, inputs: InputStatistics
+        self, updated: PruneResult, held: PruneResult, weight: Tensor, inputs: InputStatistics, target: Tensor | None = None
     ) -> dict[str, PruneResult]:
-        """Make every state of one projection from its two solves.
+        """Make every state of one projection from its two solves. Errors and norms of all belong to one target.
 
         Args:
             updated: Result with the weight update.
             held: Result without.
             weight: Dense weight, (O, I).
             inputs: Statistics of its inputs.
+            target: What the update aims at, (O, I); the dense weight when None.
 
         Returns:
             State -> result, `updated` first.
         """
         states = {UPDATED: updated}
         if self.candidates == "partial":
-            states |= {name: partial_update(updated, weight, inputs, share) for name, share in SHARES.items()}
-        return states | {HELD: held}
+            states |= {name: partial_update(updated, weight, inputs, share, target) for name, share in SHARES.items()}
+        return states | {HELD: held if target is None else measured_against(held, target, inputs)}
 
     @torch.no_grad()
     def choose(

@@ -141,5 +141,10 @@ def test_the_joint_solver_brings_its_own_defaults():
     joint, obs = (BlockwisePruning(sparsity=0.5, solver=solver).settings for solver in ("joint", None))
     assert (joint.target, joint.stages, joint.score.lambda1) == (0.35, True, 30.0)
     assert (obs.target, obs.stages, obs.score.lambda1) == ("pruned", False, 1.0)
+    for solver, expected in (("joint", 30.0), (JointSolver("row"), 30.0), ("obs", 1.0), ("admm", 1.0), (None, 1.0)):
+        given = Score(scale=4.0, lambda2=0.5)
+        score = BlockwisePruning(sparsity=0.5, solver=solver, score=given).settings.score
+        assert score == Score(expected, 0.5, 4.0) and given.lambda1 is None
+    assert BlockwisePruning(sparsity=0.5, method="d2_wanda", score=Score(scale=4.0)).settings.score.lambda1 == 1.0
     own = BlockwisePruning(sparsity=0.5, solver="joint", target="pruned", stages=False, score=Score(lambda1=2.0)).settings
     assert (own.target, own.stages, own.score.lambda1, own.dense_share) == ("pruned", False, 2.0, 0.0)

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import seed_everything
 from safetensors.torch import load_file
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from callbacks import BlockwisePruning
 from callbacks.blockwise.block import BlockStep
@@ -105,6 +106,38 @@ def test_linears_that_are_not_called_once():
     with pytest.raises(RuntimeError, match="'spare' was never called"):
         block = Toy()
         found_in(block, hidden, block.linears() | spare)
+
+
+class Mixed(nn.Module):
+    """h + down(relu(up(h + Σ mix(…)))), in which mix is called some times; its last outputs may be added to h as well."""
+
+    def __init__(self, calls, adds):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.calls, self.adds = calls, adds
+
+    def forward(self, hidden):
+        mixed = hidden
+        for _ in range(self.calls):
+            mixed = self.mix(mixed)
+        return hidden + self.down(torch.relu(self.up(hidden + mixed))) + (mixed if self.adds else 0)
+
+
+@pytest.mark.parametrize("calls", [2, 3])
+def test_ignored_linears_that_are_called_twice(calls):
+    """They are no candidates; where they write, the others' outputs are not all that is added."""
+    hidden = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(1))
+    for adds, writers in ((False, {"down": 1.0}), (True, {})):
+        block = Mixed(calls, adds)
+        linears = {name: PrunableLinear(module) for name, module in block.named_children()}
+        found = found_in(block, hidden, linears, pruned=["up", "down"])
+        assert found.names == [["up"], ["down"]] and found.writers == writers
+        with pytest.raises(RuntimeError, match="'mix' is called more than once"):
+            found_in(block, hidden, linears)
+    once = Mixed(1, adds=True)
+    linears = {name: PrunableLinear(module) for name, module in once.named_children()}
+    assert found_in(once, hidden, linears, pruned=["up", "down"]).writers == {"mix": 1.0, "down": 1.0}
 
 
 def test_leaves_after_the_last_of_a_stage():
@@ -269,6 +302,19 @@ def test_ignored_linears_count_among_what_is_added(tiny_model, text_file, tmp_pa
     weights, callback = prune(tiny_model("llama"), text_file, tmp_path, sparsity=0.5, solver="joint", ignore=["*.o_proj"])
     assert all("self_attn.o_proj" not in record.linears for record in callback.records)
     assert callback.metrics["pruned"]["val/perplexity"] > 0 and weights["model.layers.1.self_attn.o_proj.weight"].all()
+
+
+def test_a_run_leaves_ignored_linears_that_are_called_twice(tiny_model, text_file, tmp_path, monkeypatch):
+    def forward(self, x):
+        return self.down_proj(torch.sigmoid(self.gate_proj(x)) * self.gate_proj(x) * self.up_proj(x))
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    model, settings = tiny_model("llama"), {"sparsity": 0.5, "solver": "joint"}
+    found, callback = prune(model, text_file, tmp_path / "one", ignore=["*.gate_proj"], **settings)
+    assert [len(record.linears) for record in callback.records] == [6] * 3
+    assert all(weight.all() for name, weight in found.items() if "gate_proj" in name)
+    with pytest.raises(RuntimeError, match="gate_proj' is called more than once"):
+        prune(model, text_file, tmp_path / "two", ignore=["*.up_proj"], **settings)
 
 
 def test_mixed_precision_reaches_every_stage(tiny_model, text_file, tmp_path, monkeypatch):

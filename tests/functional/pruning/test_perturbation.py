@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from functional.pruning import InputStatistics, Perturbation, prune_linear
+from functional.pruning import (
+    InputStatistics,
+    Perturbation,
+    measured_against,
+    partial_update,
+    prune_linear,
+    target_of,
+)
 from functional.pruning.hessian import inverse_factor_of
 from functional.pruning.perturbation import corrected_target
 
@@ -64,6 +71,52 @@ def test_every_solver_takes_the_target(tokens, solver):
     assert found.error == pytest.approx(error, rel=1e-3) and found.norm == pytest.approx(same.norm, rel=1e-5)
 
 
+def energy(weight, x):
+    """Σ ‖w x‖² over the tokens."""
+    return (weight.double() @ x.double().flatten(0, 1).T).square().sum().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_error_of_a_share_of_the_update_belongs_to_the_target(tokens, share, dtype):
+    """Of the same target as the whole update; without any update the weights are those of W, not of W⁺."""
+    x, x_dense, lack, weight = tokens
+    weight, inputs = weight.to(dtype), InputStatistics(COLUMNS).update(x, 0)
+    perturbation = perturbed((x, x_dense, lack, weight.float()))
+    whole = prune_linear(weight, inputs, method="sparsegpt", damping=0.05, perturbation=perturbation, dense_share=0.5)
+    target = target_of(weight, inputs, perturbation, whole.damping, 0.5)
+    x64, w64 = x.double().flatten(0, 1), weight.double()
+    hessian = 2 / 6 * x64.T @ x64
+    hessian += 0.05 * hessian.diagonal().mean() * torch.eye(COLUMNS, dtype=torch.float64)
+    c = 2 / 6 * (x_dense.double().flatten(0, 1) - x64).T @ x64
+    e = 2 / 6 * lack.double().flatten(0, 1).T @ x64
+    expected = w64 + 0.5 * (w64 @ c + e) @ torch.linalg.inv(hessian)
+    assert torch.allclose(target.double(), expected, rtol=1e-3, atol=1e-4)
+    found = partial_update(whole, weight, inputs, share, target)
+    kept = w64 * whole.mask
+    mixed = kept + share * (whole.weight.double() - kept)
+    assert found.weight.dtype == dtype and torch.allclose(found.weight.double(), mixed, rtol=1e-2, atol=1e-6)
+    assert found.error == pytest.approx(energy(expected - found.weight.double(), x), rel=1e-3)
+    assert found.norm == pytest.approx(energy(expected, x), rel=1e-3) == pytest.approx(whole.norm, rel=1e-3)
+    if share == 1:
+        assert found.error == pytest.approx(whole.error, rel=1e-3)
+    without = partial_update(whole, weight, inputs, share)
+    assert without.error == pytest.approx(energy(w64 - found.weight.double(), x), rel=1e-3)
+
+
+def test_any_result_is_measured_against_a_target(tokens):
+    x, _, _, weight = tokens
+    inputs = InputStatistics(COLUMNS).update(x, 0)
+    held = prune_linear(weight, inputs, method="wanda")
+    found = measured_against(held, 2 * weight, inputs)
+    assert found.error == pytest.approx(energy(2 * weight - held.weight, x), rel=1e-4) and found.weight is held.weight
+    assert found.norm == pytest.approx(4 * energy(weight, x), rel=1e-4)
+    with pytest.raises(ValueError, match=r"`target` expected to have the shape \(5, 12\) of the weight but got \(4, 12\)"):
+        measured_against(held, weight[1:], inputs)
+    with pytest.raises(ValueError, match="`perturbation` expected to be"):
+        target_of(weight, inputs, Perturbation(COLUMNS, ROWS + 1), 0.01)
+
+
 def test_nothing_lacks_nothing_changes(tokens):
     x, _, lack, weight = tokens
     inputs, perturbation = InputStatistics(COLUMNS).update(x, 0), Perturbation(COLUMNS, ROWS).update(x, 0 * lack)
@@ -101,6 +154,19 @@ def test_order_and_processes_leave_no_trace(tokens, with_stream):
     merged = parts[1].merge(parts[0])
     assert torch.equal(merged.mean(), whole.mean())
     assert merged.counts() == whole.counts() == {"num_samples": 6, "num_tokens": 240}
+
+
+@pytest.mark.parametrize("channels", [(ROWS, 0), (0, ROWS), (ROWS, ROWS + 1)])
+def test_sums_of_other_hidden_states_are_not_merged(tokens, channels):
+    x = tokens[0]
+    mine, other = (Perturbation(COLUMNS, n).update(x, torch.ones(*x.shape[:2], n or COLUMNS)) for n in channels)
+    before = {name: value.clone() for name, value in mine.sums().items()}
+    message = rf"`other` expected to be Perturbation\(12, {channels[0]}\) but got Perturbation\(12, {channels[1]}\)"
+    with pytest.raises(ValueError, match=message):
+        mine.merge(other)
+    assert mine.num_samples == 6 and all(torch.equal(value, before[name]) for name, value in mine.sums().items())
+    with pytest.raises(ValueError, match=r"`other` expected to be .* but got InputStatistics\(12\)"):
+        mine.merge(InputStatistics(COLUMNS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

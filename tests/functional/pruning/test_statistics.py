@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functional.pruning import InputStatistics, OutputStatistics, prune_linear
+from functional.pruning.gram import in_half
 
 SAMPLES, TOKENS, FEATURES = 6, 5, 4
 X = torch.randn(SAMPLES, TOKENS, FEATURES, generator=torch.Generator().manual_seed(1))
@@ -161,3 +162,18 @@ def test_a_gram_matrix_of_the_first_samples_measures_errors(order):
         InputStatistics(FEATURES, gram_samples=0)
     with pytest.raises(ValueError, match="`precision` expected to be auto, highest or high but got 'low'"):
         InputStatistics(FEATURES, precision="low")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 7e5, 1e30])
+def test_numbers_are_rounded_in_units_in_which_they_fit(dtype, scale):
+    x = scale * torch.cat([torch.randn(100, generator=torch.Generator().manual_seed(0)), torch.tensor([40.0, -64.0])])
+    rounded, unit = in_half(x, dtype)
+    assert rounded.dtype == dtype and rounded.isfinite().all() and torch.log2(unit) == torch.log2(unit).round()
+    assert torch.allclose(rounded.double() * unit.double(), x.double(), rtol=torch.finfo(dtype).eps)
+    assert in_half(rounded, dtype) == (rounded, 1.0)
+
+
+def test_zeros_stay_zeros_in_half_precision():
+    rounded, unit = in_half(torch.zeros(3), torch.float16)
+    assert rounded.tolist() == [0.0] * 3 and unit > 0

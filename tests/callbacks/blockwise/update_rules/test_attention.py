@@ -150,6 +150,27 @@ def test_partial_candidates_are_a_descent(case):
     assert len({state for states in chosen for state in states}) > 1, "a case in which nothing is chosen shows nothing"
 
 
+@on_models("llama")
+@pytest.mark.parametrize("target", [0.5, "pruned"])
+def test_errors_of_all_states_belong_to_what_the_update_aims_at(case, target, monkeypatch):
+    """Rows of the target's difference times the Gram matrix, in float64; the target is the one that the solve has aimed at."""
+    seen, states_of = [], AttentionRule.states_of
+
+    def spy(self, updated, held, weight, inputs, aim=None):
+        states = states_of(self, updated, held, weight, inputs, aim)
+        dense, gram = (weight if aim is None else aim).double(), inputs.gram.double()
+        for name, state in states.items():
+            error = ((dense - state.weight.double()) @ gram * (dense - state.weight.double())).sum().item()
+            assert state.error == pytest.approx(error, rel=1e-2), name
+            assert state.norm == pytest.approx((dense @ gram * dense).sum().item(), rel=1e-3), name
+        seen.append(aim is not None and not torch.equal(aim, weight))
+        return states
+
+    monkeypatch.setattr(AttentionRule, "states_of", spy)
+    _, callback = case.fit(update_rule=AttentionRule(windows=RULE_WINDOWS), target=target)
+    assert seen == [target == 0.5 and block > 0 for block in range(len(callback.records)) for _ in ROLES]
+
+
 def test_descent_finds_a_minimum():
     table = {"a": {"x": 3.0, "y": 1.0, "z": 2.0}, "b": {"x": 0.0, "y": 5.0}}
 
