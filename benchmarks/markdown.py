@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def read(name: str) -> list[dict[str, str]]:
-    """Rows of a file in results/."""
+    """Rows of a file in results/, or of one whose whole path is given."""
     with (ROOT / "results" / name).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
