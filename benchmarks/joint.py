@@ -15,7 +15,7 @@ import argparse
 import itertools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -221,8 +221,35 @@ def choice_table() -> str:
     return f"{markdown_table(header, lines)}\n\n{_setting(rows[0])}, seed 0."
 
 
-def _place(row: dict) -> tuple[bool, str]:
-    return row["calibration"] != "wikitext2-valid", row["target"]
+def ablation_table() -> str:
+    """Return test perplexity by variant and target, held-out perplexity in brackets."""
+    return _by_variant("ablation", ABLATION, "heldout_perplexity")
+
+
+def rivals_table() -> str:
+    """Return test perplexity by solver and target: ours from `quality`, seed 0, beside the rivals."""
+    return _by_variant("rivals", {**RIVALS, "joint": JOINT})
+
+
+def _by_variant(study: str, variants: Iterable[str], in_brackets: str = "") -> str:
+    rows = [row for row in read("joint.csv") if row["study"] == study]
+    ours = [row for row in read("joint.csv") if row["study"] == "quality" and row["seed"] == "0"]
+    ours = [row for row in ours if row["calibration"] == rows[0]["calibration"]] if study == "rivals" else []
+    found = {(row["variant"], row["target"]): row for row in (*rows, *ours)}
+    targets = sorted({row["target"] for row in rows}, key=lambda target: (":" in target, target))
+
+    def cell(row: dict[str, str] | None) -> str:
+        if row is None:
+            return ""
+        brackets = f" ({float(row[in_brackets]):.1f})" if in_brackets else ""
+        return f"{float(row['test_perplexity']):.1f}{brackets}"
+
+    lines = [[name, *(cell(found.get((name, target))) for target in targets)] for name in variants]
+    return f"{markdown_table(['', *targets], lines)}\n\n{_setting(rows[0])}, {TEXTS[rows[0]['calibration']]}, seed 0."
+
+
+def _place(row: dict) -> tuple[int, str]:
+    return list(TEXTS).index(row["calibration"]), row["target"]
 
 
 def _seeds(values: list[str]) -> str:

@@ -2,6 +2,14 @@
 
 from benchmarks.markdown import read, table
 
+JOINT_PARTS = {
+    "joint, one pass, pruned model's target": "the joint solver alone",
+    "joint, pruned model's target": "with stages",
+    "joint, one pass": "with a target",
+    "joint": "with both",
+    "joint, 2:4": "with both, 2:4",
+}
+"""Variant -> its name in the table of what each part costs."""
 PHASES = ("two_passes", "statistics", "solve", "rule", "block")
 
 
@@ -49,6 +57,17 @@ def on_device(rows: list[dict[str, str]]) -> str:
         "same mask",
     ]
     return f"{table(header, lines)}\n\n{first['hardware']}, {sizes}, {versions}, seed {first['seed']}."
+
+
+def joint_cost() -> str:
+    """Return milliseconds of a block with the joint solver alone, with each of its parts, and with all."""
+    rows = [row for row in read("prune_speed.csv") if row["model"] == "llama-2-7b" and row["variant"].startswith("joint")]
+    found = {row["variant"]: row for row in rows}
+    lines = [
+        [name, *(f"{1000 * float(found[variant][column]):.0f}" for column in ("two_passes", "statistics", "solve", "block"))]
+        for variant, name in JOINT_PARTS.items()
+    ]
+    return table(["", "two passes", "statistics, propagation", "solve", "block"], lines)
 
 
 def is_plain(row: dict[str, str]) -> bool:
@@ -122,4 +141,5 @@ def sparse24() -> str:
     return "\n\n".join([*tables, note])
 
 
-TABLES = {"prune-speed": prune_speed, "multi-gpu": multi_gpu, "graphs-scaling": graph_scaling, "sparse24": sparse24}
+TABLES = {"prune-speed": prune_speed, "joint-cost": joint_cost, "multi-gpu": multi_gpu, "graphs-scaling": graph_scaling}
+TABLES |= {"sparse24": sparse24}

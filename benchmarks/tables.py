@@ -36,7 +36,13 @@ def headline() -> str:
         for row in read("joint.csv")
         if (row["study"], row["calibration"], row["seed"]) == ("quality", "wikitext2-valid", "0")
     }
-    names = {"joint": "d2_sparsegpt, `solver: joint`", "joint, error": "the same, `allocation: error`"}
+    value |= {(row["variant"], row["target"]): row["test_perplexity"] for row in read("joint.csv") if row["study"] == "rivals"}
+    names = {
+        "L-ADMM": "L-ADMM (arXiv 2401.02938)",
+        "ALPS": "ALPS (arXiv 2406.07831)",
+        "joint": "d2_sparsegpt, `solver: joint`",
+        "joint, error": "the same, `allocation: error`",
+    }
     more = [
         [name, *(shown(value[key, target]) if (key, target) in value else "" for target in TARGETS)]
         for key, name in names.items()
@@ -173,6 +179,7 @@ TABLES = {
 }
 TABLES |= graph_tables.TABLES | speed_tables.TABLES | {"recovery": recovery.table, "allocation": allocation.table}
 TABLES |= {"joint": joint.table, "joint-choice": joint.choice_table}
+TABLES |= {"joint-ablation": joint.ablation_table, "joint-rivals": joint.rivals_table}
 TEXTS_WITH_TABLES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
