@@ -7,6 +7,7 @@ Larger score = keep; True = kept; ties lose from the left (stable sort), so a ma
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import combinations
 from numbers import Real
 from typing import NamedTuple
 
@@ -155,7 +156,7 @@ def keep_largest_of_groups(scores: Tensor, pattern: Pattern) -> Tensor:
     groups = scores.reshape(scores.shape[0], -1, pattern.group)
     if pattern.group > LARGEST_COMPARED_GROUP:
         return keep_largest_of_rows(groups, pattern.zeros).view_as(scores)
-    return (_rank(groups) >= pattern.zeros).view_as(scores)
+    return (_rank(groups) >= pattern.zeros).reshape(scores.shape)
 
 
 def mask_by_rows_or_matrix(
@@ -227,10 +228,11 @@ def _keep_from(scores: Tensor, smallest: Tensor, num_zeros: int) -> Tensor:
 
 
 def _rank(scores: Tensor) -> Tensor:
-    """Count the scores of the same group (last dimension) that are smaller, or equal and further left; int64."""
-    rank = torch.zeros_like(scores, dtype=torch.int64)
-    for k in range(scores.shape[-1]):
-        other = scores[..., k : k + 1]
-        rank[..., :k] += other < scores[..., :k]
-        rank[..., k + 1 :] += other <= scores[..., k + 1 :]
-    return rank
+    """Count the scores of the same group (last dimension) that are smaller, or equal and further left; uint8."""
+    places = scores.movedim(-1, 0).contiguous()  # comparisons of whole rows are many times faster than of every M-th entry
+    rank = torch.zeros(places.shape, dtype=torch.uint8, device=scores.device)
+    for left, right in combinations(range(len(places)), 2):
+        right_wins = places[left] <= places[right]
+        rank[right] += right_wins
+        rank[left] += ~right_wins
+    return rank.movedim(0, -1)
