@@ -83,8 +83,8 @@ class BlockwisePruning(Callback):
         stages: Whether the linears of a block are pruned in the order in which it calls them (q, k, v; o; gate, up; down),
             each with inputs that the pruned ones before it give. Runs up to the whole block once more for each stage. None is
             true for `joint`, else false.
-        allocation: Allocation of the zeros of `sparsity` to blocks: uniform, owl or error, or a class with settings:
-            UniformAllocation, OwlAllocation, ErrorAllocation.
+        allocation: Allocation of the zeros of `sparsity` to blocks: uniform, owl, error or depth, or a class with settings:
+            UniformAllocation, OwlAllocation, ErrorAllocation, DepthAllocation.
         ignore: Globs of full names of linears to leave dense, such as '*.down_proj' or 'model.layers.0.*'.
         precision: Precision of Gram matrices on a GPU. auto is as exact as the inputs: half precision is multiplied as it is,
             float32 as float32. high multiplies float32 as TF32, a tenth faster. highest multiplies everything as float32,
