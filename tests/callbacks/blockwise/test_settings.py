@@ -27,6 +27,7 @@ APPLIES = {
     "update_rule": ("d2prune",),
     "solver": UPDATING,
     "target": UPDATING,
+    "class_token_weight": ("d2prune", "wanda", "sparsegpt", "d2_wanda", "d2_sparsegpt"),
     "allocation": ("d2prune", "magnitude", "wanda", "sparsegpt", "d2_wanda", "d2_sparsegpt"),
 }
 """Setting -> methods that have a use for it."""
@@ -35,6 +36,7 @@ VALUES = {
     "update_rule": ["outlier", FixedRule("none")],
     "solver": ["obs", AdmmSolver()],
     "target": [0.35, 1],
+    "class_token_weight": [16.0, 0.5],
     "allocation": ["owl", ErrorAllocation(), DepthAllocation(-0.2)],
 }
 CHOICES = {
@@ -120,6 +122,13 @@ def test_a_pattern_leaves_nothing_to_allocate(allocation):
         (lambda: OwlAllocation(threshold=0.0), "`threshold` expected to be a positive number but got 0"),
         (lambda: OwlAllocation(spread=float("nan")), "`spread` expected to be a positive number but got nan"),
         (lambda: DepthAllocation(float("inf")), "`slope` expected to be a finite number but got inf"),
+        *(
+            (
+                lambda weight=weight: BlockwisePruning(sparsity=0.5, class_token_weight=weight),
+                f"`class_token_weight` expected to be a positive number but got {weight}. Leave it out, or give 1",
+            )
+            for weight in (0.0, -1.0, float("nan"), float("inf"))
+        ),
         (lambda: Score(lambda1=float("nan")), "`score.lambda1` expected to be a finite number but got nan"),
         (lambda: Score(scale=-1.0), "`scale` expected to be auto or a positive number but got -1"),
         (lambda: Score(activation_norm="l2"), "`activation_norm` expected to be rms or official but got 'l2'"),
