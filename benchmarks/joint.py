@@ -67,9 +67,13 @@ CHOICE = {
     "by rows": JOINT | {"solver": JointSolver("row")},
     "damping 0.03": JOINT | {"solver": JointSolver(damping=0.03)},
 }
-DEIT = QUALITY | {
-    **{f"λ1 = {value:g}": JOINT | {"score": value} for value in (0.0, 1.0)},
-    "by rows": JOINT | {"solver": JointSolver("row")},
+CLASS_TOKEN = {"method": "sparsegpt", "solver": "joint", "target": 0.2, "class_token_weight": 16.0}
+"""λ1 = 0 is method sparsegpt: the weights are the same, bit for bit."""
+DEIT = {
+    "joint": JOINT,
+    "class token": CLASS_TOKEN,
+    "class token, depth": CLASS_TOKEN | {"allocation": "depth"},
+    "joint, error": QUALITY["joint, error"],
     "sparsegpt": {"method": "sparsegpt"},
     "admm": {"method": "d2_sparsegpt", "solver": "admm"},
 }
