@@ -242,6 +242,27 @@ def choice_table() -> str:
     return f"{markdown_table(header, lines)}\n\n{_setting(rows[0])}, seed 0."
 
 
+def deit_table() -> str:
+    """Return top-1 of DeiT-Tiny in per cent by variant and target, mean ± standard deviation over seeds."""
+    rows = [row for row in read("joint.csv") if row["study"] == "deit"]
+    targets = sorted({row["target"] for row in rows})
+    values: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        values.setdefault((row["variant"], row["target"]), []).append(f"{100 * float(row['val_top1']):.2f}")
+    lines = [
+        [name, *(_seeds(values.get((name, target), [])) for target in targets)]
+        for name in DEIT
+        if any((name, target) in values for target in targets)
+    ]
+    first = rows[0]
+    note = (
+        f"DeiT-Tiny of 64 x 64 images ({first['seq_len']} tokens, {first['dtype']}), {first['samples']} calibration images, "
+        f"{first['hardware']}, torch {first['torch']}, lightning {first['lightning']}; mean ± standard deviation (number of "
+        "seeds)."
+    )
+    return f"{markdown_table(['', *targets], lines)}\n\n{note}"
+
+
 def _place(row: dict) -> tuple[bool, str]:
     return row["calibration"] != "wikitext2-valid", row["target"]
 

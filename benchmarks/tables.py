@@ -172,7 +172,7 @@ TABLES = {
     "defaults": defaults,
 }
 TABLES |= graph_tables.TABLES | speed_tables.TABLES | {"recovery": recovery.table, "allocation": allocation.table}
-TABLES |= {"joint": joint.table, "joint-choice": joint.choice_table}
+TABLES |= {"joint": joint.table, "joint-choice": joint.choice_table, "joint-deit": joint.deit_table}
 TEXTS_WITH_TABLES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
