@@ -178,7 +178,7 @@ TABLES = {
     "defaults": defaults,
 }
 TABLES |= graph_tables.TABLES | speed_tables.TABLES | {"recovery": recovery.table, "allocation": allocation.table}
-TABLES |= {"joint": joint.table, "joint-choice": joint.choice_table}
+TABLES |= {"joint": joint.table, "joint-choice": joint.choice_table, "joint-deit": joint.deit_table}
 TABLES |= {"joint-ablation": joint.ablation_table, "joint-rivals": joint.rivals_table}
 TEXTS_WITH_TABLES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 

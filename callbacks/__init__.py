@@ -10,6 +10,7 @@ _HOME = {
     "AverageWeights": "average_weights",
     "BlockProgressBar": "blockwise.progress",
     "BlockwisePruning": "blockwise_pruning",
+    "DepthAllocation": "blockwise.allocations",
     "Diagnostics": "blockwise.run",
     "ErrorAllocation": "blockwise.allocations",
     "EvaluateTasks": "evaluate_tasks",

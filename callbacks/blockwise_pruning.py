@@ -83,8 +83,11 @@ class BlockwisePruning(Callback):
         stages: Whether the linears of a block are pruned in the order in which it calls them (q, k, v; o; gate, up; down),
             each with inputs that the pruned ones before it give. Runs up to the whole block once more for each stage. None is
             true for `joint`, else false.
-        allocation: Allocation of the zeros of `sparsity` to blocks: uniform, owl or error, or a class with settings:
-            UniformAllocation, OwlAllocation, ErrorAllocation.
+        class_token_weight: How many times a class token counts in all calibration statistics: inputs, outputs, what they lack
+            of the dense model's, and the errors that are reported. Distillation tokens are class tokens, registers are not;
+            1 for models without them. The pass of an allocation counts every token once.
+        allocation: Allocation of the zeros of `sparsity` to blocks: uniform, owl, error or depth, or a class with settings:
+            UniformAllocation, OwlAllocation, ErrorAllocation, DepthAllocation.
         ignore: Globs of full names of linears to leave dense, such as '*.down_proj' or 'model.layers.0.*'.
         precision: Precision of Gram matrices on a GPU. auto is as exact as the inputs: half precision is multiplied as it is,
             float32 as float32. high multiplies float32 as TF32, a tenth faster. highest multiplies everything as float32,
@@ -112,6 +115,7 @@ class BlockwisePruning(Callback):
         solver: SolverName | Solver | None = None,
         target: Target | None = None,
         stages: bool | None = None,
+        class_token_weight: float = 1.0,
         allocation: AllocationName | Allocation = "uniform",
         ignore: list[str] | None = None,
         precision: Precision = "auto",
@@ -131,6 +135,7 @@ class BlockwisePruning(Callback):
             None if solver is None else chosen("solver", solver, Solver),
             target,
             stages,
+            class_token_weight,
             chosen("allocation", allocation, Allocation),
             precision,
             () if ignore is None else ignore,

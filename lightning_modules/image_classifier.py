@@ -139,6 +139,11 @@ class ImageClassifier(PrunableModule):
         """Return logits, (samples, classes)."""
         return vision_models.logits(self.model, images)
 
+    @property
+    def class_tokens(self) -> int:
+        """Number of class and distillation tokens, which come first in the blocks; register tokens are not counted."""
+        return vision_models.class_tokens(self.model)
+
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the images of a batch without normalisation, (samples, channels, height, width) in [0, 1]."""
         return vision_models.denormalised(batch["image"], self.data_config)

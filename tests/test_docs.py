@@ -17,7 +17,7 @@ def test_site_builds_without_warnings(tmp_path):
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     settings = (tmp_path / "site" / "settings" / "index.html").read_text(encoding="utf-8")
-    for name in ("num_calibration", "update_rule", "lambda1", "spread", "diffusion_steps", "on_corrupt"):
+    for name in ("num_calibration", "update_rule", "lambda1", "spread", "class_token_weight", "diffusion_steps", "on_corrupt"):
         assert f"<code>{name}</code>" in settings, f"{name} is not in the generated settings"
     assert (tmp_path / "site" / "results" / "attention_map.png").is_file()
 

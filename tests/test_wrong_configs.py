@@ -109,6 +109,17 @@ PRUNING = [
     ),
     (
         "llama",
+        [PRUNE + "class_token_weight", "16"],
+        "`class_token_weight` = 16 needs a model with class tokens, but LlamaForCausalLM has none. Leave it out, or set it to",
+    ),
+    ("prune_vit", [PRUNE + "class_token_weight", ".inf"], "`class_token_weight` expected to be a positive number but got inf"),
+    (
+        "llama",
+        [PRUNE + "allocation", "DepthAllocation", PRUNE + "allocation.slope", "-0.6"],
+        "`allocation.slope` expected to be at most 0.5 in magnitude at a sparsity of 0.5.*got -0.6",
+    ),
+    (
+        "llama",
         [PRUNE + "non_updated", "q"],
         r"`trainer.callbacks.non_updated` has moved: .*update_rule.held \(FixedRule\)` now",
     ),

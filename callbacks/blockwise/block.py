@@ -147,7 +147,8 @@ class BlockStep:
             leaders = {names[0]: names for names in found.names if names[0] in stage} if perturbed else {}
             channels = {first: self._channels(names) for first, names in leaders.items()}
             linears = {name: self._linears[name] for name in stage}
-            self._collectors.append(StatisticsCollector(linears, settings.precision, settings.updates, channels))
+            weights = self._stream.class_tokens, settings.class_token_weight
+            self._collectors.append(StatisticsCollector(linears, settings.precision, settings.updates, channels, *weights))
         if dense and len(stages) > 1:
             modules = [linear.module for linear in self._linears.values()]
             self._dense_weights = {module: module.weight.detach().clone() for module in modules}

@@ -27,6 +27,8 @@ class CalibrationStream:
         self._stream = BlockStream(list(module.blocks.values()))
         self._dense = BlockStream(list(module.blocks.values())) if dense else None
         self._windows, self._num_batches = windows, num_batches
+        self.class_tokens = module.class_tokens
+        """Number of leading tokens of a sample that are class tokens."""
         self._positions: dict[int, Tensor] = {}
         self._same: list[Tensor] = []
         self._has_room: bool | None = None

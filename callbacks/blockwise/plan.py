@@ -24,8 +24,10 @@ def plan_of(settings: PruningSettings, module: PrunableModule, round_held: str |
 
     Raises:
         ValueError: If the model lacks a projection that the update rule needs, or `ignore` excludes it; if a glob of `ignore`
-            matches nothing, or all linears are ignored; if M of the pattern does not divide the inputs of a linear.
+            matches nothing, or all linears are ignored; if M of the pattern does not divide the inputs of a linear; if class
+            tokens have a weight and the model has none.
     """
+    _check_class_tokens(settings, module)
     _check_projections(settings, module)
     unused, plan = set(settings.ignore), {}
     for block_name, block in module.blocks.items():
@@ -65,6 +67,14 @@ def _methods(
 
 def _matching(globs: tuple[str, ...], full_name: str) -> list[str]:
     return [glob for glob in globs if fnmatchcase(full_name, glob)]
+
+
+def _check_class_tokens(settings: PruningSettings, module: PrunableModule) -> None:
+    if settings.class_token_weight != 1 and not module.class_tokens:
+        raise ValueError(
+            f"Argument `class_token_weight` = {settings.class_token_weight:g} needs a model with class tokens, but "
+            f"{type(module.model).__name__} has none. Leave it out, or set it to 1."
+        )
 
 
 def _check_projections(settings: PruningSettings, module: PrunableModule) -> None:

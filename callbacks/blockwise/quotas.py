@@ -1,4 +1,4 @@
-"""Quotas: the number of zeros of each linear, from one pass of the calibration data through the dense model.
+"""Quotas: the number of zeros of each linear, from one pass of the calibration data through the dense model, or from depth.
 
 The pass sums ‖X_j‖² of the inputs of all linears, and the share of the hidden states that each block writes. It goes batch by
 batch and block by block, so it needs the memory of one batch; the sums are taken over all processes.
@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from callbacks.blockwise.allocations import ErrorAllocation, OwlAllocation, UniformAllocation
+from callbacks.blockwise.allocations import DepthAllocation, ErrorAllocation, OwlAllocation, UniformAllocation
 from callbacks.blockwise.placement import Placement
 from callbacks.blockwise.plan import Plan, rows_lose_alike
 from callbacks.blockwise.settings import PruningSettings
@@ -28,6 +28,7 @@ from functional.pruning import OutputStatistics, zeros_wanted
 from functional.pruning.allocation import (
     GRID,
     bounds,
+    depth_sparsities,
     equal_slopes,
     error_curve,
     outlier_ratio_of_scores,
@@ -52,7 +53,7 @@ class Quotas:
     Attributes:
         zeros: Block -> linear -> number of weights that become 0.
         measures: Block -> its share of zeros (sparsity) and the measures that it follows from: outlier_ratio, or written_share
-            and expected_error, the estimated relative error of its output.
+            and expected_error, the estimated relative error of its output; depth has none.
     """
 
     zeros: dict[str, dict[str, int]]
@@ -99,9 +100,11 @@ def quotas_of(
     """
     if isinstance(settings.allocation, UniformAllocation):
         return None
-    rank_zero_info(f"Allocation {settings.allocation.short}: one pass of the calibration data through the dense model.")
     blocks = module.blocks
     linears = {block: {name: module.linears(blocks[block])[name] for name in names} for block, names in plan.items() if names}
+    if isinstance(settings.allocation, DepthAllocation):
+        return processes.first_of(lambda: _targets(settings, plan, module, linears, {}, {}))
+    rank_zero_info(f"Allocation {settings.allocation.short}: one pass of the calibration data through the dense model.")
     with isolate_rng():  # dataloaders draw from it
         norms, written = _dense_pass(trainer, module, linears, placement, isinstance(settings.allocation, ErrorAllocation))
     processes.sum([*(found.sums()["square_norm"] for found in norms.values()), written])
@@ -184,10 +187,13 @@ def _targets(
     read_off: Mapping[str, Any],
     written: Mapping[str, float],
 ) -> Quotas:
-    """Make quotas from what was read off all blocks."""
+    """Make quotas from what was read off all blocks; nothing is, for a depth allocation."""
     sizes = {block: {name: linear.weight.numel() for name, linear in found.items()} for block, found in linears.items()}
-    block_sizes, read = [sum(found.values()) for found in sizes.values()], [read_off[block] for block in sizes]
-    if isinstance(settings.allocation, OwlAllocation):
+    block_sizes, read = [sum(found.values()) for found in sizes.values()], [read_off.get(block) for block in sizes]
+    if isinstance(settings.allocation, DepthAllocation):
+        shares = depth_sparsities(block_sizes, settings.sparsity, settings.allocation.slope)
+        measures = [{} for _ in sizes]
+    elif isinstance(settings.allocation, OwlAllocation):
         shares = owl_sparsities(read, block_sizes, settings.sparsity, settings.allocation.spread)
         measures = [{"outlier_ratio": ratio} for ratio in read]
     else:

@@ -71,6 +71,7 @@ class PruningSettings:
     solver: Solver
     target: Target
     stages: bool
+    class_token_weight: float
     allocation: Allocation
     precision: Precision
     ignore: tuple[str, ...]
@@ -86,6 +87,7 @@ class PruningSettings:
         solver: Solver | None = None,
         target: Target | None = None,
         stages: bool | None = None,
+        class_token_weight: float = 1.0,
         allocation: Allocation | None = None,
         precision: Precision = "auto",
         ignore: Sequence[str] = (),
@@ -101,6 +103,7 @@ class PruningSettings:
             solver: Solver of the weight update.
             target: Outputs that the updated weights come close to.
             stages: Whether the linears of a block are pruned in their order.
+            class_token_weight: How many times a class token counts in calibration statistics.
             allocation: Allocation of zeros to blocks.
             precision: Precision of Gram matrices.
             ignore: Globs of full names of linears to leave dense.
@@ -120,14 +123,16 @@ class PruningSettings:
             raise ValueError(f"Argument `ignore` expected to be a list of globs but got {ignore!r}.")
         if target not in (None, "pruned") and method not in WITH_UPDATE:
             raise _does_not_apply("target", "methods with a weight update", method, "d2prune, sparsegpt or d2_sparsegpt")
+        if class_token_weight != 1 and method == "magnitude":
+            raise _does_not_apply("class_token_weight", "methods with calibration statistics", method, "any other method")
         joint = isinstance(solver, JointSolver)
         target = (DENSE_SHARE if joint else "pruned") if target is None else target
         score, solver = score or Score(), solver or ObsSolver()
         if score.lambda1 is None:
             score = replace(score, lambda1=JOINT_LAMBDA1 if joint else LAMBDA1)
         stages, allocation = joint if stages is None else stages, allocation or UniformAllocation()
-        given = method, sparsity, pattern, score, rule, solver, target, stages, allocation, precision, tuple(ignore)
-        return cls(*given)
+        given = method, sparsity, pattern, score, rule, solver, target, stages, class_token_weight, allocation
+        return cls(*given, precision, tuple(ignore))
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.pattern is None):
@@ -148,6 +153,11 @@ class PruningSettings:
             raise ValueError(f"Argument `target` expected to be pruned or a share in [0, 1] but got {self.target!r}.")
         if not isinstance(self.stages, bool):
             raise ValueError(f"Argument `stages` expected to be true or false but got {self.stages!r}.")
+        if not 0 < self.class_token_weight < float("inf"):
+            raise ValueError(
+                f"Argument `class_token_weight` expected to be a positive number but got {self.class_token_weight}. Leave it "
+                "out, or give 1 to count class tokens like others."
+            )
         parse_pattern(self.pattern)
         check_precision(self.precision)
 
@@ -184,6 +194,7 @@ class PruningSettings:
         found |= {"update_rule": self.update_rule.as_dict()} if self.method == "d2prune" else {}
         found |= {"solver": self.solver.as_dict(), "target": self.target} if self.updates else {}
         found |= {"stages": self.stages}
+        found |= {} if self.method == "magnitude" else {"class_token_weight": self.class_token_weight}
         return found | {"allocation": self.allocation.as_dict(), "precision": self.precision, "ignore": list(self.ignore)}
 
 

@@ -4,6 +4,11 @@ Linears that read the very same tensor (q/k/v, gate/up) are siblings and share o
 computed once. The first batch shows which linears are siblings; later batches are checked against it. NaN, Inf and numbers that
 are too large are looked for once a block, in the peaks that the statistics keep of each batch, so that no batch waits for the
 GPU.
+
+Sums are of products of two features of a token, so class tokens that are scaled by √w count w times, also in the error and
+norm of a result. Numbers of tokens, and tokens_per_sample with them, count each once: a factor common to all weights then
+scales S_W, ŷ x̂ and x̂² alike, and λ1 and λ2 mean what they mean without weights. So dividing by the mean weight would change the
+unit of error and norm only; damping is relative.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from functional.pruning import InputStatistics, OutputStatistics
-from functional.pruning.batches import LARGEST, too_large
+from functional.pruning.batches import LARGEST, too_large, weighted_class_tokens
 from functional.pruning.perturbation import Perturbation
 from functional.pruning.precision import Precision
 from lightning_modules.parts.architectures import PrunableLinear
@@ -32,6 +37,8 @@ class StatisticsCollector:
             about `ERROR_TOKENS` tokens, are enough.
         perturbed: Linear, the first of its siblings -> its outputs if it adds them to hidden states, or 0; for linears whose
             perturbation is measured as well.
+        class_tokens: Number of leading tokens of a sample that are class tokens.
+        class_token_weight: How many times a class token counts in all sums.
     """
 
     def __init__(
@@ -40,9 +47,12 @@ class StatisticsCollector:
         precision: Precision = "auto",
         updates: bool = True,
         perturbed: Mapping[str, int] | None = None,
+        class_tokens: int = 0,
+        class_token_weight: float = 1.0,
     ) -> None:
         self.linears = dict(linears)
         self._precision, self._updates = precision, updates
+        self._class_tokens = class_tokens, class_token_weight
         self._modules: dict[nn.Linear, list[str]] = {}
         for name, linear in self.linears.items():
             self._modules.setdefault(linear.module, []).append(name)
@@ -146,6 +156,9 @@ class StatisticsCollector:
         self._positions.append(positions)
         self._checked = False
 
+        def samples(tokens: Tensor) -> Tensor:
+            return weighted_class_tokens(by_sample(tokens, positions), *self._class_tokens)
+
         def add(name: str, x: Tensor, y: Tensor) -> None:
             if name in seen:
                 raise RuntimeError(f"The linear {name!r} is called more than once a forward pass; it cannot be pruned.")
@@ -154,13 +167,13 @@ class StatisticsCollector:
             if self._leaders.setdefault(name, leader) != leader:
                 raise RuntimeError(f"The linear {name!r} shares its input with others in some batches only.")
             if leader == name:
-                x = by_sample(x, positions)
+                x = samples(x)
                 if name not in self._inputs:
                     self._inputs[name] = InputStatistics(x.shape[-1], self._precision, self._gram_samples(x))
                 self._inputs[name].update(x, positions)
                 if name in self.perturbations:
-                    self.perturbations[name].update(x, by_sample(lacks(name), positions))
-            self.outputs[name].update(by_sample(y, positions), positions)
+                    self.perturbations[name].update(x, samples(lacks(name)))
+            self.outputs[name].update(samples(y), positions)
             self._called[name].append(len(self._positions) - 1)
 
         def hook(module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:

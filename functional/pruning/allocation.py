@@ -4,6 +4,8 @@
     owl       parts with more outliers among their scores |W_ij| ‖X_j‖ keep more (OWL, arXiv 2310.05175):
               D_b = share of the scores of part b that are larger than M times their mean;
               S_b = S + Λ − 2Λ (D_b − min D) / (max D − min D) + δ, with the one δ that leaves S over all weights
+    depth     shares fall from the first part to the last: S_b = S + Λ − 2Λ b / (B − 1) + δ, b = 0 ... B − 1, which is `owl`
+              with D_b = b
     error     the last weight that is taken costs the same everywhere:
               minimise Σ_b E_b(S_b)  subject to  Σ_b n_b S_b = zeros,  low ≤ S_b ≤ high,
               so E_b'(S_b) / n_b = μ for every S_b that no bound stops, with one multiplier μ for all parts
@@ -29,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Allocation = Literal["uniform", "owl", "error"]
+Allocation = Literal["uniform", "owl", "error", "depth"]
 
 GRID = 1000
 """Number of pieces of an error curve."""
@@ -80,6 +82,21 @@ def owl_sparsities(ratios: Sequence[float], sizes: Sequence[int], sparsity: floa
         too_many = counts @ np.clip(wanted + shift, 0, 1) > sparsity * counts.sum()
         low, high = (low, shift) if too_many else (shift, high)
     return np.clip(wanted + shift, 0, 1).tolist()
+
+
+def depth_sparsities(sizes: Sequence[int], sparsity: float, slope: float) -> list[float]:
+    """Return S_b of every part, linear in its number; over all weights they average to `sparsity`. One part has S.
+
+    Args:
+        sizes: n_b, weights of each part, in their order.
+        sparsity: S.
+        slope: Λ; below 0 shares rise.
+
+    Examples:
+        >>> [round(share, 3) for share in depth_sparsities([10, 10, 10], sparsity=0.6, slope=0.1)]
+        [0.7, 0.6, 0.5]
+    """
+    return owl_sparsities(range(len(sizes)), sizes, sparsity, slope)
 
 
 def unit_tokens(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One batch of samples: norms of its channels, its largest number, and the positions of its samples in the calibration set."""
+"""One batch of samples: norms of its channels, its largest number, positions of its samples, weights of its class tokens."""
 
 import torch
 from torch import Tensor
@@ -42,6 +42,28 @@ def positions_of(sample_index: int | Tensor, num_samples: int) -> Tensor:
             f"Argument `sample_index` expected to be a position from 0 on, or {num_samples} of them, but got {sample_index}."
         )
     return positions.to(torch.float32) + 1
+
+
+def weighted_class_tokens(x: Tensor, class_tokens: int, weight: float) -> Tensor:
+    """Scale the first tokens of every sample by √weight, so that they count `weight` times in sums of products.
+
+    Args:
+        x: (samples, tokens, features), any floating dtype; not modified.
+        class_tokens: Number of leading tokens of a sample that are class tokens.
+        weight: How many times one counts; 1 returns `x` itself.
+
+    Returns:
+        The same shape and dtype. Half precision rounds, unless √weight is a power of two; float16 ends at 65504 / √weight.
+
+    Examples:
+        >>> weighted_class_tokens(torch.tensor([[[1.0], [2.0], [3.0]]]), class_tokens=1, weight=16.0).flatten()
+        tensor([4., 2., 3.])
+    """
+    if weight == 1:
+        return x
+    weighted = x.clone()
+    weighted[:, :class_tokens] *= weight**0.5
+    return weighted
 
 
 def too_large(largest: float, where: str = "") -> str:

@@ -55,6 +55,11 @@ class PrunableModule(ResumableModule, TellsModelFacts):
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     @property
+    def class_tokens(self) -> int:
+        """Number of tokens from which classes are read, the first of a sample in the blocks; 0 without such tokens."""
+        return 0
+
+    @property
     def blocks(self) -> dict[str, nn.Module]:
         """Full name -> block, in the order of the chain."""
         return find_blocks(self.model, self.architecture)

@@ -226,6 +226,13 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
+def class_tokens(model: nn.Module) -> int:
+    """Return the number of class and distillation tokens, the first tokens of the blocks; registers come after them."""
+    if is_timm(model):
+        return getattr(model, "num_prefix_tokens", 0) - getattr(model, "num_reg_tokens", 0)
+    return {"vit": 1, "deit": 2}.get(model.config.model_type, 0)
+
+
 def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
     """Return the numbers of rows and columns of patches of an image, which are the last of its tokens."""
     patch = model.patch_embed.patch_size if is_timm(model) else model.config.patch_size

@@ -91,9 +91,13 @@ def test_every_rule_resumes(settings, tiny_run, whole, tmp_path):
     assert go(run) == [0] and run.weights == whole(run)
 
 
+WEIGHTED = {"method": "sparsegpt", "solver": "joint", "sparsity": 0.6, "class_token_weight": 16.0, "allocation": "depth"}
+
+
+@pytest.mark.parametrize("settings", [{"sparsity": 0.5}, WEIGHTED], ids=["defaults", "class tokens"])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_vision_transformer(processes, tmp_path):
-    whole = VisionRun("", "", str(tmp_path / "whole"), processes)
+def test_vision_transformer(processes, settings, tmp_path):
+    whole = VisionRun("", "", str(tmp_path / "whole"), processes, settings=settings)
     run = replace(whole, output=str(tmp_path / "pruned"))
     assert go(whole) == [0] * processes
     assert go(run, {0: Fault("before a file is renamed", 3)})[0] == -signal.SIGKILL

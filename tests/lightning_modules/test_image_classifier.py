@@ -93,6 +93,40 @@ def test_unreadable_images_are_counted_and_in_no_metric(tmp_path):
     assert found == alone
 
 
+@pytest.mark.parametrize(
+    ("name", "model_args", "expected"),
+    [
+        (TIMM[0], {}, 1),
+        (TIMM[1], {}, 2),
+        (TIMM[2], {"reg_tokens": 3}, 1),
+        (TIMM[2], {"class_token": False, "global_pool": "avg"}, 0),
+        (TIMM[2], {"class_token": False, "global_pool": "avg", "reg_tokens": 3}, 0),
+    ],
+)
+def test_class_tokens_come_first_in_the_blocks(name, model_args, expected):
+    """They are where changes of their parameters arrive; registers do not count."""
+    module = ImageClassifier(name, model_args=SMALL | model_args)
+    module.configure_model()
+    assert module.class_tokens == expected
+    hidden = []
+    module.model.eval().blocks[0].register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    with torch.no_grad():
+        for _ in range(2):
+            module(torch.zeros(1, 3, 16, 16))
+            for parameter in ("cls_token", "dist_token"):
+                if getattr(module.model, parameter, None) is not None:
+                    getattr(module.model, parameter).add_(1)
+    changed = (hidden[0] != hidden[1]).any(-1)[0]
+    assert changed[:expected].all() and not changed[expected:].any()
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("ViT", 1), ("DeiT", 2)])
+def test_class_tokens_of_models_of_transformers(kind, expected, tmp_path):
+    module = ImageClassifier(save_transformers(tmp_path, kind))
+    module.configure_model()
+    assert module.class_tokens == expected
+
+
 @pytest.mark.parametrize("name", TIMM)
 @pytest.mark.parametrize("mixing", [{}, {"mixup": 0.8, "cutmix": 1.0}])
 def test_training_lowers_the_loss_of_what_it_sees(name, mixing, tmp_path):

@@ -123,6 +123,15 @@ def test_vision_transformer_with_fused_projections(tmp_path):
         assert reports[1]["metrics"]["dense"][name] == pytest.approx(value, rel=0 if "top" in name else 1e-6), name
 
 
+def test_weighted_class_tokens_give_the_same_bits(tmp_path):
+    settings = {"method": "sparsegpt", "solver": "joint", "sparsity": 0.6, "class_token_weight": 16.0, "allocation": "depth"}
+    data = {"num_calibration": 32, "num_heldout": 8}
+    runs = [VisionRun("", "", str(tmp_path / str(n)), n, settings=settings, data=data) for n in (1, 2)]
+    for run in runs:
+        assert go(run) == [0] * run.processes
+    assert runs[0].weights == runs[1].weights
+
+
 def test_two_nodes_of_one_process(models, one_process, tmp_path):
     run = PruningRun(*models["llama"], str(tmp_path / "pruned"), processes=2, nodes=2)
     one_node = replace(run, nodes=1, output=str(tmp_path / "one_node"))

@@ -11,14 +11,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import BlockwisePruning, ErrorAllocation, FixedRule, JointSolver, OwlAllocation
+from callbacks import BlockwisePruning, DepthAllocation, ErrorAllocation, FixedRule, JointSolver, OwlAllocation
 from datamodules import TextDataModule
 from functional.pruning import zeros_wanted
 from functional.pruning.allocation import owl_sparsities
 from lightning_modules import CausalLM
 from tests.helpers.launchers import Fault, PruningRun, VisionRun, go, tiny
 
-KINDS = {"owl": OwlAllocation(2.0), "error": ErrorAllocation()}
+KINDS = {"owl": OwlAllocation(2.0), "error": ErrorAllocation(), "depth": DepthAllocation(-0.07)}
 
 
 def fit(directory, text_file, folder, logger=False, progress=False, **settings):
@@ -145,6 +145,19 @@ def test_expected_error_is_that_of_the_masks(tiny_model, text_file, tmp_path):
         assert record.allocation["expected_error"] == pytest.approx(written * (sum(errors) / len(errors)).item(), rel=2e-2)
 
 
+def test_depth_is_linear_and_needs_no_data(tiny_model, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("callbacks.blockwise.quotas._dense_pass", None)
+    module, _, callback = fit(tiny_model("llama"), text_file, tmp_path, sparsity=0.6, allocation="depth")
+    shares = [zeros / weights for zeros, weights in zeros_of(module)]
+    assert shares == pytest.approx([0.7, 0.6, 0.5], abs=2e-3)
+    report = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
+    assert [block["allocation"] for block in report["blocks"]] == [{"sparsity": share} for share in shares]
+    assert report["settings"]["allocation"] == {"class_path": "DepthAllocation", "init_args": {"slope": 0.1}}
+    ignored = {"sparsity": 0.6, "ignore": ["*.layers.0.*", "*.layers.2.*"]}
+    _, _, callback = fit(tiny_model("llama"), text_file, tmp_path / "one", allocation="depth", **ignored)
+    assert [record.allocation.get("sparsity") for record in callback.records] == [None, pytest.approx(0.6, abs=2e-3), None]
+
+
 def test_everything_says_what_the_quotas_are(tiny_model, text_file, tmp_path, capsys):
     logger = TensorBoardLogger(tmp_path, name="run")
     settings = {"sparsity": 0.6, "allocation": OwlAllocation(2.0)}
@@ -206,7 +219,7 @@ def report_of(run):
     return json.loads((Path(run.output) / "pruning.json").read_text())
 
 
-@pytest.mark.parametrize(("kind", "solver"), [("owl", "obs"), ("error", "admm")])
+@pytest.mark.parametrize(("kind", "solver"), [("owl", "obs"), ("error", "admm"), ("depth", "obs")])
 def test_processes_and_resume_give_the_same_bits(kind, solver, tiny_run, tmp_path):
     settings = tiny_run.settings | {"allocation": kind, "solver": solver}
     alone = replace(tiny_run, settings=settings, output=str(tmp_path / "alone"))
@@ -247,7 +260,9 @@ def test_vision_transformer_with_fused_projections(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sparsity": 0.95, "allocation": "owl"}, r"`allocation.spread` expected to be at most 0.05 at a .* 0.95.*got 0.08"),
+        ({"sparsity": 0.95, "allocation": "owl"}, r"`allocation.spread` expected to be at most 0.05 in .* 0.95.*got 0.08"),
+        ({"sparsity": 0.05, "allocation": "depth"}, r"`allocation.slope` expected to be at most 0.05 in .* 0.05.*got 0.1"),
+        ({"sparsity": 0.7, "allocation": DepthAllocation(-0.4)}, r"`allocation.slope` expected to be at most 0.3 .*got -0.4"),
     ],
 )
 def test_wrong_settings(arguments, message):

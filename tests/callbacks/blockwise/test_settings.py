@@ -8,6 +8,7 @@ from callbacks import (
     AdmmSolver,
     AttentionRule,
     BlockwisePruning,
+    DepthAllocation,
     Diagnostics,
     ErrorAllocation,
     FixedRule,
@@ -26,6 +27,7 @@ APPLIES = {
     "update_rule": ("d2prune",),
     "solver": UPDATING,
     "target": UPDATING,
+    "class_token_weight": ("d2prune", "wanda", "sparsegpt", "d2_wanda", "d2_sparsegpt"),
     "allocation": ("d2prune", "magnitude", "wanda", "sparsegpt", "d2_wanda", "d2_sparsegpt"),
 }
 """Setting -> methods that have a use for it."""
@@ -34,7 +36,8 @@ VALUES = {
     "update_rule": ["outlier", FixedRule("none")],
     "solver": ["obs", AdmmSolver()],
     "target": [0.35, 1],
-    "allocation": ["owl", ErrorAllocation()],
+    "class_token_weight": [16.0, 0.5],
+    "allocation": ["owl", ErrorAllocation(), DepthAllocation(-0.2)],
 }
 CHOICES = {
     AttentionRule: {"candidates": "all", "objective": "divergence", "reference": "block", "windows": 2, "source": "x.txt"},
@@ -47,6 +50,7 @@ CHOICES = {
     UniformAllocation: {},
     OwlAllocation: {"threshold": 3.0, "spread": 0.05},
     ErrorAllocation: {},
+    DepthAllocation: {"slope": -0.1},
 }
 """Choice -> its settings, other than the defaults."""
 ALL_SETTINGS = {name: value for settings in CHOICES.values() for name, value in settings.items()} | {"rho": 2.0}
@@ -78,7 +82,7 @@ def test_a_choice_takes_its_own_settings_only(choice, setting):
             choice(**{setting: ALL_SETTINGS[setting]})
 
 
-@pytest.mark.parametrize("allocation", ["owl", "error"])
+@pytest.mark.parametrize("allocation", ["owl", "error", "depth"])
 def test_a_pattern_leaves_nothing_to_allocate(allocation):
     with pytest.raises(
         ValueError, match=r"`allocation` = .* gives blocks different shares of zeros, but with `pattern` = '2:4'"
@@ -117,6 +121,14 @@ def test_a_pattern_leaves_nothing_to_allocate(allocation):
         (lambda: BlockwisePruning(sparsity=0.5, stages="o"), "`stages` expected to be true or false but got 'o'"),
         (lambda: OwlAllocation(threshold=0.0), "`threshold` expected to be a positive number but got 0"),
         (lambda: OwlAllocation(spread=float("nan")), "`spread` expected to be a positive number but got nan"),
+        (lambda: DepthAllocation(float("inf")), "`slope` expected to be a finite number but got inf"),
+        *(
+            (
+                lambda weight=weight: BlockwisePruning(sparsity=0.5, class_token_weight=weight),
+                f"`class_token_weight` expected to be a positive number but got {weight}. Leave it out, or give 1",
+            )
+            for weight in (0.0, -1.0, float("nan"), float("inf"))
+        ),
         (lambda: Score(lambda1=float("nan")), "`score.lambda1` expected to be a finite number but got nan"),
         (lambda: Score(scale=-1.0), "`scale` expected to be auto or a positive number but got -1"),
         (lambda: Score(activation_norm="l2"), "`activation_norm` expected to be rms or official but got 'l2'"),

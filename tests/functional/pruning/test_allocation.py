@@ -12,6 +12,7 @@ from functional.pruning import METHODS, prune_linear, prune_linears, zeros_wante
 from functional.pruning.allocation import (
     GRID,
     bounds,
+    depth_sparsities,
     equal_slopes,
     error_curve,
     outlier_ratio_of_scores,
@@ -48,6 +49,19 @@ def test_owl_is_linear_in_the_outliers():
     plain = np.array([0.78, 0.62, 0.62 + 0.16 / 3])
     np.testing.assert_allclose(found, plain + 0.7 - plain.mean(), atol=1e-12)
     assert owl_sparsities([0.1, 0.1], [3, 5], 0.6, 0.08) == pytest.approx([0.6, 0.6])
+
+
+@ANY
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=12), st.floats(0.2, 0.8), st.floats(-0.1, 0.1))
+def test_depth_is_linear_and_keeps_the_mean(sizes, sparsity, slope):
+    found = depth_sparsities(sizes, sparsity, slope)
+    last = max(len(sizes) - 1, 1)
+    line = [sparsity + slope * (1 - 2 * part / last) if len(sizes) > 1 else sparsity for part in range(len(sizes))]
+    shift = sparsity - sum(share * size for share, size in zip(line, sizes, strict=True)) / sum(sizes)
+    if len(set(sizes)) == 1:
+        assert abs(shift) < 1e-9
+    assert all(0 <= share + shift <= 1 for share in line)
+    assert found == pytest.approx([share + shift for share in line])
 
 
 @ANY
