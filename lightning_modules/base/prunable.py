@@ -61,7 +61,7 @@ class PrunableModule(ResumableModule, TellsModelFacts):
 
     def linears(self, block: nn.Module) -> dict[str, PrunableLinear]:
         """Return name within the block -> prunable linear."""
-        return find_linears(block, self.architecture)
+        return find_linears(block, self.architecture, getattr(self.model, "config", None))
 
     def attention(self, block: nn.Module) -> nn.Module:
         """Return the attention module of a block."""
