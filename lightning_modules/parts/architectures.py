@@ -24,6 +24,7 @@ class Architecture:
         attention: Path of the attention module, relative to a block.
         fused: Path -> layout of a linear whose rows are several projections (lightning_modules.parts.fused). Each part is
             pruned as a linear of its own, called <path>.<part>.
+        everywhere: Whether every block has all linears; if not, those that a block lacks are passed over.
     """
 
     blocks: str
@@ -31,6 +32,7 @@ class Architecture:
     projections: dict[str, str] = field(default_factory=dict)
     attention: str = "self_attn"
     fused: dict[str, Layout] = field(default_factory=dict)
+    everywhere: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,7 +264,10 @@ def find_linears(block: nn.Module, architecture: Architecture, config: Any = Non
             is none of the linears.
     """
     linears = {}
+    present = dict(block.named_modules()) if not architecture.everywhere else None
     for name in architecture.linears:
+        if present is not None and name not in present:
+            continue
         try:
             module = block.get_submodule(name)
         except AttributeError as error:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from callbacks import BlockwisePruning, FixedRule
+from callbacks import BlockwisePruning
 from datamodules import TextDataModule
 from lightning_modules import CausalLM
 from lightning_modules.parts.architectures import (

@@ -37,7 +37,8 @@ def calls_of(module, batch):
     return blocks, calls, stream.hidden(0)
 
 
-CASES = [(family, None) for family in (*FAMILIES, "vit", "gemma2", "gemma3_text")] + [("gemma2", "eager"), ("llama", "eager")]
+FURTHER = ("gemma2", "gemma3_text", "bloom", "falcon", "gpt2", "gpt_neox", "gptj", "mpt", "phi3")
+CASES = [(family, None) for family in (*FAMILIES, "vit", *FURTHER)] + [("gemma2", "eager"), ("llama", "eager")]
 
 
 @pytest.mark.parametrize(("family", "implementation"), CASES)
