@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from benchmarks import allocation, graph_tables, joint, recovery, speed_tables
 from benchmarks.markdown import ROOT, read, spread, table
+from lightning_modules.parts.architectures import ARCHITECTURES
 
 METHODS = ("magnitude", "wanda", "d2_wanda", "sparsegpt", "d2_sparsegpt")
 TARGETS = ("0.5", "0.6", "0.7", "2:4")
@@ -169,7 +170,19 @@ def activation() -> str:
     return table(header, lines)
 
 
+def families() -> str:
+    """Families that have an entry: linears of a block, and how q, k and v lie in them."""
+    lines = []
+    for name, entry in sorted(ARCHITECTURES.items()):
+        q = entry.projections["q"]
+        fused = next((path for path in entry.fused if q.startswith(f"{path}.")), None)
+        lines.append([name, ", ".join(entry.linears), "separate" if fused is None else f"rows of {fused}"])
+    header = "| family | linears of a block | q, k and v |\n| --- | --- | --- |"
+    return "\n".join([header, *(f"| {' | '.join(line)} |" for line in lines)])
+
+
 TABLES = {
+    "families": families,
     "headline": headline,
     "quality": quality,
     "rules": rules,

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.base.sparsity import LEAST_SPARSITY, apply_zeros, linear_weights, share_of, zeros_of
+from callbacks.base.sparsity import LEAST_SPARSITY, linear_weights, prunable_linears, share_of, zeros_of
 from lightning_modules.base.prunable import PrunableModule
 from utilities.distributed import need_whole_weights
 
@@ -55,10 +55,11 @@ class KeepSparsity(Callback):
                 "the directory of a pruned model as model.model_name_or_path, or leave the callback out."
             )
         rank_zero_info(f"KeepSparsity: {share:.4%} of the weights of {len(weights)} linears are zero and stay zero.")
-        self._hooks = [
-            optimizer.register_step_post_hook(lambda *_: apply_zeros(linear_weights(pl_module), self.zeros))
-            for optimizer in trainer.optimizers
-        ]
+        self._hooks = [optimizer.register_step_post_hook(lambda *_: self._clear(pl_module)) for optimizer in trainer.optimizers]
+
+    def _clear(self, pl_module: PrunableModule) -> None:
+        for name, linear in prunable_linears(pl_module).items():
+            linear.clear(self.zeros[name])
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: PrunableModule) -> None:

@@ -18,7 +18,8 @@ from torchmetrics import MeanMetric
 
 from functional.sparse24 import DTYPES
 from lightning_modules.base.prunable import PrunableModule
-from lightning_modules.parts.architectures import find_architecture
+from lightning_modules.parts.architectures import ARCHITECTURES, Architecture
+from lightning_modules.parts.discovery import discover
 from lightning_modules.parts.language_models import load_model, load_tokenizer, read_config
 from lightning_modules.parts.linear24 import compress_linears, try_kernels
 from lightning_modules.parts.predictions import Predictions
@@ -30,6 +31,8 @@ PRINTED = 4
 PROMPT_SHOWN = 16
 """Number of tokens of the prompt that are printed before a continuation."""
 
+DISCOVERY_TOKENS = 24
+"""Length of the window that a model which is in no table is run on."""
 LARGEST_LOSS = 88.0
 """Largest loss whose exponential float32 holds; the loss itself is logged beside the perplexity."""
 
@@ -82,6 +85,8 @@ class CausalLM(PrunableModule, WritesText):
         self.metrics = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         self._predictions = Predictions()
         self._ready = False
+        self.discovered = ""
+        """What was discovered of a model that is in no table."""
 
     @property
     def family(self) -> str:
@@ -94,8 +99,6 @@ class CausalLM(PrunableModule, WritesText):
         if self._ready:
             return
         config = read_config(self.path) if self.model is None else self.model.config
-        if self.calibration_step is not None:
-            find_architecture(config.model_type)
         self._check_length(config)
         self.tokenizer = load_tokenizer(self.path) if self.path else None
         if self.tokenizer is None:
@@ -106,13 +109,35 @@ class CausalLM(PrunableModule, WritesText):
             self._compress()
         self._ready = True
 
+    @torch.no_grad()
+    def find_architecture(self) -> Architecture:
+        """Look the family up in ARCHITECTURES, or discover blocks and linears by running the model on one window.
+
+        Raises:
+            ValueError: If neither works.
+        """
+        if self.family in ARCHITECTURES:
+            return super().find_architecture()
+        ids = torch.arange(DISCOVERY_TOKENS, device=self.model.device)[None] % self.model.config.get_text_config().vocab_size
+        training = self.model.training
+        self.model.eval()
+        try:
+            found = discover(self.model, lambda: self.model(input_ids=ids, use_cache=False).logits, self.family)
+        finally:
+            self.model.train(training)
+        blocks = len(self.model.get_submodule(found.architecture.blocks))
+        self.discovered = found.summary(blocks)
+        rank_zero_info(f"{self.family} is not in the table of families. Discovered: {self.discovered}")
+        return found.architecture
+
     def model_facts(self) -> ModelFacts:
         """Return facts with the tokenizer, or with the path that one can be loaded from."""
         return ModelFacts(tokenizer=self.tokenizer or self.path or None)
 
     def described(self) -> dict[str, Any]:
         """Return the hyperparameters, and the class of a model in memory."""
-        return {"model_name_or_path": self.path or type(self.model).__name__, **super().described()}
+        found = {"discovered": self.discovered} if self.discovered else {}
+        return {"model_name_or_path": self.path or type(self.model).__name__, **super().described(), **found}
 
     def _check_sparse24(self) -> None:
         """Refuse `fit` with `sparse24` before weights are read."""

@@ -32,6 +32,9 @@ DIVERGENCE = [*ATTENTION, PRUNE + "update_rule.objective", "divergence"]
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args", "ignore:.*Jsonargparse", "ignore:.*is deprecated")
 
 
+MIXTRAL = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the user has: two models, broken ones, text, a folder and a file of other things."""
@@ -42,9 +45,11 @@ def folder(tmp_path_factory):
         transformers.AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(work / family)
         make_tokenizer(family).save_pretrained(work / family)
     (work / "words.txt").write_text(" ".join(f"w{i % 90 + 2}" for i in range(4000)))
-    for name, kind in (("gpt2", "gpt2"), ("unknown", "nosuch")):
-        shutil.copytree(work / "llama", work / name)
-        (work / name / "config.json").write_text(json.dumps({"model_type": kind}))
+    shutil.copytree(work / "llama", work / "unknown")
+    (work / "unknown/config.json").write_text(json.dumps({"model_type": "nosuch"}))
+    sizes = tiny_config("llama").to_dict() | {"num_local_experts": 2}
+    experts = transformers.MixtralConfig(**{key: sizes[key] for key in (*MIXTRAL, "num_local_experts")})
+    transformers.AutoModelForCausalLM.from_config(experts).save_pretrained(work / "experts")
     for name in ("no_weights", "cut"):
         shutil.copytree(work / "llama", work / name)
     (work / "no_weights/model.safetensors").unlink()
@@ -164,8 +169,8 @@ PRUNING = [
     ),
     (
         "llama",
-        ["--model.model_name_or_path", "./gpt2", "--data.tokenizer", "./llama"],
-        "'gpt2' is not in ARCHITECTURES, which has .*llama.*Add an entry to lightning_modules/parts/",
+        ["--model.model_name_or_path", "./experts", "--data.tokenizer", "./llama"],
+        "'mixtral' is not in ARCHITECTURES, and could not be discovered: it is a mixture of experts .*Add an entry to",
     ),
     ("llama", ["--trainer.limit_train_batches", "0"], "limit_train_batches=0"),
     (

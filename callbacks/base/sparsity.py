@@ -4,18 +4,24 @@ import torch
 from torch import Tensor
 
 from lightning_modules.base.prunable import PrunableModule
+from lightning_modules.parts.architectures import PrunableLinear
 
 LEAST_SPARSITY = 0.01
 """Share of zeros below which a model counts as dense: a few weights are zero by chance, most in 8 and 4 bits."""
 
 
-def linear_weights(module: PrunableModule) -> dict[str, Tensor]:
-    """Return the weights (O, I) of the prunable linears by full name. They share memory with the model."""
+def prunable_linears(module: PrunableModule) -> dict[str, PrunableLinear]:
+    """Return the prunable linears by full name."""
     return {
-        f"{block_name}.{name}": linear.weight
+        f"{block_name}.{name}": linear
         for block_name, block in module.blocks.items()
         for name, linear in module.linears(block).items()
     }
+
+
+def linear_weights(module: PrunableModule) -> dict[str, Tensor]:
+    """Return the weights (O, I) of the prunable linears by full name, to be read."""
+    return {name: linear.weight for name, linear in prunable_linears(module).items()}
 
 
 def zeros_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -133,7 +133,7 @@ class BlockSolver:
         for name in names:
             linear = linears[name]
             weight = weights[name].to(linear.weight.device) if self._processes.is_first else linear.weight
-            linear.weight.copy_(self._processes.send(weight, 0))
+            linear.assign(self._processes.send(weight, 0))
         if attention is not None:
             attention.pass_by(index)
 

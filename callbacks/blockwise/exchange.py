@@ -109,6 +109,6 @@ def send_weights(
         RuntimeError: If the processes hold different bits afterwards.
     """
     for name, linear in linears.items():
-        linear.weight.copy_(processes.send(own.get(name, linear.weight), owners[name]))
+        linear.assign(processes.send(own.get(name, linear.weight), owners[name]))
     if processes.size > 1:
         processes.check_equal(checksum(linear.weight for linear in linears.values()), block)

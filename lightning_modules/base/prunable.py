@@ -40,14 +40,22 @@ class PrunableModule(ResumableModule, TellsModelFacts):
 
     @property
     def architecture(self) -> Architecture:
-        """Entry of the model's family in ARCHITECTURES, which only pruning needs.
+        """Entry of the model's family in ARCHITECTURES, which only pruning needs, or what was discovered in its place.
 
         Raises:
-            ValueError: If the family has none.
+            ValueError: If there is neither.
         """
         if self._architecture is None:
-            self._architecture = find_architecture(self.family)
+            self._architecture = self.find_architecture()
         return self._architecture
+
+    def find_architecture(self) -> Architecture:
+        """Look the family up in ARCHITECTURES.
+
+        Raises:
+            ValueError: If it has no entry.
+        """
+        return find_architecture(self.family)
 
     @property
     def metric_dtype(self) -> torch.dtype:
@@ -66,7 +74,7 @@ class PrunableModule(ResumableModule, TellsModelFacts):
 
     def linears(self, block: nn.Module) -> dict[str, PrunableLinear]:
         """Return name within the block -> prunable linear."""
-        return find_linears(block, self.architecture)
+        return find_linears(block, self.architecture, getattr(self.model, "config", None))
 
     def attention(self, block: nn.Module) -> nn.Module:
         """Return the attention module of a block."""

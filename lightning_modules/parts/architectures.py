@@ -5,8 +5,12 @@ config, and vision_transformer for timm.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from lightning_modules.parts.fused import QKV, Layout, Rows, by_head, by_projection, equal, of_falcon
 
 
 @dataclass(frozen=True)
@@ -18,38 +22,64 @@ class Architecture:
         linears: Paths of the linears to prune, relative to a block.
         projections: Role (q, k, v, o) -> path of the attention projection among the linears.
         attention: Path of the attention module, relative to a block.
-        fused: Path -> parts of a linear whose rows are several projections of equal size, one after the other. Each part is
-            pruned as a linear of its own, called <path>.<part>. Only for the families of `SPLIT_BY_PROJECTION`.
+        fused: Path -> layout of a linear whose rows are several projections (lightning_modules.parts.fused). Each part is
+            pruned as a linear of its own, called <path>.<part>.
+        everywhere: Whether every block has all linears; if not, those that a block lacks are passed over.
     """
 
     blocks: str
     linears: tuple[str, ...]
     projections: dict[str, str] = field(default_factory=dict)
     attention: str = "self_attn"
-    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    fused: dict[str, Layout] = field(default_factory=dict)
+    everywhere: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrunableLinear:
-    """A linear that is pruned as one matrix: a whole ``nn.Linear``, or one projection's rows of a fused one."""
+    """A linear that is pruned as one matrix: a whole module, or one projection's rows of a fused one.
 
-    module: nn.Linear
-    rows: slice = field(default_factory=lambda: slice(None))
+    Args:
+        module: ``nn.Linear``, or GPT-2's ``Conv1D``, whose weight is transposed.
+        rows: Outputs of the module that belong to it.
+    """
+
+    module: nn.Module
+    rows: Rows = field(default_factory=lambda: slice(None))
 
     @property
     def weight(self) -> Tensor:
-        """Weight, (O, I), a view into that of the module."""
-        return self.module.weight.detach()[self.rows]
+        """Weight, (O, I): a view into that of the module, or a copy if its rows do not lie together. Write with `assign`."""
+        return self._matrix[self.rows]
+
+    @torch.no_grad()
+    def assign(self, weight: Tensor) -> None:
+        """Write a weight, (O, I), into the module."""
+        self._matrix[self.rows] = weight.to(self._matrix)
+
+    @torch.no_grad()
+    def clear(self, mask: Tensor) -> None:
+        """Set weights to 0 where a mask, (O, I), is True, even where they are NaN."""
+        if isinstance(self.rows, slice):
+            self.weight.masked_fill_(mask, 0)
+        else:
+            self.assign(self.weight.masked_fill(mask, 0))
 
     @property
     def in_features(self) -> int:
         """I, number of input channels."""
-        return self.module.in_features
+        return self._matrix.shape[1]
 
     @property
     def out_features(self) -> int:
         """O, number of output channels."""
-        return len(range(*self.rows.indices(self.module.out_features)))
+        rows = self.rows
+        return len(range(*rows.indices(len(self._matrix)))) if isinstance(rows, slice) else len(rows)
+
+    @property
+    def _matrix(self) -> Tensor:
+        weight = self.module.weight.detach()
+        return weight if isinstance(self.module, nn.Linear) else weight.T
 
 
 LLAMA = Architecture(
@@ -75,8 +105,60 @@ VISION_TRANSFORMER = Architecture(  # timm's
     linears=("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
     projections={role: f"attn.qkv.{role}" for role in "qkv"} | {"o": "attn.proj"},
     attention="attn",
-    fused={"attn.qkv": ("q", "k", "v")},
+    fused={"attn.qkv": equal(*QKV)},
 )
+GPT2 = Architecture(
+    blocks="transformer.h",
+    linears=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    projections={role: f"attn.c_attn.{role}" for role in "qkv"} | {"o": "attn.c_proj"},
+    attention="attn",
+    fused={"attn.c_attn": equal(*QKV)},
+)
+GPT_NEOX = Architecture(
+    blocks="gpt_neox.layers",
+    linears=("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    projections={role: f"attention.query_key_value.{role}" for role in "qkv"} | {"o": "attention.dense"},
+    attention="attention",
+    fused={"attention.query_key_value": by_head},
+)
+GPTJ = Architecture(
+    blocks="transformer.h",
+    linears=("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"),
+    projections={role: f"attn.{role}_proj" for role in "qkv"} | {"o": "attn.out_proj"},
+    attention="attn",
+)
+BLOOM = Architecture(
+    blocks="transformer.h",
+    linears=("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    projections={role: f"self_attention.query_key_value.{role}" for role in "qkv"} | {"o": "self_attention.dense"},
+    attention="self_attention",
+    fused={"self_attention.query_key_value": by_head},
+)
+MPT = Architecture(
+    blocks="transformer.blocks",
+    linears=("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj"),
+    projections={role: f"attn.Wqkv.{role}" for role in "qkv"} | {"o": "attn.out_proj"},
+    attention="attn",
+    fused={"attn.Wqkv": equal(*QKV)},
+)
+PHI = Architecture(
+    blocks="model.layers",
+    linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense", "mlp.fc1", "mlp.fc2"),
+    projections={role: f"self_attn.{role}_proj" for role in "qkv"} | {"o": "self_attn.dense"},
+)
+PHI3 = Architecture(
+    blocks="model.layers",
+    linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    projections={role: f"self_attn.qkv_proj.{role}" for role in "qkv"} | {"o": "self_attn.o_proj"},
+    fused={"self_attn.qkv_proj": by_projection, "mlp.gate_up_proj": equal("gate", "up")},
+)
+GLM = replace(
+    LLAMA,
+    linears=(*LLAMA.linears[:4], "mlp.gate_up_proj", "mlp.down_proj"),
+    fused={"mlp.gate_up_proj": equal("gate", "up")},
+)
+STARCODER2 = replace(LLAMA, linears=(*LLAMA.linears[:4], "mlp.c_fc", "mlp.c_proj"))
+UP_AND_DOWN = replace(LLAMA, linears=(*LLAMA.linears[:4], "mlp.up_proj", "mlp.down_proj"))
 TRANSFORMERS_VIT = Architecture(
     blocks="vit.layers",
     linears=(
@@ -92,42 +174,52 @@ TRANSFORMERS_VIT = Architecture(
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "apertus": UP_AND_DOWN,
+    "arcee": UP_AND_DOWN,
+    "bloom": BLOOM,
     "cohere": LLAMA,
     "cohere2": LLAMA,
     "deit": replace(TRANSFORMERS_VIT, blocks="deit.layers"),
     "ernie4_5": LLAMA,
     "exaone4": LLAMA,
+    "falcon": replace(BLOOM, fused={"self_attention.query_key_value": of_falcon}),
     "gemma": LLAMA,
     "gemma2": LLAMA,
     "gemma3_text": LLAMA,
+    "glm": GLM,
+    "glm4": GLM,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "gptj": GPTJ,
     "granite": LLAMA,
+    "helium": LLAMA,
     "hunyuan_v1_dense": LLAMA,
     "llama": LLAMA,
     "ministral3": LLAMA,
     "mistral": LLAMA,
+    "mpt": MPT,
+    "nemotron": UP_AND_DOWN,
     "olmo2": LLAMA,
     "olmo3": LLAMA,
     "opt": OPT,
+    "phi": PHI,
+    "phi3": PHI3,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "seed_oss": LLAMA,
     "smollm3": LLAMA,
     "stablelm": LLAMA,
+    "starcoder2": STARCODER2,
     "vit": TRANSFORMERS_VIT,
     "vision_transformer": VISION_TRANSFORMER,
 }
-
-SPLIT_BY_PROJECTION = frozenset({"vision_transformer"})
-"""Families whose `fused` linears are known to have all rows of q, then of k, then of v. Many others (GPT-NeoX, Bloom, Falcon)
-keep the rows of one head together, which neither shapes nor weights show. Together with a family, add a case to the test of the
-rows that attention reads (tests/lightning_modules/parts/test_architectures.py)."""
 
 
 def find_architecture(model_type: str) -> Architecture:
     """Return the entry of a model family.
 
     Raises:
-        ValueError: If there is none, or if it splits a fused linear of a family whose order of rows is not known.
+        ValueError: If there is none.
     """
     if model_type not in ARCHITECTURES:
         raise ValueError(
@@ -135,15 +227,7 @@ def find_architecture(model_type: str) -> Architecture:
             "lightning_modules/parts/architectures.py: the path of its list of blocks, the paths of the linears of a block, "
             "and which of these are the q, k, v and o projections."
         )
-    architecture = ARCHITECTURES[model_type]
-    if architecture.fused and model_type not in SPLIT_BY_PROJECTION:
-        raise ValueError(
-            f"`fused` of the entry {model_type!r} in ARCHITECTURES splits {', '.join(architecture.fused)} into rows of q, then "
-            f"k, then v, which is known to be right for {', '.join(sorted(SPLIT_BY_PROJECTION))} only: GPT-NeoX, Bloom, Falcon "
-            "and others interleave them by head. Leave out `fused` and the projections q, k and v, and prune the linear as a "
-            "whole with FixedRule and `held: none`."
-        )
-    return architecture
+    return ARCHITECTURES[model_type]
 
 
 def find_blocks(model: nn.Module, architecture: Architecture) -> dict[str, nn.Module]:
@@ -167,36 +251,50 @@ def find_blocks(model: nn.Module, architecture: Architecture) -> dict[str, nn.Mo
     return {f"{architecture.blocks}.{i}": block for i, block in enumerate(blocks)}
 
 
-def find_linears(block: nn.Module, architecture: Architecture) -> dict[str, PrunableLinear]:
+def find_linears(block: nn.Module, architecture: Architecture, config: Any = None) -> dict[str, PrunableLinear]:
     """Return name within the block -> prunable linear; a fused linear is split into its parts.
 
+    Args:
+        block: A block.
+        architecture: Its family.
+        config: Config of the model, which some layouts read.
+
     Raises:
-        ValueError: If a name of the table does not exist or is not a plain ``nn.Linear``, or a projection is none of the
-            linears.
+        ValueError: If a name of the table does not exist or is neither a plain ``nn.Linear`` nor a ``Conv1D``, or a projection
+            is none of the linears.
     """
     linears = {}
+    present = dict(block.named_modules()) if not architecture.everywhere else None
     for name in architecture.linears:
+        if present is not None and name not in present:
+            continue
         try:
             module = block.get_submodule(name)
         except AttributeError as error:
             raise ValueError(f"The block {type(block).__name__} has no {name!r}; see ARCHITECTURES.") from error
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) and not is_conv1d(module):
             raise ValueError(
                 f"{name!r} of {type(block).__name__} is a {type(module).__name__}, not a plain nn.Linear. "
                 "Load the model without quantisation, adapters or `sparse24`."
             )
-        parts = architecture.fused.get(name)
-        if parts is None:
+        if name not in architecture.fused:
             linears[name] = PrunableLinear(module)
             continue
-        size, rest = divmod(module.out_features, len(parts))
-        if rest:
-            raise ValueError(f"{name!r} has {module.out_features} rows, which are not {', '.join(parts)} of one size.")
-        for i, part in enumerate(parts):
-            linears[f"{name}.{part}"] = PrunableLinear(module, slice(i * size, (i + 1) * size))
+        try:
+            parts = architecture.fused[name](PrunableLinear(module).out_features, config)
+        except ValueError as error:
+            raise ValueError(f"{name!r} of {type(block).__name__}: {error}, as its entry in ARCHITECTURES says.") from error
+        linears |= {f"{name}.{part}": PrunableLinear(module, rows) for part, rows in parts.items()}
     if unknown := set(architecture.projections.values()) - set(linears):
         raise ValueError(
             f"`projections` of {type(block).__name__}'s entry in ARCHITECTURES names {', '.join(sorted(unknown))}, which is "
             f"none of its linears {', '.join(linears)}."
         )
     return linears
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is GPT-2's Conv1D, a linear whose weight is (I, O)."""
+    from transformers.pytorch_utils import Conv1D  # not needed for the models of other libraries
+
+    return isinstance(module, Conv1D)

@@ -26,16 +26,10 @@ def attention_form(module: nn.Module, form: AttentionForm) -> Iterator[None]:
         module: A whole model or one of its parts.
         form: eager, or own for the model's own form.
 
-    Raises:
-        ValueError: If there is no attention whose form can be set.
+    Modules without a choice (BLOOM, GPT-J, MPT) compute in the one form that they have.
     """
     configs = {id(m.config): m.config for m in module.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
     flagged = [m for m in module.modules() if isinstance(getattr(m, "fused_attn", None), bool)]
-    if not configs and not flagged:
-        raise ValueError(
-            f"{type(module).__name__} has no attention whose form can be chosen: neither a transformers config nor timm's "
-            "fused_attn. Use update_rule fixed, outlier or perplexity."
-        )
     before = [(config, config._attn_implementation) for config in configs.values()]
     flags = [(attention, attention.fused_attn) for attention in flagged]
     try:

@@ -6,20 +6,35 @@ VOCABULARY = 96
 _MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 8}
 FURTHER_FAMILIES = {
+    "apertus": {},
+    "arcee": {},
+    "bloom": {},
     "cohere": {"use_qk_norm": True},
     "cohere2": _MIXED,
     "ernie4_5": {},
     "exaone4": _MIXED,
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "gemma": {"head_dim": 16},
     "gemma2": _MIXED | {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 8},
     "gemma3_text": _MIXED | {"query_pre_attn_scalar": 8},
+    "glm": {},
+    "glm4": {},
+    "gpt2": {"n_inner": 48},
+    "gpt_neox": {},
+    "gptj": {"rotary_dim": 4, "n_inner": 48},
     "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "helium": {},
     "hunyuan_v1_dense": {},
+    "mpt": {"expansion_ratio": 2},
+    "nemotron": {},
     "ministral3": {"rope_parameters": _YARN | {"llama_4_scaling_beta": 0.1}},
     "olmo2": {},
     "olmo3": _MIXED,
+    "phi": {},
+    "phi3": {},
     "seed_oss": {"head_dim": 16},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "starcoder2": {"use_bias": True},
     "stablelm": {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
 }
 """Further families of the table, which only their own tests go through -> what sets them apart from LLaMA."""
@@ -46,7 +61,8 @@ def tiny_config(family: str):
     if family == "qwen2":  # the last block attends in a window, the others do not
         return transformers.Qwen2Config(**grouped, use_sliding_window=True, sliding_window=6, max_window_layers=2)
     if family in FURTHER_FAMILIES:
-        special = {"head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1} | FURTHER_FAMILIES[family]
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1} | FURTHER_FAMILIES[family]
+        special |= {"head_dim": 8} if family != "falcon" and "head_dim" not in special else {}
         return transformers.CONFIG_MAPPING[family](**grouped, **special)
     return transformers.Qwen3Config(**grouped, head_dim=16, tie_word_embeddings=True)
 

@@ -7,6 +7,7 @@ import torch
 import transformers
 from lightning.pytorch import Trainer, seed_everything
 
+from callbacks import BlockwisePruning
 from datamodules import TextDataModule
 from lightning_modules import CausalLM
 from lightning_modules.parts.architectures import ARCHITECTURES, find_architecture
@@ -79,18 +80,20 @@ def test_predict_writes_continuations(tiny_model, text_file, tmp_path):
     assert all(1 <= len(text.split()) <= 5 for batch in texts for text in batch)
 
 
-def test_an_unknown_architecture_lists_the_known_ones_when_it_is_to_be_pruned(tmp_path):
-    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=8, n_layer=1, n_head=2)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"'gpt2' is not in ARCHITECTURES, which has cohere.*, llama, .* opt, qwen2, qwen3.*paths of the"
-    ):
-        module = CausalLM(str(tmp_path))
-        module.arm(print)
-        module.configure_model()
-    module.disarm()
-    module.configure_model()
-    assert module.family == "gpt2"
+def test_a_model_that_cannot_be_discovered_is_refused_when_it_is_to_be_pruned(tiny_model, text_file, tmp_path):
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    config = transformers.MixtralConfig(vocab_size=VOCABULARY, num_local_experts=2, **sizes)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    data = TextDataModule(tokenizer=tiny_model("llama"), source=text_file, seq_len=16, num_calibration=2, num_heldout=1)
+    pruning = BlockwisePruning(sparsity=0.5, output_dir=str(tmp_path / "pruned"))
+    with pytest.raises(ValueError, match=r"'mixtral' is not in ARCHITECTURES, and could not be discovered: it is a mixture of"):
+        quiet_trainer(tmp_path, callbacks=[pruning]).fit(CausalLM(str(tmp_path / "mixtral")), data)
 
 
 def test_a_family_outside_the_table_is_validated(tiny_model, text_file, tmp_path):

@@ -210,12 +210,12 @@ class _Trial:
     def restore(self) -> None:
         """Put the dense weights back."""
         for role, weight in self._dense.items():
-            self._linears[role].weight.copy_(weight)
+            self._linears[role].assign(weight)
 
     def _write(self, state: State) -> None:
         for role, name in state.items():
             if self._written[role] != name:
-                self._linears[role].weight.copy_(self._options[role][name].weight)
+                self._linears[role].assign(self._options[role][name].weight)
                 self._written[role] = name
 
     def _score(self, error: float, kl: float, reconstruction: float) -> float:

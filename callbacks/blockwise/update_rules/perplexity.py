@@ -105,7 +105,7 @@ class Rounds:
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, linear in self._linears.items():
-            linear.weight.copy_(values[name])
+            linear.assign(values[name])
 
     def _loss(self, metrics: dict[str, float]) -> float:
         loss = metrics[self.judge]

@@ -6,20 +6,21 @@ import pytest
 import torch
 import transformers
 
-from callbacks import BlockwisePruning, FixedRule
+from callbacks import BlockwisePruning
 from datamodules import TextDataModule
 from lightning_modules import CausalLM
 from lightning_modules.parts.architectures import (
     ARCHITECTURES,
     LLAMA,
-    SPLIT_BY_PROJECTION,
     VISION_TRANSFORMER,
-    Architecture,
+    PrunableLinear,
     find_architecture,
     find_blocks,
     find_linears,
+    is_conv1d,
 )
 from lightning_modules.parts.block_stream import BlockStream
+from lightning_modules.parts.fused import equal
 from tests.helpers.tiny import FAMILIES, FURTHER_FAMILIES, VOCABULARY, make_model, quiet, tiny_vit
 
 LANGUAGE_FAMILIES = [*FAMILIES, *FURTHER_FAMILIES]
@@ -73,8 +74,9 @@ def test_every_linear_of_a_language_model_is_pruned_and_transformers_reads_the_r
     pruned = prune(tmp_path / "dense", data, tmp_path)
     linears = {}
     for name, block in pruned.blocks.items():
-        found = {path: child for path, child in block.named_modules() if isinstance(child, torch.nn.Linear)}
-        assert set(found) == set(pruned.linears(block))
+        found = {path: child for path, child in block.named_modules() if isinstance(child, torch.nn.Linear) or is_conv1d(child)}
+        assert set(found) == set(pruned.architecture.linears)
+        assert {linear.module for linear in pruned.linears(block).values()} == set(found.values())
         linears |= {f"{name}.{path}.weight": child.weight for path, child in found.items()}
     assert all(2 * int((weight == 0).sum()) == weight.numel() for weight in linears.values())
     assert set(pruned.architecture.projections) == set("qkvo")
@@ -148,104 +150,114 @@ def test_parts_of_a_fused_linear_are_views_of_it():
 
 def test_a_fused_linear_must_fall_into_its_parts():
     block = tiny_vit().model.blocks[0]
-    wrong = replace(VISION_TRANSFORMER, fused={"attn.qkv": ("a", "b", "c", "d", "e")})
-    with pytest.raises(ValueError, match=r"'attn.qkv' has 96 rows, which are not a, b, c, d, e of one size"):
+    wrong = replace(VISION_TRANSFORMER, fused={"attn.qkv": equal("a", "b", "c", "d", "e")})
+    with pytest.raises(ValueError, match=r"'attn.qkv' of Block: 96 rows do not fall into 5 equal parts, as its entry"):
         find_linears(block, wrong)
 
 
-GPT_NEOX = Architecture(
-    blocks="gpt_neox.layers",
-    linears=("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-    projections={"o": "attention.dense"},
-    attention="attention",
-)
-SPLIT_GPT_NEOX = replace(
-    GPT_NEOX,
-    projections={role: f"attention.query_key_value.{role}" for role in "qkv"} | {"o": "attention.dense"},
-    fused={"attention.query_key_value": ("q", "k", "v")},
-)
+ROWS = {
+    "gpt2": [*range(32)],
+    "mpt": [*range(32)],
+    "phi3": [*range(32)],
+    "gpt_neox": [24 * head + i for head in range(4) for i in range(8)],
+    "bloom": [24 * head + i for head in range(4) for i in range(8)],
+    "falcon": [32 * group + i for group in range(2) for i in range(16)],
+}
+"""Family -> rows of q in its fused linear, by hand: four heads of 8, in Falcon in two groups with one k and one v each."""
 
 
-def make_gpt_neox():
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+@pytest.mark.parametrize("family", ROWS)
+def test_rows_of_q(family):
+    model = make_model(family)
+    block = next(iter(find_blocks(model, ARCHITECTURES[family]).values()))
+    linears = find_linears(block, ARCHITECTURES[family], model.config)
+    q = linears[ARCHITECTURES[family].projections["q"]]
+    outputs = torch.arange(PrunableLinear(q.module).out_features)
+    assert outputs[q.rows].tolist() == ROWS[family]
+    parts = [linear for linear in linears.values() if linear.module is q.module]
+    assert sorted(row for part in parts for row in outputs[part.rows].tolist()) == outputs.tolist()
+
+
+@pytest.mark.parametrize("config", [{"multi_query": True}, {"multi_query": False, "alibi": True}], ids=str)
+def test_earlier_forms_of_falcon(config):
     torch.manual_seed(0)
-    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=VOCABULARY, **sizes)).eval()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+    model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, new_decoder_architecture=False, **config)).eval()
+    linears = find_linears(model.transformer.h[0], ARCHITECTURES["falcon"], model.config)
+    assert roles_are_right(lambda: model(TOKENS), linears, ARCHITECTURES["falcon"])
 
 
-def roles_are_right(run, block, fused, output):
-    """Whether a block's fused linear has the rows of q, k and v one after the other, by what its attention makes of them.
+def roles_are_right(run, linears, architecture):
+    """Whether the rows of q, k and v are those that attention reads as such.
+
+    The query of a token decides about this token alone, its key about others, and without values nothing comes out.
 
     Args:
         run: Runs the model.
-        block: Its first block.
-        fused: Path of the fused linear.
-        output: Path of the output projection, which reads the attention's values.
+        linears: Linears of its first block.
+        architecture: Its family.
     """
-    linear, read, change = block.get_submodule(fused), [], {}
-    size = linear.out_features // 3
+    read, change = [], {}
+    roles = {role: linears[name] for role, name in architecture.projections.items()}
 
-    def alter(_, args, result):
-        result = result.clone()
-        for part, (tokens, value) in change.items():
-            result[:, tokens, part * size : (part + 1) * size] = value
-        return result
+    def alter(linear):
+        def hook(_, args, result):
+            if change.get("role") is linear:
+                result = result.clone()
+                altered = result[:, change["tokens"]]
+                altered[..., linear.rows] = change["value"]
+                result[:, change["tokens"]] = altered
+                return result
 
-    hooks = [
-        linear.register_forward_hook(alter),
-        block.get_submodule(output).register_forward_pre_hook(lambda _, args: read.append(args[0])),
-    ]
-    for altered in ({}, {0: (2, 3.0)}, {1: (2, 3.0)}, {2: (slice(None), 0.0)}):
-        change.clear()
-        change.update(altered)
+        return hook
+
+    hooks = [roles[role].module.register_forward_hook(alter(roles[role])) for role in "qkv"]
+    hooks.append(roles["o"].module.register_forward_pre_hook(lambda _, args: read.append(args[0])))
+    for role, tokens, value in ((None, None, None), ("q", [2], 3.0), ("k", [2], 3.0), ("v", slice(None), 0.0)):
+        change.update(role=roles.get(role), tokens=tokens, value=value)
         with torch.no_grad():
             run()
     for hook in hooks:
         hook.remove()
-    plain, q, k, v = read
-    q_moves, k_moves = ((x - plain).abs().amax((0, 2)) > 1e-6 for x in (q, k))
+    plain, q, k, v = read[:: len(read) // 4]  # of the first block
+    q_moves, k_moves = ((x - plain).reshape(3, -1, 32).abs().amax((0, 2)) > 1e-6 for x in (q, k))
     return q_moves.nonzero().tolist() == [[2]] and k_moves.sum() > 1 and not v.any()
 
 
-def test_the_parts_of_fused_linears_are_what_the_attention_reads():
-    """The query of a token decides about this token alone, its key about others, and without values nothing comes out."""
-    vit = tiny_vit().model.eval()
-    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert roles_are_right(lambda: vit(images), vit.blocks[0], "attn.qkv", "attn.proj")
-    assert {family for family, entry in ARCHITECTURES.items() if entry.fused} == {"vision_transformer"} == SPLIT_BY_PROJECTION
-    model = make_gpt_neox()
-    block = model.gpt_neox.layers[0]
-    fused, output = "attention.query_key_value", "attention.dense"
-    assert not roles_are_right(lambda: model(TOKENS), block, fused, output)
-    with torch.no_grad():  # the same attention, once its rows are sorted: the test sees order and nothing else
-        by_head = torch.arange(96).view(4, 3, 8)
-        inverse = by_head.transpose(0, 1).flatten()
-        weight, bias = block.attention.query_key_value.weight, block.attention.query_key_value.bias
-        expected = model(TOKENS).logits
-        sorted_linear = torch.nn.Linear(32, 96)
-        sorted_linear.weight.copy_(weight[inverse])
-        sorted_linear.bias.copy_(bias[inverse])
-        block.attention.query_key_value = torch.nn.Sequential(sorted_linear, Scatter(inverse))
-        torch.testing.assert_close(model(TOKENS).logits, expected)
-    assert roles_are_right(lambda: model(TOKENS), block, f"{fused}.0", output)
+@pytest.mark.parametrize("family", [family for family in LANGUAGE_FAMILIES if ARCHITECTURES[family].fused])
+def test_the_parts_of_fused_linears_are_what_the_attention_reads(family):
+    architecture, model = ARCHITECTURES[family], make_model(family).eval()
+    block = next(iter(find_blocks(model, architecture).values()))
+    linears = find_linears(block, architecture, model.config)
+    del model.get_submodule(architecture.blocks)[1:]
+    model.config.num_hidden_layers = 1
+    assert roles_are_right(lambda: model(input_ids=TOKENS, use_cache=False), linears, architecture)
+    swapped = linears | {
+        architecture.projections["q"]: linears[architecture.projections["k"]],
+        architecture.projections["k"]: linears[architecture.projections["q"]],
+    }
+    assert not roles_are_right(lambda: model(input_ids=TOKENS, use_cache=False), swapped, architecture)
 
 
-class Scatter(torch.nn.Module):
-    """Puts features at the given places."""
-
-    def __init__(self, places):
-        super().__init__()
-        self.places = places
-
-    def forward(self, x):
-        return torch.empty_like(x).index_copy_(-1, self.places, x)
+def test_the_parts_of_a_vision_transformer_are_what_the_attention_reads():
+    module = tiny_vit()
+    vit = module.model.eval()
+    del vit.blocks[1:]
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert roles_are_right(lambda: vit(images), module.linears(vit.blocks[0]), VISION_TRANSFORMER)
 
 
-def test_a_linear_fused_by_head_is_refused_in_parts_and_pruned_as_a_whole(data, tmp_path, monkeypatch):
-    make_gpt_neox().save_pretrained(tmp_path / "dense")
-    monkeypatch.setitem(ARCHITECTURES, "gpt_neox", SPLIT_GPT_NEOX)
-    with pytest.raises(ValueError, match=r"`fused` of the entry 'gpt_neox' .* interleave them by head.*`held: none`"):
-        prune(tmp_path / "dense", data, tmp_path)
-    monkeypatch.setitem(ARCHITECTURES, "gpt_neox", GPT_NEOX)
-    module = prune(tmp_path / "dense", data, tmp_path, update_rule=FixedRule("none"))
-    weights = [linear.weight for block in module.blocks.values() for linear in module.linears(block).values()]
-    assert len(weights) == 8 and all(2 * int((weight == 0).sum()) == weight.numel() for weight in weights)
+@pytest.mark.parametrize("family", ["gpt_neox", "falcon", "gpt2"])
+def test_parts_whose_rows_do_not_lie_together_are_written_in_place(family):
+    model = make_model(family)
+    block = next(iter(find_blocks(model, ARCHITECTURES[family]).values()))
+    linears = find_linears(block, ARCHITECTURES[family], model.config)
+    k = linears[ARCHITECTURES[family].projections["k"]]
+    before = {name: linear.weight.clone() for name, linear in linears.items()}
+    new = torch.randn_like(k.weight)
+    k.assign(new)
+    assert torch.equal(k.weight, new)
+    mask = torch.rand_like(new) < 0.5
+    k.clear(mask)
+    assert torch.equal(k.weight, new.masked_fill(mask, 0))
+    assert all(torch.equal(linear.weight, before[name]) for name, linear in linears.items() if linear is not k)
