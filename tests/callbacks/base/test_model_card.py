@@ -140,8 +140,14 @@ def test_trained_model(tiny_model, text, tmp_path):
 
 
 def test_trained_model_of_a_family_that_cannot_be_pruned(text_file, tmp_path):
-    config = transformers.GPT2Config(vocab_size=96, n_embd=16, n_layer=1, n_head=2, n_positions=64)
-    module = CausalLM(transformers.GPT2LMHeadModel(config))
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    module = CausalLM(transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=96, num_local_experts=2, **sizes)))
     data = short_windows(make_tokenizer("llama"), text_file)
     quiet(tmp_path, SaveModel()).fit(module, data)
     front, body = read(tmp_path / "model")
