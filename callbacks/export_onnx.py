@@ -157,8 +157,8 @@ def check_weights(module: PrunableModule, path: Path) -> None:
     arrays = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 2]
     stored = {digest([("", torch.tensor(array))]) for array in arrays}
     for block_name, block in module.blocks.items():
-        for name in (name for name in module.architecture.linears if name in dict(block.named_modules())):
-            weight = block.get_submodule(name).weight.detach().float()
+        for name, linear in module.linears(block).items():
+            weight = linear.module.weight.detach().float()
             if stored.isdisjoint((digest([("", weight)]), digest([("", weight.T)]))):
                 raise RuntimeError(f"The ONNX file does not hold the weights of {block_name}.{name} as they are; not written.")
 

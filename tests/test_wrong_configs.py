@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import lightning_modules
-from tests.helpers.tiny import make_tokenizer, tiny_config
+from tests.helpers.tiny import make_experts, make_tokenizer, tiny_config
 from train import main
 from utilities.failures import failures_in_one_sentence
 
@@ -32,9 +32,6 @@ DIVERGENCE = [*ATTENTION, PRUNE + "update_rule.objective", "divergence"]
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args", "ignore:.*Jsonargparse", "ignore:.*is deprecated")
 
 
-MIXTRAL = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the user has: two models, broken ones, text, a folder and a file of other things."""
@@ -47,9 +44,7 @@ def folder(tmp_path_factory):
     (work / "words.txt").write_text(" ".join(f"w{i % 90 + 2}" for i in range(4000)))
     shutil.copytree(work / "llama", work / "unknown")
     (work / "unknown/config.json").write_text(json.dumps({"model_type": "nosuch"}))
-    sizes = tiny_config("llama").to_dict() | {"num_local_experts": 2}
-    experts = transformers.MixtralConfig(**{key: sizes[key] for key in (*MIXTRAL, "num_local_experts")})
-    transformers.AutoModelForCausalLM.from_config(experts).save_pretrained(work / "experts")
+    make_experts().save_pretrained(work / "experts")
     for name in ("no_weights", "cut"):
         shutil.copytree(work / "llama", work / name)
     (work / "no_weights/model.safetensors").unlink()

@@ -72,8 +72,7 @@ def precondition(hessian: Tensor, damping: float) -> Preconditioned:
 def penalised_inverse(gram: Tensor, penalty: float) -> Tensor:
     """Return Q = (G + ρ I)⁻¹, (I, I), float32. It exists whatever the rank of G, since ρ is positive.
 
-    A GPU makes it from the inverse of the Cholesky factor, by products of the precision that is set. TF32 is enough: on Gram
-    matrices with condition numbers up to 10⁴, ρ Q differs by less than 0.01 in spectral norm.
+    A GPU makes it from the inverse of the Cholesky factor, by products of the precision that is set.
 
     Args:
         gram: G, (I, I), float32.

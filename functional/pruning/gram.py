@@ -15,6 +15,8 @@ PANEL, PANEL_ON_GPU = 256, 2048
 """Rows of a panel on a CPU and on a GPU, the fastest of those measured."""
 EXPONENT = 15
 """Exponent of the largest power of two that float16 holds."""
+SMALLEST = 2.0**-100
+"""Smallest number that sets a unit: its unit is no subnormal number, which a GPU may take for 0."""
 
 
 def add_products(gram: Tensor, tokens: Tensor, precision: Literal["highest", "high"]) -> None:
@@ -79,7 +81,7 @@ def in_half(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
     """
     if x.dtype == dtype:
         return x, 1.0
-    largest = x.abs().max().float().clamp_min(torch.finfo(torch.float32).tiny)
+    largest = x.abs().max().float().clamp_min(SMALLEST)
     unit = torch.exp2(torch.ceil(torch.log2(largest)) - (EXPONENT if dtype == torch.float16 else 0))
     return (x / unit).to(dtype), unit
 

@@ -120,8 +120,7 @@ def keep_largest(scores: Tensor, num_zeros: int) -> Tensor:
 def keep_largest_of_rows(scores: Tensor, num_zeros: int) -> Tensor:
     """Drop the `num_zeros` smallest scores of every row (last dimension): bool, like `scores`.
 
-    A CPU sorts partially, in linear time. On a GPU a full sort is the fastest, but for a long row, which has its threshold
-    searched for.
+    A CPU sorts partially, in linear time. A GPU sorts rows, and searches for the threshold of a single long one.
 
     Examples:
         Ties lose from the left.

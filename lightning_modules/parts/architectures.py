@@ -82,6 +82,22 @@ class PrunableLinear:
         return weight if isinstance(self.module, nn.Linear) else weight.T
 
 
+def fused_attention(blocks: str, attention: str, qkv: str, o: str, *others: str, layout: Layout) -> Architecture:
+    """Return the entry of a family whose q, k and v are one linear.
+
+    Args:
+        blocks: Path of the list of blocks.
+        attention: Path of the attention module, relative to a block.
+        qkv: Name of the fused linear within the attention.
+        o: Name of the output projection within the attention.
+        others: Paths of the other linears, relative to a block.
+        layout: Rows of q, k and v.
+    """
+    qkv, o = f"{attention}.{qkv}", f"{attention}.{o}"
+    projections = {role: f"{qkv}.{role}" for role in QKV} | {"o": o}
+    return Architecture(blocks, (qkv, o, *others), projections, attention, {qkv: layout})
+
+
 LLAMA = Architecture(
     blocks="model.layers",
     linears=(
@@ -100,26 +116,10 @@ OPT = Architecture(
     linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
     projections={role: f"self_attn.{role}_proj" for role in "qkv"} | {"o": "self_attn.out_proj"},
 )
-VISION_TRANSFORMER = Architecture(  # timm's
-    blocks="blocks",
-    linears=("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
-    projections={role: f"attn.qkv.{role}" for role in "qkv"} | {"o": "attn.proj"},
-    attention="attn",
-    fused={"attn.qkv": equal(*QKV)},
-)
-GPT2 = Architecture(
-    blocks="transformer.h",
-    linears=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-    projections={role: f"attn.c_attn.{role}" for role in "qkv"} | {"o": "attn.c_proj"},
-    attention="attn",
-    fused={"attn.c_attn": equal(*QKV)},
-)
-GPT_NEOX = Architecture(
-    blocks="gpt_neox.layers",
-    linears=("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-    projections={role: f"attention.query_key_value.{role}" for role in "qkv"} | {"o": "attention.dense"},
-    attention="attention",
-    fused={"attention.query_key_value": by_head},
+VISION_TRANSFORMER = fused_attention("blocks", "attn", "qkv", "proj", "mlp.fc1", "mlp.fc2", layout=equal(*QKV))  # timm's
+GPT2 = fused_attention("transformer.h", "attn", "c_attn", "c_proj", "mlp.c_fc", "mlp.c_proj", layout=equal(*QKV))
+GPT_NEOX = fused_attention(
+    "gpt_neox.layers", "attention", "query_key_value", "dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", layout=by_head
 )
 GPTJ = Architecture(
     blocks="transformer.h",
@@ -127,20 +127,10 @@ GPTJ = Architecture(
     projections={role: f"attn.{role}_proj" for role in "qkv"} | {"o": "attn.out_proj"},
     attention="attn",
 )
-BLOOM = Architecture(
-    blocks="transformer.h",
-    linears=("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-    projections={role: f"self_attention.query_key_value.{role}" for role in "qkv"} | {"o": "self_attention.dense"},
-    attention="self_attention",
-    fused={"self_attention.query_key_value": by_head},
+BLOOM = fused_attention(
+    "transformer.h", "self_attention", "query_key_value", "dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", layout=by_head
 )
-MPT = Architecture(
-    blocks="transformer.blocks",
-    linears=("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj"),
-    projections={role: f"attn.Wqkv.{role}" for role in "qkv"} | {"o": "attn.out_proj"},
-    attention="attn",
-    fused={"attn.Wqkv": equal(*QKV)},
-)
+MPT = fused_attention("transformer.blocks", "attn", "Wqkv", "out_proj", "ffn.up_proj", "ffn.down_proj", layout=equal(*QKV))
 PHI = Architecture(
     blocks="model.layers",
     linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense", "mlp.fc1", "mlp.fc2"),

@@ -16,7 +16,7 @@ AttentionForm = Literal["eager", "own"]
 
 
 @contextmanager
-def attention_form(module: nn.Module, form: AttentionForm) -> Iterator[None]:
+def attention_form(module: nn.Module, form: AttentionForm, required: bool = False) -> Iterator[None]:
     """Let all attention modules within `module` compute in one form, within the context.
 
     Arguments of blocks that were captured in eager form hold explicit masks, so the blocks can be run in either form. Those
@@ -25,11 +25,19 @@ def attention_form(module: nn.Module, form: AttentionForm) -> Iterator[None]:
     Args:
         module: A whole model or one of its parts.
         form: eager, or own for the model's own form.
+        required: Whether to refuse a module without any attention whose form can be set. Blocks of BLOOM, GPT-J and MPT are
+            such; they compute in the one form that they have.
 
-    Modules without a choice (BLOOM, GPT-J, MPT) compute in the one form that they have.
+    Raises:
+        ValueError: If it is required and there is none.
     """
     configs = {id(m.config): m.config for m in module.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
     flagged = [m for m in module.modules() if isinstance(getattr(m, "fused_attn", None), bool)]
+    if required and not configs and not flagged:
+        raise ValueError(
+            f"{type(module).__name__} has no attention whose form can be chosen: neither a transformers config nor timm's "
+            "fused_attn. Use update_rule fixed, outlier or perplexity."
+        )
     before = [(config, config._attn_implementation) for config in configs.values()]
     flags = [(attention, attention.fused_attn) for attention in flagged]
     try:

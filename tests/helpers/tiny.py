@@ -81,6 +81,15 @@ def make_model(family: str):
     return model
 
 
+def make_experts():
+    """A random mixture of experts, which cannot be pruned."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, num_local_experts=2, **sizes)
+    return transformers.MixtralForCausalLM(config).eval()
+
+
 def make_tokenizer(family: str):
     """A tokenizer of whole words; of characters for Qwen2, for which transformers takes no other class than its own."""
     import tokenizers

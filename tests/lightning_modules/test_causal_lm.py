@@ -11,7 +11,7 @@ from callbacks import BlockwisePruning
 from datamodules import TextDataModule
 from lightning_modules import CausalLM
 from lightning_modules.parts.architectures import ARCHITECTURES, find_architecture
-from tests.helpers.tiny import FAMILIES, VOCABULARY
+from tests.helpers.tiny import FAMILIES, VOCABULARY, make_experts
 from utilities.hub import resolve_model_path
 
 
@@ -81,15 +81,7 @@ def test_predict_writes_continuations(tiny_model, text_file, tmp_path):
 
 
 def test_a_model_that_cannot_be_discovered_is_refused_when_it_is_to_be_pruned(tiny_model, text_file, tmp_path):
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-    }
-    config = transformers.MixtralConfig(vocab_size=VOCABULARY, num_local_experts=2, **sizes)
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    make_experts().save_pretrained(tmp_path / "mixtral")
     data = TextDataModule(tokenizer=tiny_model("llama"), source=text_file, seq_len=16, num_calibration=2, num_heldout=1)
     pruning = BlockwisePruning(sparsity=0.5, output_dir=str(tmp_path / "pruned"))
     with pytest.raises(ValueError, match=r"'mixtral' is not in ARCHITECTURES, and could not be discovered: it is a mixture of"):

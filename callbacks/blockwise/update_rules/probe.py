@@ -61,7 +61,7 @@ class AttentionProbe:
             samples: Number of its windows.
         """
         key = len(self._pruned)
-        with attention_form(self._module.model, "eager"):
+        with attention_form(self._module.model, "eager", required=True):
             self._pruned.capture(key, lambda: self._module.calibration_forward(batch))
         self._dense.adopt(key, self._pruned)
         self.num_windows += samples

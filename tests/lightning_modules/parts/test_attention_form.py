@@ -126,6 +126,8 @@ def test_the_own_form_reads_explicit_masks(family, loaded, used):
 
 
 def test_what_has_no_attention_is_refused():
+    with pytest.raises(ValueError, match="Linear has no attention"), attention_form(nn.Linear(2, 2), "eager", required=True):
+        pass
     with pytest.raises(RuntimeError, match="Linear was expected to compute one softmax"):
         run_attention_eagerly(nn.Linear(2, 2), (torch.ones(1, 2),), {})
 

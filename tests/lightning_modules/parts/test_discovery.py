@@ -12,7 +12,7 @@ from datamodules import TextDataModule
 from lightning_modules import CausalLM
 from lightning_modules.parts.architectures import ARCHITECTURES
 from lightning_modules.parts.discovery import discover
-from tests.helpers.tiny import FAMILIES, FURTHER_FAMILIES, VOCABULARY, make_model, quiet
+from tests.helpers.tiny import FAMILIES, FURTHER_FAMILIES, VOCABULARY, make_experts, make_model, quiet
 
 TOKENS = torch.randint(2, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(7))
 SIZES = {
@@ -116,12 +116,10 @@ def test_linears_that_are_not_used_as_such_stay_dense():
 
 
 def test_experts_are_refused():
-    torch.manual_seed(0)
-    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4)).eval()
     with pytest.raises(
         ValueError, match=r"'unknown' is not in ARCHITECTURES.*mixture of experts \(mlp.experts.*cannot be pruned"
     ):
-        found_in(model)
+        found_in(make_experts())
 
 
 class Toy(nn.Module):
