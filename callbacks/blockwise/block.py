@@ -10,6 +10,7 @@ of the dense model go through the block's dense weights as well, and differences
 (functional.pruning.perturbation).
 """
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from callbacks.blockwise.block_solver import BlockSolver
 from callbacks.blockwise.calibration import CalibrationStream
+from callbacks.blockwise.endings import Ending
 from callbacks.blockwise.records import BlockRecord
 from callbacks.blockwise.settings import PruningSettings
 from callbacks.blockwise.stages import BlockStages, Trace, difference, leaving_after, stages_of, tracing, weights_in_place
@@ -70,6 +72,9 @@ class BlockStep:
         self._dense_weights: dict[nn.Module, Tensor] = {}
         self._dense_traces: dict[int, Trace] = {}
         """Batch -> trace of all stages, where there is room."""
+        self._endings: dict[str, Ending] = {}
+        self._has_room = False
+        """Whether there is room for traces of all stages and inputs of endings, of all batches."""
         self._started = time.perf_counter()
 
     @torch.no_grad()
@@ -136,7 +141,8 @@ class BlockStep:
         found = BlockStages([list(self._linears)], {})
         if settings.stages or dense:
             hidden = self._stream.hidden(key)
-            given = hidden, lambda: self._stream.run(key, self.index), self._all, self._linears
+            run = functools.partial(self._stream.run, key, self.index)
+            given = self._stream.block(self.index), hidden, run, self._all, self._linears
             found = self._processes.from_first(self._processes.together(lambda: stages_of(*given)))
         self._writers = found.writers if dense else {}
         if dense and not found.writers:
@@ -149,9 +155,20 @@ class BlockStep:
             linears = {name: self._linears[name] for name in stage}
             weights = self._stream.class_tokens, settings.class_token_weight
             self._collectors.append(StatisticsCollector(linears, settings.precision, settings.updates, channels, *weights))
+        if len(stages) > 1:
+            self._has_room = self._stream.has_room_for(self._bytes_of_a_batch(hidden, found), hidden.device)
+            self._endings = found.endings if self._has_room else {}
         if dense and len(stages) > 1:
             modules = [linear.module for linear in self._linears.values()]
             self._dense_weights = {module: module.weight.detach().clone() for module in modules}
+
+    def _bytes_of_a_batch(self, hidden: Tensor, found: BlockStages) -> int:
+        """Return the memory of a batch's dense trace of all stages, and of the inputs of its endings, in bytes."""
+        features = sum(self._linears[name].in_features for name in found.endings)
+        if self._stream.follows_dense:
+            features += hidden.shape[-1] + sum(self._linears[names[0]].in_features for names in found.names)
+            features += sum(self._all[name].out_features for name in found.writers)
+        return hidden.nbytes // hidden.shape[-1] * features
 
     def _channels(self, siblings: list[str]) -> int:
         """Return the number of channels of the hidden states that a linear adds to, 0 if it does not or has siblings."""
@@ -168,13 +185,17 @@ class BlockStep:
                 return difference(dense.sum_up_to(name), own.sum_up_to(name)) / self._writers[name]
             return dense.inputs[name] - own.inputs[name]
 
-        traced = collector.perturbations
+        traced, endings = collector.perturbations, [name for name in self._endings if name in collector.linears]
         with (
-            tracing(own, self._all, inputs=traced, outputs=self._writers if traced else ()),
+            tracing(own, self._all, inputs=[*traced, *endings], outputs=self._writers if traced else ()),
             collector.collecting(self._stream.positions(key), lacks),
             leaving_after(collector.linears.values()),
         ):
             self._stream.run(key, self.index)
+        block = self._stream.block(self.index)
+        for name in endings:
+            ending, module = self._endings[name], self._linears[name].module
+            self._stream.shorten(key, block.get_submodule(ending.submodule), ending.forward(module, own.inputs[name]))
 
     def _trace_dense(self, key: int, number: int) -> Trace:
         """Return what linears of a stage read and write in the dense model; after the last stage its hidden states move on.
@@ -185,7 +206,7 @@ class BlockStep:
         last = number == len(self._collectors) - 1
         if key in self._dense_traces:
             return self._dense_traces.pop(key) if last else self._dense_traces[key]
-        ahead = number == 0 and not last and self._stream.may_have_room
+        ahead = number == 0 and not last and self._has_room
         traced = self._collectors if ahead else [self._collectors[number]]
         perturbed = [name for collector in traced for name in collector.perturbations]
         trace, output = Trace(self._stream.hidden(key, dense=True), self._writers), None
@@ -198,7 +219,6 @@ class BlockStep:
                 leaving.enter_context(leaving_after(self._collectors[number].linears.values()))
             if perturbed or last:
                 output = self._stream.run(key, self.index, dense=True)
-        ahead = ahead and self._stream.has_room_for(trace.nbytes, output.device)
         if ahead:
             self._dense_traces[key] = trace
         if ahead or last:

@@ -1,14 +1,15 @@
 """CalibrationStream: hidden states of this process's calibration batches, block by block, and positions of their samples."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from callbacks.blockwise.placement import fits, has_spare
 from callbacks.blockwise.update_rules.windows import RuleWindows
 from lightning_modules.base.prunable import PrunableModule
-from lightning_modules.parts.block_stream import BlockStream
+from lightning_modules.parts.block_stream import BlockStream, replaced_forwards
 
 
 class CalibrationStream:
@@ -32,6 +33,8 @@ class CalibrationStream:
         self._positions: dict[int, Tensor] = {}
         self._same: list[Tensor] = []
         self._has_room: bool | None = None
+        self._shortcuts: dict[int, dict[nn.Module, Callable[..., Any]]] = {}
+        """Batch -> submodule of the present block -> forward that takes less and gives the same."""
 
     def capture(self, batch: Any, key: int) -> None:
         """Store the inputs of the first block for batch number `key`."""
@@ -50,11 +53,29 @@ class CalibrationStream:
         """Send the hidden states of a batch through block `index`."""
         positions, known = self._positions_of(batch), self._positions.get(key)
         self._same.append(_equal(positions, positions[:0] if known is None else known))
-        self._stream.advance(key, index)
+        with replaced_forwards(self._shortcuts.pop(key, {})):
+            self._stream.advance(key, index)
 
     def run(self, key: int, index: int, dense: bool = False) -> Tensor:
         """Return the output of block `index` on the pruned or the dense model's hidden states of a batch, replacing none."""
-        return (self._dense if dense else self._stream).run(key, index)
+        if dense:
+            return self._dense.run(key, index)
+        with replaced_forwards(self._shortcuts.get(key, {})):
+            return self._stream.run(key, index)
+
+    def shorten(self, key: int, submodule: nn.Module, forward: Callable[..., Any]) -> None:
+        """Give a submodule of the present block another forward, for this batch and the pruned model's hidden states only.
+
+        Args:
+            key: Number of the batch.
+            submodule: The submodule.
+            forward: Takes its arguments and returns what it would return, until the batch has passed the pruned block.
+        """
+        self._shortcuts.setdefault(key, {})[submodule] = forward
+
+    def block(self, index: int) -> nn.Module:
+        """Return block `index`."""
+        return self._stream.blocks[index]
 
     def hidden(self, key: int, dense: bool = False) -> Tensor:
         """Return the hidden states of a batch, in the pruned or in the dense model, (samples, tokens, features)."""
@@ -73,11 +94,6 @@ class CalibrationStream:
     def replace_dense(self, key: int, hidden: Tensor) -> None:
         """Replace the dense model's hidden states of a batch."""
         self._dense.replace(key, hidden)
-
-    @property
-    def may_have_room(self) -> bool:
-        """Whether `has_room_for` was true, or has not been asked."""
-        return self._has_room is not False
 
     def has_room_for(self, num_bytes: int, device: torch.device) -> bool:
         """Return whether so much can be kept of every batch beside the hidden states; answered once, for all blocks."""
@@ -110,6 +126,7 @@ class CalibrationStream:
         if self._dense is not None:
             self._dense.clear()
         self._positions.clear()
+        self._shortcuts.clear()
 
 
 def _equal(a: Tensor, b: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ linear, where a hook leaves. Everything here is found by running the block; no f
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from callbacks.blockwise.endings import Ending, finding_endings
 from lightning_modules.parts.architectures import PrunableLinear
 
 SMALLEST_FACTOR = 0.02
@@ -35,10 +36,12 @@ class BlockStages:
         names: Linears of each stage.
         writers: Linear whose outputs the block adds to its hidden states -> factor, in the order of the calls; empty if the
             block does more than add.
+        endings: Linear -> submodule that ends in it.
     """
 
     names: list[list[str]]
     writers: dict[str, float]
+    endings: dict[str, Ending] = field(default_factory=dict)
 
 
 class Trace:
@@ -62,22 +65,22 @@ class Trace:
         added = writers[: writers.index(name) + 1]
         return [(self._hidden, 1.0), *((self.outputs[other].reshape(shape), self._writers[other]) for other in added)]
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of all tensors, in bytes."""
-        return sum(tensor.nbytes for tensor in (self._hidden, *self.inputs.values(), *self.outputs.values()))
-
 
 def stages_of(
-    hidden: Tensor, run_block: Callable[[], Tensor], linears: Mapping[str, PrunableLinear], pruned: Iterable[str]
+    block: nn.Module,
+    hidden: Tensor,
+    run_block: Callable[[], Tensor],
+    linears: Mapping[str, PrunableLinear],
+    pruned: Iterable[str],
 ) -> BlockStages:
-    """Run a block once, and find its stages and writers.
+    """Run a block once, and find its stages, writers and endings.
 
     A linear that is not pruned and called twice is none of the writers; if its outputs are added to the hidden states, these
     are no sum of the others' outputs, and there are no writers at all.
 
     Args:
-        hidden: Hidden states that the block is run on, (samples, tokens, features).
+        block: The block.
+        hidden: Hidden states that it is run on, (samples, tokens, features).
         run_block: Runs the block and returns its hidden states.
         linears: Name -> linear of the block, pruned or not.
         pruned: Linears that the stages consist of.
@@ -86,7 +89,10 @@ def stages_of(
         RuntimeError: If a pruned linear is called twice, or never.
     """
     trace, pruned = Trace(hidden, {}), list(pruned)
-    with tracing(trace, linears, inputs=linears, outputs=linears, once=pruned):
+    with (
+        tracing(trace, linears, inputs=linears, outputs=linears, once=pruned),
+        finding_endings(block, linears, pruned) as endings,
+    ):
         after = run_block()
     if missing := [name for name in pruned if name not in trace.inputs]:
         raise RuntimeError(f"The linear {missing[0]!r} was never called while calibrating, so it cannot be pruned.")
@@ -97,7 +103,7 @@ def stages_of(
         if stage is None:
             stages.append((x, stage := []))
         stage.append(name)
-    return BlockStages([names for _, names in stages], _writers(hidden, after, trace.outputs))
+    return BlockStages([names for _, names in stages], _writers(hidden, after, trace.outputs), endings)
 
 
 @contextmanager

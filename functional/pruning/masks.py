@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import combinations
 from numbers import Real
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Scores = TypeVar("Scores", Tensor, np.ndarray)
+
 LARGEST_COMPARED_GROUP = 8
 """Largest group of an N:M pattern that is compared entry by entry; larger groups are sorted."""
-LONG_ROW = 2**22
-"""Least number of scores of a single row whose threshold is searched for on a GPU."""
-SAMPLED, SAMPLED_MARGIN = 2**16, 2**10
-"""Number of scores that the search looks at first, and the distance from the expected place that is sorted."""
+LONG_ROW, LONG_ROW_ON_GPU = 2**16, 2**22
+"""Least number of scores of a single row whose threshold is searched for."""
+SAMPLED, SAMPLED_MARGIN = 2**14, 320
+"""Number of scores that the search looks at first, and how far around the expected place it goes on: five deviations."""
 
 
 class Pattern(NamedTuple):
@@ -120,7 +122,7 @@ def keep_largest(scores: Tensor, num_zeros: int) -> Tensor:
 def keep_largest_of_rows(scores: Tensor, num_zeros: int) -> Tensor:
     """Drop the `num_zeros` smallest scores of every row (last dimension): bool, like `scores`.
 
-    A CPU sorts partially, in linear time. A GPU sorts rows, and searches for the threshold of a single long one.
+    A CPU sorts rows partially, in linear time, a GPU as a whole. Of a single long row only the threshold is searched for.
 
     Examples:
         Ties lose from the left.
@@ -131,11 +133,15 @@ def keep_largest_of_rows(scores: Tensor, num_zeros: int) -> Tensor:
     """
     if num_zeros in (0, scores.shape[-1]) or scores.numel() == 0:
         return torch.full_like(scores, num_zeros == 0, dtype=torch.bool)
+    single = scores.shape[-1] == scores.numel()
     if scores.device.type == "cpu":
         values = scores.detach().float().numpy()  # numpy knows no bfloat16; the order stays
-        smallest = np.partition(values, num_zeros, axis=-1)[..., num_zeros : num_zeros + 1]
+        if single and scores.numel() >= LONG_ROW:
+            smallest = smallest_kept(values.ravel(), num_zeros)
+        else:
+            smallest = np.partition(values, num_zeros, axis=-1)[..., num_zeros : num_zeros + 1]
         return _keep_from(scores, torch.from_numpy(smallest), num_zeros)
-    if scores.shape[-1] == scores.numel() >= LONG_ROW:
+    if single and scores.numel() >= LONG_ROW_ON_GPU:
         return _keep_from(scores, smallest_kept(scores.flatten(), num_zeros), num_zeros)
     keep = torch.ones_like(scores, dtype=torch.bool)
     return keep.scatter_(-1, torch.sort(scores, dim=-1, stable=True).indices[..., :num_zeros], False)
@@ -190,13 +196,13 @@ def check_divisible(in_features: int, pattern: Pattern) -> None:
         )
 
 
-def smallest_kept(scores: Tensor, num_zeros: int) -> Tensor:
+def smallest_kept(scores: Scores, num_zeros: int) -> Scores:
     """Return the smallest score that is kept, (1,), from a small part of the scores that is sorted.
 
-    Every n-th score tells between which two values it nearly surely is.
+    Every n-th score tells between which two values it nearly surely is; if it is not, all are sorted.
 
     Args:
-        scores: (N,).
+        scores: (N,), a tensor or an array of numpy, which is faster on a CPU.
         num_zeros: Number of scores to drop, less than N.
 
     Examples:
@@ -204,7 +210,7 @@ def smallest_kept(scores: Tensor, num_zeros: int) -> Tensor:
         tensor([3.])
     """
     step = len(scores) // SAMPLED | 1  # odd, so that it walks through all columns of a matrix
-    sample = scores[::step].sort().values
+    sample = _ascending(scores[::step])
     place, last = num_zeros // step, len(sample) - 1
     low = sample[place - SAMPLED_MARGIN] if place > SAMPLED_MARGIN else -torch.inf
     high = sample[place + SAMPLED_MARGIN] if place + SAMPLED_MARGIN < last else torch.inf
@@ -212,17 +218,25 @@ def smallest_kept(scores: Tensor, num_zeros: int) -> Tensor:
     middle = scores[(scores >= low) & (scores <= high)]
     if not 0 <= num_zeros - below < len(middle):
         below, middle = 0, scores
-    return middle.sort().values[num_zeros - below :][:1]
+    return _ascending(middle)[num_zeros - below :][:1]
+
+
+def _ascending(scores: Scores) -> Scores:
+    return np.sort(scores) if isinstance(scores, np.ndarray) else scores.sort().values
 
 
 def _keep_from(scores: Tensor, smallest: Tensor, num_zeros: int) -> Tensor:
     """Keep scores from the smallest one on, (..., 1), and of those that equal it the right ones."""
     keep = scores >= smallest
-    excess = keep.sum(-1) - (scores.shape[-1] - num_zeros)  # ties with the smallest that have to go
-    rows = excess > 0
-    if rows.any():
-        ties = scores[rows] == smallest.expand(*scores.shape[:-1], 1)[rows]
-        keep[rows] &= ~ties | (ties.cumsum(-1) > excess[rows][:, None])
+    rows = keep.view(-1, scores.shape[-1])
+    kept = rows.sum(-1, dtype=torch.int32)  # int64 is ten times slower on a CPU
+    excess = kept - (scores.shape[-1] - num_zeros)  # ties with the smallest that have to go
+    if excess.any():
+        row, column = (scores == smallest).view_as(rows).nonzero().unbind(1)
+        counts = torch.bincount(row, minlength=len(rows))
+        place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+        goes = place < excess[row]
+        rows[row[goes], column[goes]] = False
     return keep
 
 

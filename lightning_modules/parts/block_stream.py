@@ -6,7 +6,7 @@ passes. In that pass the blocks only return their input, so it costs the embeddi
 their own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -133,18 +133,25 @@ class BlockStream:
 
             return record
 
-        # Set on the instance, where it shadows the method of the class, and removed again.
-        replaced = [(block, block.__dict__.get("forward")) for block in self.blocks]
-        try:
-            for index, block in enumerate(self.blocks):
-                block.forward = hand_on(index, block.forward)
+        with replaced_forwards({block: hand_on(index, block.forward) for index, block in enumerate(self.blocks)}):
             yield
-        finally:
-            for block, own in replaced:
-                if own is None:
-                    block.__dict__.pop("forward", None)
-                else:
-                    block.forward = own
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules other forwards within the context."""
+    # Set on the instance, where it shadows the method of the class, and removed again.
+    replaced = [(module, module.__dict__.get("forward")) for module in forwards]
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, own in replaced:
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = own
 
 
 def _hidden_of(output: Any) -> Tensor:

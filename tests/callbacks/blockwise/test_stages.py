@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import seed_everything
 from safetensors.torch import load_file
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from callbacks import BlockwisePruning
 from callbacks.blockwise.block import BlockStep
@@ -49,7 +49,7 @@ class Toy(nn.Module):
 
 
 def found_in(block, hidden, linears, pruned=None):
-    return stages_of(hidden, lambda: block(hidden), linears, linears if pruned is None else pruned)
+    return stages_of(block, hidden, lambda: block(hidden), linears, linears if pruned is None else pruned)
 
 
 @pytest.mark.parametrize("family", STAGES)
@@ -61,7 +61,7 @@ def test_stages_of_language_models(family, tiny_model):
     stream.capture(0, lambda: module.model(torch.arange(2, 26).view(2, 12)))
     linears = module.linears(next(iter(module.blocks.values())))
     with torch.no_grad():
-        found = stages_of(stream.hidden(0), lambda: stream.run(0, 0), linears, linears)
+        found = stages_of(stream.blocks[0], stream.hidden(0), lambda: stream.run(0, 0), linears, linears)
     assert found.names == list(STAGES[family])
     assert found.writers == {STAGES[family][-3 if family != "stablelm" else -2][0]: 1.0, STAGES[family][-1][0]: 1.0}
 
@@ -71,7 +71,7 @@ def test_stages_of_a_vision_transformer():
     stream = BlockStream(list(module.blocks.values()))
     stream.capture(0, lambda: module.model.eval()(images))
     linears = module.linears(next(iter(module.blocks.values())))
-    found = stages_of(stream.hidden(0), lambda: stream.run(0, 0), linears, linears)
+    found = stages_of(stream.blocks[0], stream.hidden(0), lambda: stream.run(0, 0), linears, linears)
     assert found.names == [["attn.qkv.q", "attn.qkv.k", "attn.qkv.v"], ["attn.proj"], ["mlp.fc1"], ["mlp.fc2"]]
     assert found.writers == {"attn.proj": 1.0, "mlp.fc2": 1.0}
 
@@ -248,10 +248,17 @@ def test_same_as_statistics_of_whole_models(share, tiny_model, text_file, tmp_pa
 
 
 @pytest.mark.parametrize("room", [True, False])
-def test_traces_that_do_not_fit_are_made_stage_by_stage(room, tiny_model, text_file, tmp_path, monkeypatch):
-    """The dense model is run once a batch and block if its traces fit, else once a stage; the weights are the same."""
-    model, runs = tiny_model("llama"), []
-    run = CalibrationStream.run
+def test_what_fits_is_run_once(room, tiny_model, text_file, tmp_path, monkeypatch):
+    """The dense model is run once a batch and block if its traces fit, else once a stage; the weights are the same.
+
+    The attention of the pruned model is run in the stages of its linears, and without room in each stage and the propagation.
+    """
+    model, runs, attentions = tiny_model("llama"), [], []
+    run, attention = CalibrationStream.run, LlamaAttention.forward
+
+    def counted_attention(module, *args, **kwargs):
+        attentions.append(module.layer_idx)
+        return attention(module, *args, **kwargs)
 
     def counted(stream, key, index, dense=False):
         runs.append((index, key, dense))
@@ -260,11 +267,14 @@ def test_traces_that_do_not_fit_are_made_stage_by_stage(room, tiny_model, text_f
     settings = {"sparsity": 0.5, "method": "d2_sparsegpt", "solver": "joint"}
     expected, _ = prune(model, text_file, tmp_path / "first", **settings)
     monkeypatch.setattr(CalibrationStream, "run", counted)
+    monkeypatch.setattr(LlamaAttention, "forward", counted_attention)
     monkeypatch.setattr("callbacks.blockwise.calibration.has_spare", lambda num_bytes, device: room)
     found, _ = prune(model, text_file, tmp_path / "second", **settings)
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
     dense_runs = sum(dense for index, _, dense in runs if index == 1)
     assert dense_runs == (4 if room else 4 * 4)  # four batches, four stages
+    own_runs = attentions.count(1) - dense_runs - 3  # two validations, and one that finds the stages
+    assert own_runs == (4 * 2 if room else 4 * 5)
 
 
 @pytest.mark.parametrize("settings", [{"target": 0.35, "stages": False}, {"target": "pruned", "stages": True}, {}], ids=str)

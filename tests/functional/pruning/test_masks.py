@@ -34,7 +34,8 @@ def test_patterns():
 
 @pytest.mark.parametrize("kind", ["random", "ties", "columns", "sorted", "constant", "misleading"])
 @pytest.mark.parametrize("margin", [0, 5])
-def test_search_finds_what_sorting_finds(kind, margin, monkeypatch):
+@pytest.mark.parametrize("array", [False, True])
+def test_search_finds_what_sorting_finds(kind, margin, array, monkeypatch):
     """Also where every n-th score says something else than all do."""
     monkeypatch.setattr(masks, "SAMPLED", 50)
     monkeypatch.setattr(masks, "SAMPLED_MARGIN", margin)
@@ -48,7 +49,18 @@ def test_search_finds_what_sorting_finds(kind, margin, monkeypatch):
         "misleading": scores.flatten().clone().index_fill_(0, torch.arange(0, 2400, 2400 // 50 | 1), 9.0),
     }[kind].flatten()
     for num_zeros in (1, 2, 700, 1200, 2398, 2399):
-        assert torch.equal(smallest_kept(scores, num_zeros), scores.sort().values[num_zeros : num_zeros + 1])
+        found = torch.as_tensor(smallest_kept(scores.numpy() if array else scores, num_zeros))
+        assert torch.equal(found, scores.sort().values[num_zeros : num_zeros + 1])
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(300, 400), (1, 70000)])
+def test_long_rows_are_masked_as_by_a_stable_sort(shape, sparsity):
+    scores = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 1e4).round()
+    num_zeros = int(scores.numel() * sparsity)
+    expected = torch.ones(scores.numel(), dtype=torch.bool)
+    expected[scores.flatten().sort(stable=True).indices[:num_zeros]] = False
+    assert torch.equal(keep_largest(scores, num_zeros), expected.view(shape))
 
 
 def test_ties_of_a_long_row_lose_from_the_left():
