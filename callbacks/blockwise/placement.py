@@ -17,7 +17,7 @@ from lightning_modules.base.prunable import PrunableModule
 DEFAULT_WINDOWS = 8
 MOST_TOKENS = 65536
 """Largest number of tokens at a time; more are not faster, even through small blocks on a large GPU."""
-ACTIVATION_SHARE = 0.1
+ACTIVATION_SHARE = 0.125
 """Share of the GPU's memory that a block's activations may take."""
 HIDDEN_SHARE = 0.4
 """Share of the free memory that hidden states, or traces, may take."""

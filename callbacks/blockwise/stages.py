@@ -191,7 +191,9 @@ def difference(dense: Iterable[tuple[Tensor, float]], own: Iterable[tuple[Tensor
     """Return the difference of two sums of tensors times factors, float32."""
     signed = chain(dense, ((tensor, -factor) for tensor, factor in own))
     first, factor = next(signed)
-    total = first.float() * factor
+    total = first.to(torch.float32, copy=True)
+    if factor != 1:
+        total *= factor
     for tensor, factor in signed:
         total.add_(tensor, alpha=factor)
     return total

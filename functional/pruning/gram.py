@@ -81,9 +81,9 @@ def in_half(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
     """
     if x.dtype == dtype:
         return x, 1.0
-    largest = x.abs().max().float().clamp_min(SMALLEST)
+    largest = torch.stack(x.aminmax()).abs().max().float().clamp_min(SMALLEST)
     unit = torch.exp2(torch.ceil(torch.log2(largest)) - (EXPONENT if dtype == torch.float16 else 0))
-    return (x / unit).to(dtype), unit
+    return torch.div(x, unit, out=torch.empty_like(x, dtype=dtype)), unit
 
 
 def symmetric(gram: Tensor) -> Tensor:

@@ -28,11 +28,11 @@ from functional.pruning.scores import ScoreTerms
 
 Compared = Literal["matrix", "row"]
 
-PENALTIES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+PENALTIES = (0.1, 0.24, 0.58, 1.4, 3.3)
 """ρ, one after the other."""
 ITERATIONS = 6
 """Iterations with each penalty."""
-GRADIENTS = 5
+GRADIENTS = 3
 """Steps of conjugate gradients."""
 SMALLEST_CURVATURE = 1e-7
 """Relative curvature of G below which a step of conjugate gradients would be float32 noise."""
@@ -82,13 +82,13 @@ def joint_prune(
             inverse = penalised_inverse(gram, penalty)
             shifted = torch.addmm(dense, dense, inverse, alpha=-penalty)  # B = this + ρ (Z − U) Q
             for iteration in range(ITERATIONS):
-                free = torch.addmm(shifted, mixed, inverse, alpha=penalty).add_(multipliers)
+                free = multipliers.add_(shifted).addmm_(mixed, inverse, alpha=penalty)  # B + U
                 scores = terms(free)
                 mask = mask_by_rows_or_matrix(scores, shares, pattern, parts, by_rows)
                 # U is in units of 1 / ρ.
                 last = iteration == ITERATIONS - 1 and penalty != PENALTIES[-1]
                 ratio = penalty / PENALTIES[index + 1] if last else 1.0
-                multipliers = torch.where(mask, 0, free)
+                multipliers = free.masked_fill(mask, 0)
                 mixed = torch.sub(free, multipliers, alpha=1 + ratio)
                 if last:
                     multipliers *= ratio

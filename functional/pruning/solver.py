@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from functional.pruning.admm import triangular_inverse
 from functional.pruning.dispatch import by_kernels
 from functional.pruning.masks import Pattern, keep_largest_of_groups, keep_largest_of_rows, zeros_wanted
+from functional.pruning.precision import float32_matmul
 from functional.pruning.scores import ScoreTerms
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, flo
             )
         log.warning("Hessian not positive definite with damping %g; trying %g.", damping, stronger)
         damping = stronger
+    if lower.is_cuda:
+        with float32_matmul("highest", lower.device):
+            return triangular_inverse(lower).flip(0, 1), dead, damping
     identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
     return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), dead, damping
 

@@ -69,7 +69,7 @@ def test_equals_the_formulas_written_out(seed):
     errors = [row_errors(weight, new, hessian).sum().item() for new in (found.weight, expected)]
     assert errors[0] == pytest.approx(errors[1], rel=5e-3)
     if torch.equal(found.mask, mask):
-        assert (found.weight - expected).norm() <= 1e-2 * expected.norm()  # after five steps of conjugate gradients
+        assert (found.weight - expected).norm() <= 2e-2 * expected.norm()  # after three steps of conjugate gradients
 
 
 @pytest.mark.parametrize("kind", ["independent", "correlated"])
