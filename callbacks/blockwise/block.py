@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from callbacks.blockwise.block_solver import BlockSolver
 from callbacks.blockwise.calibration import CalibrationStream
 from callbacks.blockwise.endings import Ending
+from callbacks.blockwise.experts import counting, end_borrowing, in_groups, let_borrow
 from callbacks.blockwise.records import BlockRecord
 from callbacks.blockwise.settings import PruningSettings
 from callbacks.blockwise.stages import BlockStages, Trace, difference, leaving_after, stages_of, tracing, weights_in_place
@@ -69,10 +70,13 @@ class BlockStep:
         self._collectors: list[StatisticsCollector] = []
         """One of each stage."""
         self._writers: dict[str, float] = {}
-        self._dense_weights: dict[nn.Module, Tensor] = {}
+        self._dense_weights: dict[nn.Parameter, Tensor] = {}
         self._dense_traces: dict[int, Trace] = {}
         """Batch -> trace of all stages, where there is room."""
         self._endings: dict[str, Ending] = {}
+        self._has_routed = any(linear.is_routed for linear in self._linears.values())
+        self._expert_tokens: list[int] = []
+        self._borrowed: dict[str, int] = {}
         self._has_room = False
         """Whether there is room for traces of all stages and inputs of endings, of all batches."""
         self._started = time.perf_counter()
@@ -112,6 +116,7 @@ class BlockStep:
         for number, collector in enumerate(collectors):
             if number:
                 with self._context():
+                    self._count_tokens(number)
                     for key in self._stream.keys:
                         self._collect(key, number)
             synchronize(self._device)
@@ -124,6 +129,8 @@ class BlockStep:
             self._started = time.perf_counter()
             record.seconds_solve += self._started - collected - (record.seconds_rule - before)
             collectors[number] = collector = StatisticsCollector({})  # frees its sums
+        record.expert_tokens, record.borrowed_tokens = self._expert_tokens, self._borrowed
+        end_borrowing(self._linears.values())
         self._dense_weights.clear()
         return record
 
@@ -136,11 +143,14 @@ class BlockStep:
         return next((linear.weight.device for linear in self._linears.values()), torch.device("cpu"))
 
     def _begin_stages(self, key: int) -> None:
-        """Find the stages on the first batch; without `stages` and a dense share all linears are one stage, found by hooks."""
-        settings, dense = self._settings, self._stream.follows_dense
+        """Find the stages on the first batch; without `stages` and a dense share all linears are one stage, found by hooks.
+
+        Experts come after the other linears, in as many passes as memory needs, since it has to be known how many tokens reach
+        each. Without `stages` these passes see the dense weights of the block.
+        """
+        settings, dense, hidden = self._settings, self._stream.follows_dense, self._stream.hidden(key)
         found = BlockStages([list(self._linears)], {})
         if settings.stages or dense:
-            hidden = self._stream.hidden(key)
             run = functools.partial(self._stream.run, key, self.index)
             given = self._stream.block(self.index), hidden, run, self._all, self._linears
             found = self._processes.from_first(self._processes.together(lambda: stages_of(*given)))
@@ -148,19 +158,52 @@ class BlockStep:
         if dense and not found.writers:
             log.info("%s adds more than outputs of linears to its hidden states; targets make up for inputs only.", self.name)
         stages = found.names if settings.stages else [[name for names in found.names for name in names]]
+        if self._has_routed:
+            stages = self._processes.from_first(self._with_experts_apart(stages, hidden.device))
         for number, stage in enumerate(stages):
             perturbed = dense and (self.index > 0 or number > 0)  # the first inputs are those of the dense model
-            leaders = {names[0]: names for names in found.names if names[0] in stage} if perturbed else {}
+            siblings = [names for names in found.names if names[0] in stage and not self._linears[names[0]].is_routed]
+            leaders = {names[0]: names for names in siblings} if perturbed else {}
             channels = {first: self._channels(names) for first, names in leaders.items()}
             linears = {name: self._linears[name] for name in stage}
             weights = self._stream.class_tokens, settings.class_token_weight
             self._collectors.append(StatisticsCollector(linears, settings.precision, settings.updates, channels, *weights))
         if len(stages) > 1:
             self._has_room = self._stream.has_room_for(self._bytes_of_a_batch(hidden, found), hidden.device)
-            self._endings = found.endings if self._has_room else {}
-        if dense and len(stages) > 1:
-            modules = [linear.module for linear in self._linears.values()]
-            self._dense_weights = {module: module.weight.detach().clone() for module in modules}
+            self._endings = found.endings if self._has_room and settings.stages else {}
+        if len(stages) > 1 and (dense or not settings.stages):
+            parameters = {linear.parameter for linear in self._linears.values()}
+            self._dense_weights = {parameter: parameter.detach().clone() for parameter in parameters}
+
+    def _with_experts_apart(self, stages: list[list[str]], device: torch.device) -> list[list[str]]:
+        """Return stages that have either experts, as many as fit, or other linears; never experts first."""
+        found: list[list[str]] = []
+        for stage in stages:
+            routed = [name for name in stage if self._linears[name].is_routed]
+            others = [name for name in stage if name not in set(routed)]
+            found += [others] if others or not found else []
+            found += in_groups(routed, self._linears, device) if routed else []
+        return found
+
+    def _count_tokens(self, number: int) -> None:
+        """Count the tokens that reach each expert, before the first stage of experts, and let those with too few borrow."""
+        experts = {linear.module.experts for linear in self._collectors[number].linears.values() if linear.is_routed}
+        if not experts or self._expert_tokens:
+            return
+        (module,) = experts
+        first = next(linear for linear in self._collectors[number].linears.values() if linear.is_routed)
+        with counting(module) as counts, self._own_weights():
+            for key in self._stream.keys:
+                with leaving_after([first]):
+                    self._stream.run(key, self.index)
+        counts = counts.to(self._device)
+        self._processes.sum([counts])
+        self._expert_tokens = counts[:-1].tolist()
+        self._borrowed = let_borrow(self._linears, {module: counts})
+
+    def _own_weights(self) -> AbstractContextManager:
+        """Let the block have its dense weights in all passes, unless it is pruned by stages."""
+        return weights_in_place({} if self._settings.stages else self._dense_weights)
 
     def _bytes_of_a_batch(self, hidden: Tensor, found: BlockStages) -> int:
         """Return the memory of a batch's dense trace of all stages, and of the inputs of its endings, in bytes."""
@@ -187,6 +230,7 @@ class BlockStep:
 
         traced, endings = collector.perturbations, [name for name in self._endings if name in collector.linears]
         with (
+            self._own_weights(),
             tracing(own, self._all, inputs=[*traced, *endings], outputs=self._writers if traced else ()),
             collector.collecting(self._stream.positions(key), lacks),
             leaving_after(collector.linears.values()),

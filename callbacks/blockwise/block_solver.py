@@ -206,5 +206,6 @@ class BlockSolver:
 
     def _solve(self, collector: StatisticsCollector, block: str, names: list[str], method: str) -> dict[str, PruneResult]:
         inputs = collector.inputs(names[0])
-        self.calibration = {"samples": inputs.num_samples, "tokens_per_sample": inputs.tokens_per_sample()}
+        if not collector.linears[names[0]].is_routed:  # which reads some tokens only
+            self.calibration = {"samples": inputs.num_samples, "tokens_per_sample": inputs.tokens_per_sample()}
         return solve(self._settings, collector, block, names, method, self.quotas)

@@ -81,12 +81,16 @@ def fits(num_bytes: int, device: torch.device) -> bool:
 
 def has_spare(num_bytes: int, device: torch.device) -> bool:
     """Return whether a GPU, or the host for a CPU, has this much memory to spare; what is not known counts as none."""
-    free = 0
+    return num_bytes < HIDDEN_SHARE * room(device)
+
+
+def room(device: torch.device) -> int:
+    """Return the free memory of a GPU, or of the host for a CPU, in bytes; 0 if it is not known."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return num_bytes < HIDDEN_SHARE * free
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def windows_at_a_time(module: PrunableModule, seq_len: int, num_windows: int, device: torch.device) -> int:

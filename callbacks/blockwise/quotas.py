@@ -40,6 +40,7 @@ from functional.pruning.allocation import (
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts.architectures import PrunableLinear
 from lightning_modules.parts.block_stream import BlockStream
+from lightning_modules.parts.experts import Routing
 from utilities.distributed import Processes
 
 Linears = dict[str, dict[str, PrunableLinear]]
@@ -120,7 +121,7 @@ def quotas_of(
 
 def _dense_pass(
     trainer: Trainer, module: PrunableModule, linears: Linears, placement: Placement, unit: bool
-) -> tuple[dict[nn.Linear, OutputStatistics], Tensor]:
+) -> tuple[dict[nn.Module, OutputStatistics], Tensor]:
     """Pass the calibration data through the dense model.
 
     Returns:
@@ -146,10 +147,10 @@ def _dense_pass(
 
 
 @contextmanager
-def _summing(norms: Mapping[nn.Linear, OutputStatistics], positions: Tensor, unit: bool) -> Iterator[None]:
-    def add(linear: nn.Linear, args: tuple[Tensor], _: Tensor) -> None:
-        x = by_sample(args[0], positions)
-        norms[linear].update(unit_tokens(x) if unit else x, positions)
+def _summing(norms: Mapping[nn.Module, OutputStatistics], positions: Tensor, unit: bool) -> Iterator[None]:
+    def add(linear: nn.Module, args: tuple[Tensor] | tuple[Tensor, Routing], _: Tensor) -> None:
+        x, lengths = args[1].by_sample(args[0], len(positions)) if len(args) > 1 else (by_sample(args[0], positions), None)
+        norms[linear].update(unit_tokens(x) if unit else x, positions, lengths)
 
     handles = [linear.register_forward_hook(add) for linear in norms]
     try:
@@ -160,7 +161,7 @@ def _summing(norms: Mapping[nn.Linear, OutputStatistics], positions: Tensor, uni
 
 
 def _read(
-    settings: PruningSettings, block: str, linears: Mapping[str, PrunableLinear], norms: Mapping[nn.Linear, OutputStatistics]
+    settings: PruningSettings, block: str, linears: Mapping[str, PrunableLinear], norms: Mapping[nn.Module, OutputStatistics]
 ) -> float | list[float]:
     """Return what the allocation reads off a block: its outlier ratio, or the mean of the error curves of its linears."""
     found = []

@@ -51,6 +51,10 @@ class BlockRecord:
     """Measures by which AttentionProbe compares the attention with the dense model's."""
     allocation: dict[str, float] = field(default_factory=dict)
     """The block's share of zeros and the measures that it follows from; empty if all blocks have the same share."""
+    expert_tokens: list[int] = field(default_factory=list)
+    """Calibration tokens of each expert; empty without experts."""
+    borrowed_tokens: dict[str, int] = field(default_factory=dict)
+    """Linear of an expert with too few tokens -> number of tokens of all experts that count for it as well."""
 
     @property
     def seconds(self) -> float:
@@ -86,6 +90,9 @@ class BlockRecord:
         values |= {f"allocation/{name}": value for name, value in self.allocation.items()}
         values |= {f"update_share/{role}": share for role, share in self.update_shares.items()}
         values |= {f"outlier_ratio/{role}": ratio for role, ratio in self.outlier_ratios.items()}
+        if self.expert_tokens:
+            values["experts/least_tokens"], values["experts/most_tokens"] = min(self.expert_tokens), max(self.expert_tokens)
+            values["experts/borrowing_linears"] = len(self.borrowed_tokens)
         if self.attention:
             values["block/seconds_rule"] = self.seconds_rule
         return values

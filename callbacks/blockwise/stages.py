@@ -1,5 +1,7 @@
 """Stages of a block: linears that read the same tensor, in the order in which the block calls them: q, k, v; o; gate, up; down.
 
+The gate and up of all experts of a mixture are one stage, and so are their downs.
+
 A stage is pruned before the inputs of the next one are measured. Of the block's forward a stage takes the part up to its last
 linear, where a hook leaves. Everything here is found by running the block; no forward is copied.
 """
@@ -33,7 +35,7 @@ class BlockStages:
     """What one run of a block shows.
 
     Attributes:
-        names: Linears of each stage.
+        names: Linears of each stage. They read the same tensor, unless they are those of experts.
         writers: Linear whose outputs the block adds to its hidden states -> factor, in the order of the calls; empty if the
             block does more than add.
         endings: Linear -> submodule that ends in it.
@@ -98,10 +100,10 @@ def stages_of(
         raise RuntimeError(f"The linear {missing[0]!r} was never called while calibrating, so it cannot be pruned.")
     stages: list[tuple[Tensor, list[str]]] = []
     for name in (name for name in trace.inputs if name in pruned):
-        x = trace.inputs[name]
-        stage = next((names for other, names in stages if other is x), None)
+        same = linears[name].parameter if linears[name].is_routed else trace.inputs[name]
+        stage = next((names for other, names in stages if other is same), None)
         if stage is None:
-            stages.append((x, stage := []))
+            stages.append((same, stage := []))
         stage.append(name)
     return BlockStages([names for _, names in stages], _writers(hidden, after, trace.outputs), endings)
 
@@ -129,8 +131,8 @@ def tracing(
     inputs, outputs, called = set(inputs), set(outputs), set()
     once = inputs | outputs if once is None else set(once)
 
-    def note(name: str, linear: PrunableLinear) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    def note(name: str, linear: PrunableLinear) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if name in called:
                 if name in once:
                     raise RuntimeError(f"The linear {name!r} is called more than once a forward pass; it cannot be pruned.")
@@ -175,16 +177,16 @@ def leaving_after(linears: Iterable[PrunableLinear]) -> Iterator[None]:
 
 
 @contextmanager
-def weights_in_place(weights: Mapping[nn.Module, Tensor]) -> Iterator[None]:
-    """Let modules have these weights within the context, and their own again afterwards. Nothing is copied."""
-    own = {module: module.weight.data for module in weights}
+def weights_in_place(weights: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Let parameters have these values within the context, and their own again afterwards. Nothing is copied."""
+    own = {parameter: parameter.data for parameter in weights}
     try:
-        for module, weight in weights.items():
-            module.weight.data = weight
+        for parameter, weight in weights.items():
+            parameter.data = weight
         yield
     finally:
-        for module, weight in own.items():
-            module.weight.data = weight
+        for parameter, weight in own.items():
+            parameter.data = weight
 
 
 def difference(dense: Iterable[tuple[Tensor, float]], own: Iterable[tuple[Tensor, float]]) -> Tensor:

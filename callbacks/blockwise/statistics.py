@@ -22,6 +22,7 @@ from functional.pruning.batches import LARGEST, too_large, weighted_class_tokens
 from functional.pruning.perturbation import Perturbation
 from functional.pruning.precision import Precision
 from lightning_modules.parts.architectures import PrunableLinear
+from lightning_modules.parts.experts import Routing
 
 ERROR_TOKENS = 4096
 """Least number of tokens that measure the error of a linear without a weight update; also at least two per input channel."""
@@ -53,7 +54,7 @@ class StatisticsCollector:
         self.linears = dict(linears)
         self._precision, self._updates = precision, updates
         self._class_tokens = class_tokens, class_token_weight
-        self._modules: dict[nn.Linear, list[str]] = {}
+        self._modules: dict[nn.Module, list[str]] = {}
         for name, linear in self.linears.items():
             self._modules.setdefault(linear.module, []).append(name)
         self.outputs = {name: OutputStatistics(linear.out_features) for name, linear in self.linears.items()}
@@ -152,33 +153,37 @@ class StatisticsCollector:
         Raises:
             RuntimeError: If a linear is called twice in one batch, or shares its input in one batch and not in another.
         """
-        seen: dict[str, Tensor] = {}
+        seen: dict[str, Tensor | Routing] = {}
         self._positions.append(positions)
         self._checked = False
 
-        def samples(tokens: Tensor) -> Tensor:
-            return weighted_class_tokens(by_sample(tokens, positions), *self._class_tokens)
+        def samples(tokens: Tensor, routing: Routing | None) -> tuple[Tensor, Tensor | None]:
+            if routing is not None:
+                return routing.by_sample(tokens, len(positions))
+            return weighted_class_tokens(by_sample(tokens, positions), *self._class_tokens), None
 
-        def add(name: str, x: Tensor, y: Tensor) -> None:
+        def add(name: str, x: Tensor, y: Tensor, routing: Routing | None) -> None:
             if name in seen:
                 raise RuntimeError(f"The linear {name!r} is called more than once a forward pass; it cannot be pruned.")
-            leader = next((other for other, tensor in seen.items() if tensor is x), name)
-            seen[name] = x
+            read = x if routing is None else routing  # experts that borrow read the same tensor, each with weights of its own
+            leader = next((other for other, tensor in seen.items() if tensor is read), name)
+            seen[name] = read
             if self._leaders.setdefault(name, leader) != leader:
                 raise RuntimeError(f"The linear {name!r} shares its input with others in some batches only.")
             if leader == name:
-                x = samples(x)
+                x, lengths = samples(x, routing)
                 if name not in self._inputs:
                     self._inputs[name] = InputStatistics(x.shape[-1], self._precision, self._gram_samples(x))
-                self._inputs[name].update(x, positions)
+                self._inputs[name].update(x, positions, lengths)
                 if name in self.perturbations:
-                    self.perturbations[name].update(x, samples(lacks(name)))
-            self.outputs[name].update(samples(y), positions)
+                    self.perturbations[name].update(x, samples(lacks(name), routing)[0])
+            y, lengths = samples(y, routing)
+            self.outputs[name].update(y, positions, lengths)
             self._called[name].append(len(self._positions) - 1)
 
-        def hook(module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor] | tuple[Tensor, Routing], output: Tensor) -> None:
             for name in self._modules[module]:
-                add(name, args[0], output[..., self.linears[name].rows])
+                add(name, args[0], output[..., self.linears[name].rows], args[1] if len(args) > 1 else None)
 
         handles = [module.register_forward_hook(hook) for module in self._modules]
         try:

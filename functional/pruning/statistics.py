@@ -51,13 +51,14 @@ class _Statistics(Sums):
         """Σ_n n ‖X_n,j‖, float32, (features,)."""
         return self._in_float32("weighted_norm")
 
-    def update(self, x: Tensor, sample_index: int | Tensor) -> Self:
+    def update(self, x: Tensor, sample_index: int | Tensor, lengths: Tensor | None = None) -> Self:
         """Add samples.
 
         Args:
             x: (samples, tokens, features), any floating dtype.
             sample_index: Position of ``x[0]`` in the whole calibration set, counted from 0 (the others follow it), or the
                 positions of all samples, (samples,).
+            lengths: Number of tokens of each sample, (samples,), whose rows are filled up with zeros; all of them when None.
 
         Raises:
             ValueError: If the shape or the positions do not fit.
@@ -79,9 +80,10 @@ class _Statistics(Sums):
         self._sum("square_norm").add_(norm.square().sum(0))
         weights = positions.to(x.device, non_blocking=True)[:, None]
         self._sum("weighted_norm").add_((weights * norm).sum(0))  # no matmul: autocast would make it half precision
-        self._update_more(x, norm, positions)
+        lengths = torch.full((len(x),), x.shape[1]) if lengths is None else lengths
+        self._update_more(x, norm, positions, lengths)
         self.num_samples += len(x)
-        self.num_tokens += x.shape[0] * x.shape[1]
+        self.num_tokens += int(lengths.sum())
         self._derived.clear()
         return self
 
@@ -93,7 +95,7 @@ class _Statistics(Sums):
             return (self.square_norm / (self.num_samples * scale)).sqrt()
         return self.weighted_norm / (self.num_samples * scale)
 
-    def _update_more(self, x: Tensor, norm: Tensor, positions: Tensor) -> None:
+    def _update_more(self, x: Tensor, norm: Tensor, positions: Tensor, lengths: Tensor) -> None:
         """Add to the sums that a subclass declares."""
 
 
@@ -181,14 +183,15 @@ class InputStatistics(_Statistics):
         self.dtype = other.dtype if other.num_samples else self.dtype
         return self
 
-    def _update_more(self, x: Tensor, norm: Tensor, positions: Tensor) -> None:
+    def _update_more(self, x: Tensor, norm: Tensor, positions: Tensor, lengths: Tensor) -> None:
         self.dtype = x.dtype
         weights = (2 * positions).sqrt().to(x.device, non_blocking=True)[:, None]
         self._sum("root_weighted_norm").add_((weights * norm).sum(0))
         if self.gram_samples is not None:
-            x = x[positions <= self.gram_samples]
+            chosen = positions <= self.gram_samples
+            x, lengths = x[chosen], lengths[chosen.cpu()]
         tokens = x.reshape(-1, self.features)
-        self.gram_tokens += len(tokens)
+        self.gram_tokens += int(lengths.sum())
         if len(tokens):
             add_products(self._sum("gram"), tokens, self.precision)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.parts.experts import ExpertLinear, parts_of
 from lightning_modules.parts.fused import QKV, Layout, Rows, by_head, by_projection, equal, of_falcon
 
 
@@ -25,6 +26,7 @@ class Architecture:
         fused: Path -> layout of a linear whose rows are several projections (lightning_modules.parts.fused). Each part is
             pruned as a linear of its own, called <path>.<part>.
         everywhere: Whether every block has all linears; if not, those that a block lacks are passed over.
+        experts: Paths of the experts of mixtures, relative to a block; blocks may lack them.
     """
 
     blocks: str
@@ -33,6 +35,7 @@ class Architecture:
     attention: str = "self_attn"
     fused: dict[str, Layout] = field(default_factory=dict)
     everywhere: bool = True
+    experts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,7 @@ class PrunableLinear:
     """A linear that is pruned as one matrix: a whole module, or one projection's rows of a fused one.
 
     Args:
-        module: ``nn.Linear``, or GPT-2's ``Conv1D``, whose weight is transposed.
+        module: ``nn.Linear``, GPT-2's ``Conv1D``, whose weight is transposed, or a matrix of one expert.
         rows: Outputs of the module that belong to it.
     """
 
@@ -66,6 +69,16 @@ class PrunableLinear:
             self.assign(self.weight.masked_fill(mask, 0))
 
     @property
+    def is_routed(self) -> bool:
+        """Whether it is a matrix of an expert, which reads some of the tokens only."""
+        return isinstance(self.module, ExpertLinear)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that holds the weight, and perhaps others."""
+        return self.module.parameter if self.is_routed else self.module.weight
+
+    @property
     def in_features(self) -> int:
         """I, number of input channels."""
         return self._matrix.shape[1]
@@ -79,7 +92,7 @@ class PrunableLinear:
     @property
     def _matrix(self) -> Tensor:
         weight = self.module.weight.detach()
-        return weight if isinstance(self.module, nn.Linear) else weight.T
+        return weight.T if is_conv1d(self.module) else weight
 
 
 def fused_attention(blocks: str, attention: str, qkv: str, o: str, *others: str, layout: Layout) -> Architecture:
@@ -275,6 +288,8 @@ def find_linears(block: nn.Module, architecture: Architecture, config: Any = Non
         except ValueError as error:
             raise ValueError(f"{name!r} of {type(block).__name__}: {error}, as its entry in ARCHITECTURES says.") from error
         linears |= {f"{name}.{part}": PrunableLinear(module, rows) for part, rows in parts.items()}
+    for path, experts in ((path, module) for path, module in block.named_modules() if path in architecture.experts):
+        linears |= {f"{path}.{name}": PrunableLinear(module, rows) for name, module, rows in parts_of(experts)}
     if unknown := set(architecture.projections.values()) - set(linears):
         raise ValueError(
             f"`projections` of {type(block).__name__}'s entry in ARCHITECTURES names {', '.join(sorted(unknown))}, which is "

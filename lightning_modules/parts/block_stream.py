@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.parts.experts import routed_forwards
 from lightning_modules.parts.host_memory import HostMemory
 
 
@@ -86,9 +87,13 @@ class BlockStream:
 
     @torch.no_grad()
     def run(self, key: int, index: int) -> Tensor:
-        """Return the output of block `index` on the hidden states of a batch, without replacing them."""
+        """Return the output of block `index` on the hidden states of a batch, without replacing them.
+
+        Experts of mixtures are run one by one, so that hooks can be placed on their matrices.
+        """
         args, kwargs = self.arguments(key, index)
-        return _hidden_of(self.blocks[index](self.hidden(key), *args, **kwargs))
+        with replaced_forwards(routed_forwards(self.blocks[index])):
+            return _hidden_of(self.blocks[index](self.hidden(key), *args, **kwargs))
 
     def advance(self, key: int, index: int) -> None:
         """Replace the hidden states of a batch by the output of block `index`."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_modules.parts.architectures import Architecture, is_conv1d
 from lightning_modules.parts.block_stream import BlockStream
+from lightning_modules.parts.experts import is_experts
 
 ROLE_NAMES = {
     "q": r"(wq|q|query|q_proj|query_proj)",
@@ -45,9 +46,10 @@ class Discovery:
         found = self.architecture
         roles = ", ".join(f"{role} = {name}" for role, name in found.projections.items()) or "none, so no q, k, v to hold"
         dense = "; ".join(f"{name} ({why})" for name, why in self.left_dense.items()) or "none"
+        experts = f"; experts of {', '.join(found.experts)}" if found.experts else ""
         return (
-            f"{blocks} blocks at {found.blocks}; linears {', '.join(found.linears)}; roles: {roles}; left dense: {dense}. Run "
-            "block by block they give the model's own logits."
+            f"{blocks} blocks at {found.blocks}; linears {', '.join(found.linears)}{experts}; roles: {roles}; left dense: "
+            f"{dense}. Run block by block they give the model's own logits."
         )
 
 
@@ -68,12 +70,13 @@ def discover(model: nn.Module, run_model: Callable[[], Tensor], model_type: str)
         calls = _verified(blocks, run_model)
     except Exception as error:  # whatever a forward that is not a chain of blocks raises
         raise _refusal(model_type, f"{what} was taken for its blocks, but {_brief(error)}") from error
-    _refuse_experts(blocks, model_type)
+    experts = _experts(blocks, model_type)
     linears, dense = _linears(blocks, calls)
     if not linears:
         raise _refusal(model_type, f"{what} has no linear that every token goes through")
     attention, projections = _roles(blocks, linears)
-    return Discovery(Architecture(path, tuple(linears), projections, attention, everywhere=False), dense)
+    found = Architecture(path, tuple(linears), projections, attention, everywhere=False, experts=tuple(experts))
+    return Discovery(found, dense)
 
 
 def _chain(model: nn.Module, model_type: str) -> tuple[str, list[nn.Module]]:
@@ -125,20 +128,23 @@ def _with_last_output(block: nn.Module, hidden: Tensor, run_model: Callable[[], 
         handle.remove()
 
 
-def _refuse_experts(blocks: list[nn.Module], model_type: str) -> None:
-    stacked = {
-        name
-        for block in blocks
-        for name, parameter in block.named_parameters()
-        if parameter.ndim == 3 and parameter.shape[0] > 1
-    }
-    experts = {name for block in blocks for name, module in block.named_modules() if name.endswith("experts")}
-    if experts or any("expert" in name for name in stacked):
+def _experts(blocks: list[nn.Module], model_type: str) -> list[str]:
+    """Return the paths of experts; refuse those that are kept in an unknown way."""
+    known, unknown = {}, {}
+    for name, module in (pair for block in blocks for pair in block.named_modules()):
+        stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+        if is_experts(module):
+            known[name] = None
+        elif name.endswith("experts") and (stacked or isinstance(module, nn.ModuleList)):
+            unknown[name] = type(module).__name__
+    if unknown:
         raise _refusal(
             model_type,
-            f"it is a mixture of experts ({', '.join(sorted(experts | stacked)[:2])}), whose tokens go to some of them only. "
-            "Experts cannot be pruned yet",
+            f"it is a mixture of experts whose tokens go to some of them only ({', '.join(unknown)}: a "
+            f"{next(iter(unknown.values()))}). Only experts that transformers keeps together (use_experts_implementation) can "
+            "be pruned",
         )
+    return list(known)
 
 
 def _linears(blocks: list[nn.Module], calls: Mapping[nn.Module, list[int]]) -> tuple[list[str], dict[str, str]]:
