@@ -31,6 +31,7 @@ from callbacks.blockwise.stages import BlockStages, Trace, difference, leaving_a
 from callbacks.blockwise.statistics import StatisticsCollector
 from callbacks.blockwise.update_rules.monitor import AttentionMonitor
 from lightning_modules.parts.architectures import PrunableLinear
+from lightning_modules.parts.experts import Routing, experts_of
 from utilities.distributed import Processes
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,13 @@ class BlockStep:
         self._dense_traces: dict[int, Trace] = {}
         """Batch -> trace of all stages, where there is room."""
         self._endings: dict[str, Ending] = {}
+        block = stream.block(index)
+        layers = {path: PrunableLinear(module) for path, module in experts_of(block).items()}
+        around = {path.rpartition(".")[0] for path in layers} - {""}
+        self._layer = next(iter(layers), "")
+        """Name of the layer of experts, if there is one."""
+        self._traced = self._all | layers | {path: PrunableLinear(block.get_submodule(path)) for path in around}
+        """Linears, and layers of experts alone and with what is around them, as if they were linears."""
         self._has_routed = any(linear.is_routed for linear in self._linears.values())
         self._expert_tokens: list[int] = []
         self._borrowed: dict[str, int] = {}
@@ -152,7 +160,7 @@ class BlockStep:
         found = BlockStages([list(self._linears)], {})
         if settings.stages or dense:
             run = functools.partial(self._stream.run, key, self.index)
-            given = self._stream.block(self.index), hidden, run, self._all, self._linears
+            given = self._stream.block(self.index), hidden, run, self._traced, self._linears
             found = self._processes.from_first(self._processes.together(lambda: stages_of(*given)))
         self._writers = found.writers if dense else {}
         if dense and not found.writers:
@@ -163,8 +171,8 @@ class BlockStep:
         for number, stage in enumerate(stages):
             perturbed = dense and (self.index > 0 or number > 0)  # the first inputs are those of the dense model
             siblings = [names for names in found.names if names[0] in stage and not self._linears[names[0]].is_routed]
-            leaders = {names[0]: names for names in siblings} if perturbed else {}
-            channels = {first: self._channels(names) for first, names in leaders.items()}
+            channels = {names[0]: self._channels(names) for names in siblings} if perturbed else {}
+            channels |= dict.fromkeys(self._readers(stage), 0) if perturbed else {}
             linears = {name: self._linears[name] for name in stage}
             weights = self._stream.class_tokens, settings.class_token_weight
             self._collectors.append(StatisticsCollector(linears, settings.precision, settings.updates, channels, *weights))
@@ -210,8 +218,13 @@ class BlockStep:
         features = sum(self._linears[name].in_features for name in found.endings)
         if self._stream.follows_dense:
             features += hidden.shape[-1] + sum(self._linears[names[0]].in_features for names in found.names)
-            features += sum(self._all[name].out_features for name in found.writers)
+            features += hidden.shape[-1] * len(found.writers)
         return hidden.nbytes // hidden.shape[-1] * features
+
+    def _readers(self, stage: list[str]) -> list[str]:
+        """Return the first linear of each expert that reads hidden states."""
+        modules = {self._linears[name].module: name for name in reversed(stage) if self._linears[name].is_routed}
+        return [name for module, name in modules.items() if module.reads_hidden]
 
     def _channels(self, siblings: list[str]) -> int:
         """Return the number of channels of the hidden states that a linear adds to, 0 if it does not or has siblings."""
@@ -223,15 +236,15 @@ class BlockStep:
         dense = self._trace_dense(key, number) if self._stream.follows_dense else None
         own = Trace(self._stream.hidden(key), self._writers)
 
-        def lacks(name: str) -> Tensor:
+        def lacks(name: str, x: Tensor, routing: Routing | None) -> Tensor:
             if collector.perturbations[name].out_features:
                 return difference(dense.sum_up_to(name), own.sum_up_to(name)) / self._writers[name]
-            return dense.inputs[name] - own.inputs[name]
+            return (dense.inputs[name] if routing is None else dense.inputs[self._layer][routing.index]) - x
 
-        traced, endings = collector.perturbations, [name for name in self._endings if name in collector.linears]
+        endings = [name for name in self._endings if name in collector.linears]
         with (
             self._own_weights(),
-            tracing(own, self._all, inputs=[*traced, *endings], outputs=self._writers if traced else ()),
+            tracing(own, self._traced, inputs=endings, outputs=self._writers if collector.perturbations else ()),
             collector.collecting(self._stream.positions(key), lacks),
             leaving_after(collector.linears.values()),
         ):
@@ -252,11 +265,12 @@ class BlockStep:
             return self._dense_traces.pop(key) if last else self._dense_traces[key]
         ahead = number == 0 and not last and self._has_room
         traced = self._collectors if ahead else [self._collectors[number]]
-        perturbed = [name for collector in traced for name in collector.perturbations]
+        names = [name for collector in traced for name in collector.perturbations]
+        perturbed = {self._layer if self._all[name].is_routed else name: None for name in names}
         trace, output = Trace(self._stream.hidden(key, dense=True), self._writers), None
         with (
             weights_in_place(self._dense_weights),
-            tracing(trace, self._all, inputs=perturbed, outputs=self._writers if perturbed else ()),
+            tracing(trace, self._traced, inputs=perturbed, outputs=self._writers if perturbed else ()),
             ExitStack() as leaving,
         ):
             if not (ahead or last):

@@ -58,8 +58,9 @@ def finding_endings(
     found: dict[str, Ending] = {}
     calls: dict[str, int] = {}
 
-    def note_linear(module: nn.Module, args: Any, output: Tensor) -> None:
-        latest[:] = [(module, output, output._version)]
+    def note_linear(module: nn.Module, args: Any, output: Tensor | tuple) -> None:
+        returned = output[0] if isinstance(output, tuple) else output  # a layer of experts may return a tuple
+        latest[:] = [(module, returned, returned._version)]
 
     def note_submodule(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

@@ -84,7 +84,7 @@ def stages_of(
         block: The block.
         hidden: Hidden states that it is run on, (samples, tokens, features).
         run_block: Runs the block and returns its hidden states.
-        linears: Name -> linear of the block, pruned or not.
+        linears: Name -> linear of the block, pruned or not, and layers of experts as if they were linears.
         pruned: Linears that the stages consist of.
 
     Raises:
@@ -143,7 +143,7 @@ def tracing(
             if name in inputs:
                 trace.inputs[name] = args[0]
             if name in outputs:
-                trace.outputs[name] = output[..., linear.rows]
+                trace.outputs[name] = (output[0] if isinstance(output, tuple) else output)[..., linear.rows]
 
         return hook
 

@@ -142,13 +142,15 @@ class StatisticsCollector:
         return f"calibration batch {batch} ({samples}, all counted from 0)"
 
     @contextmanager
-    def collecting(self, positions: Tensor, lacks: Callable[[str], Tensor] | None = None) -> Iterator[None]:
+    def collecting(
+        self, positions: Tensor, lacks: Callable[[str, Tensor, Routing | None], Tensor] | None = None
+    ) -> Iterator[None]:
         """Add every call of a linear to its statistics, within the context.
 
         Args:
             positions: Positions of the samples of this batch in the calibration set, (samples,), on the CPU.
             lacks: Returns what a linear's inputs lack of the dense model's, or its outputs and the hidden states that it adds
-                to, see :class:`Perturbation`; called for the `perturbed` ones.
+                to, see :class:`Perturbation`; called for the `perturbed` ones, with their inputs and, for experts, routing.
 
         Raises:
             RuntimeError: If a linear is called twice in one batch, or shares its input in one batch and not in another.
@@ -171,12 +173,13 @@ class StatisticsCollector:
             if self._leaders.setdefault(name, leader) != leader:
                 raise RuntimeError(f"The linear {name!r} shares its input with others in some batches only.")
             if leader == name:
+                missing = lacks(name, x, routing) if name in self.perturbations else None
                 x, lengths = samples(x, routing)
                 if name not in self._inputs:
                     self._inputs[name] = InputStatistics(x.shape[-1], self._precision, self._gram_samples(x))
                 self._inputs[name].update(x, positions, lengths)
-                if name in self.perturbations:
-                    self.perturbations[name].update(x, samples(lacks(name), routing)[0])
+                if missing is not None:
+                    self.perturbations[name].update(x, samples(missing, routing)[0], lengths)
             y, lengths = samples(y, routing)
             self.outputs[name].update(y, positions, lengths)
             self._called[name].append(len(self._positions) - 1)

@@ -51,12 +51,13 @@ class Perturbation(Sums):
         """Return class and sizes, for errors."""
         return f"Perturbation({self.features}, {self.out_features})"
 
-    def update(self, x: Tensor, lack: Tensor) -> Self:
+    def update(self, x: Tensor, lack: Tensor, lengths: Tensor | None = None) -> Self:
         """Add samples.
 
         Args:
             x: Inputs, (samples, tokens, I), any floating dtype.
             lack: x_d − x, or (W x_d + h_d) − (W x + h) with `out_features`, (samples, tokens, K).
+            lengths: As for :meth:`InputStatistics.update`.
 
         Raises:
             ValueError: If a shape does not fit.
@@ -76,7 +77,7 @@ class Perturbation(Sums):
         self._device = self._device or x.device
         add_cross_products(self._sum("lack"), missing, tokens, resolved(self._precision, x.dtype))
         self.num_samples += len(x)
-        self.num_tokens += len(tokens)
+        self.num_tokens += len(tokens) if lengths is None else int(lengths.sum())
         self._derived.clear()
         return self
 

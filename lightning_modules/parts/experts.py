@@ -81,6 +81,11 @@ class ExpertLinear(nn.Module):
         return self._source[0]
 
     @property
+    def reads_hidden(self) -> bool:
+        """Whether it reads hidden states, as the first matrix of an expert does."""
+        return self._source[1] != "down_proj"
+
+    @property
     def parameter(self) -> nn.Parameter:
         """The parameter of all experts, (experts, O, I), or transposed, (experts, I, O)."""
         experts, name = self._source
@@ -106,6 +111,11 @@ def is_experts(module: nn.Module) -> bool:
         isinstance(parameter := getattr(module, name, None), nn.Parameter) and parameter.ndim == 3
         for name in (_first_name(module), "down_proj")
     )
+
+
+def experts_of(block: nn.Module) -> dict[str, nn.Module]:
+    """Return name within the block -> experts."""
+    return {name: module for name, module in block.named_modules() if is_experts(module)}
 
 
 def matrices_of(experts: nn.Module) -> list[tuple[ExpertLinear, ExpertLinear]]:
@@ -134,7 +144,7 @@ def parts_of(experts: nn.Module) -> Iterator[tuple[str, ExpertLinear, slice]]:
 
 def routed_forwards(block: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
     """Return experts within a block -> forward that calls their matrices, each once, even if no token is routed to it."""
-    return {module: partial(_routed, module) for module in block.modules() if is_experts(module)}
+    return {experts: partial(_routed, experts) for experts in experts_of(block).values()}
 
 
 def _routed(experts: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
