@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import lightning_modules
-from tests.helpers.tiny import make_experts, make_tokenizer, tiny_config
+from tests.helpers.tiny import make_tokenizer, make_unprunable, tiny_config
 from train import main
 from utilities.failures import failures_in_one_sentence
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     (work / "words.txt").write_text(" ".join(f"w{i % 90 + 2}" for i in range(4000)))
     shutil.copytree(work / "llama", work / "unknown")
     (work / "unknown/config.json").write_text(json.dumps({"model_type": "nosuch"}))
-    make_experts().save_pretrained(work / "experts")
+    make_unprunable().save_pretrained(work / "rwkv")
     for name in ("no_weights", "cut"):
         shutil.copytree(work / "llama", work / name)
     (work / "no_weights/model.safetensors").unlink()
@@ -164,8 +164,8 @@ PRUNING = [
     ),
     (
         "llama",
-        ["--model.model_name_or_path", "./experts", "--data.tokenizer", "./llama"],
-        "'mixtral' is not in ARCHITECTURES, and could not be discovered: it is a mixture of experts .*Add an entry to",
+        ["--model.model_name_or_path", "./rwkv", "--data.tokenizer", "./llama"],
+        "'rwkv' is not in ARCHITECTURES, and could not be discovered: 'rwkv.blocks' .*Add an entry to",
     ),
     ("llama", ["--trainer.limit_train_batches", "0"], "limit_train_batches=0"),
     (

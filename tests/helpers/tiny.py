@@ -81,13 +81,44 @@ def make_model(family: str):
     return model
 
 
-def make_experts():
-    """A random mixture of experts, which cannot be pruned."""
+def make_unprunable():
+    """A random RWKV, whose blocks hand on more than hidden states, so that they cannot be run one by one."""
     import transformers
 
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.MixtralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, num_local_experts=2, **sizes)
-    return transformers.MixtralForCausalLM(config).eval()
+    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2, "context_length": 64}
+    return transformers.RwkvForCausalLM(transformers.RwkvConfig(vocab_size=VOCABULARY, **sizes)).eval()
+
+
+_ROUTED = {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
+_GROUPS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": _ROUTED | {"shared_expert_intermediate_size": 24},
+    "qwen3_moe": _ROUTED | {"head_dim": 8},
+    "olmoe": {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2},
+    "granitemoe": {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "layer_types": ["full_attention"] * 2},
+    "deepseek_v3": _GROUPS | _LATENT | {"moe_intermediate_size": 24, "num_key_value_heads": 4},
+}
+"""Mixtures of experts -> what their configuration needs."""
+
+
+def make_mixture(family: str):
+    """A random mixture of experts of two blocks, with weights so large that experts matter beside the residual."""
+    import torch
+    import transformers
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    torch.manual_seed(list(MIXTURES).index(family))
+    model = transformers.AutoModelForCausalLM.from_config(transformers.CONFIG_MAPPING[family](**sizes | MIXTURES[family]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    return model.eval()
 
 
 def make_tokenizer(family: str):

@@ -11,7 +11,7 @@ from callbacks import BlockwisePruning
 from datamodules import TextDataModule
 from lightning_modules import CausalLM
 from lightning_modules.parts.architectures import ARCHITECTURES, find_architecture
-from tests.helpers.tiny import FAMILIES, VOCABULARY, make_experts
+from tests.helpers.tiny import FAMILIES, VOCABULARY, make_unprunable
 from utilities.hub import resolve_model_path
 
 
@@ -81,11 +81,11 @@ def test_predict_writes_continuations(tiny_model, text_file, tmp_path):
 
 
 def test_a_model_that_cannot_be_discovered_is_refused_when_it_is_to_be_pruned(tiny_model, text_file, tmp_path):
-    make_experts().save_pretrained(tmp_path / "mixtral")
+    make_unprunable().save_pretrained(tmp_path / "rwkv")
     data = TextDataModule(tokenizer=tiny_model("llama"), source=text_file, seq_len=16, num_calibration=2, num_heldout=1)
     pruning = BlockwisePruning(sparsity=0.5, output_dir=str(tmp_path / "pruned"))
-    with pytest.raises(ValueError, match=r"'mixtral' is not in ARCHITECTURES, and could not be discovered: it is a mixture of"):
-        quiet_trainer(tmp_path, callbacks=[pruning]).fit(CausalLM(str(tmp_path / "mixtral")), data)
+    with pytest.raises(ValueError, match=r"'rwkv' is not in ARCHITECTURES, and could not be discovered: 'rwkv.blocks'"):
+        quiet_trainer(tmp_path, callbacks=[pruning]).fit(CausalLM(str(tmp_path / "rwkv")), data)
 
 
 def test_a_family_outside_the_table_is_validated(tiny_model, text_file, tmp_path):

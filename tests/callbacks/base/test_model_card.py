@@ -18,7 +18,7 @@ from datamodules import ImageDataModule
 from lightning_modules import CausalLM, ImageClassifier
 from tests.helpers.launchers import Fault, PruningRun, go, tiny
 from tests.helpers.recovery_runs import short_windows
-from tests.helpers.tiny import make_experts, make_model, make_tokenizer, quiet, tiny_images, tiny_vit
+from tests.helpers.tiny import make_model, make_tokenizer, make_unprunable, quiet, tiny_images, tiny_vit
 
 DEIT = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 10}
 
@@ -140,7 +140,7 @@ def test_trained_model(tiny_model, text, tmp_path):
 
 
 def test_trained_model_of_a_family_that_cannot_be_pruned(text_file, tmp_path):
-    module = CausalLM(make_experts())
+    module = CausalLM(make_unprunable())
     data = short_windows(make_tokenizer("llama"), text_file)
     quiet(tmp_path, SaveModel()).fit(module, data)
     front, body = read(tmp_path / "model")

@@ -12,7 +12,7 @@ from datamodules import TextDataModule
 from lightning_modules import CausalLM
 from lightning_modules.parts.architectures import ARCHITECTURES
 from lightning_modules.parts.discovery import discover
-from tests.helpers.tiny import FAMILIES, FURTHER_FAMILIES, VOCABULARY, make_experts, make_model, quiet
+from tests.helpers.tiny import FAMILIES, FURTHER_FAMILIES, MIXTURES, VOCABULARY, make_mixture, make_model, quiet
 
 TOKENS = torch.randint(2, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(7))
 SIZES = {
@@ -115,11 +115,21 @@ def test_linears_that_are_not_used_as_such_stay_dense():
     assert "left dense: mixer.dt_proj (is not called)" in found.summary(3)
 
 
-def test_experts_are_refused():
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_are_found(family):
+    found = found_in(make_mixture(family)).architecture
+    assert found.experts == ("block_sparse_moe.experts" if family == "granitemoe" else "mlp.experts",)
+    assert bool(found.projections) == (family != "deepseek_v3")
+
+
+def test_experts_that_are_kept_in_another_way_are_refused(monkeypatch):
+    """As modules of a list, or as parameters of a layer that nothing is known of."""
+    model = make_mixture("mixtral")
+    monkeypatch.setattr("lightning_modules.parts.discovery.is_experts", lambda module: False)
     with pytest.raises(
-        ValueError, match=r"'unknown' is not in ARCHITECTURES.*mixture of experts \(mlp.experts.*cannot be pruned"
+        ValueError, match=r"'unknown' is not in ARCHITECTURES.*mixture of experts.*mlp.experts: a MixtralExperts"
     ):
-        found_in(make_experts())
+        found_in(model)
 
 
 class Toy(nn.Module):
