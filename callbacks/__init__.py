@@ -13,6 +13,7 @@ _HOME = {
     "DepthAllocation": "blockwise.allocations",
     "Diagnostics": "blockwise.run",
     "ErrorAllocation": "blockwise.allocations",
+    "DropExperts": "drop_experts",
     "EvaluateTasks": "evaluate_tasks",
     "ExportOnnx": "export_onnx",
     "FixedRule": "blockwise.update_rules",
