@@ -17,6 +17,7 @@ from torch import nn
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts.block_stream import BlockStream
 from lightning_modules.parts.host_memory import free_memory
+from utilities.files import check_space
 
 DEFAULT_WINDOWS = 8
 MOST_TOKENS = 65536
@@ -98,12 +99,16 @@ def make_room(streams: list[BlockStream], num_batches: int, device: torch.device
         num_batches: Number of batches.
         device: Device of the run.
         spill: Directory for files, used without a GPU only; None uses none.
+
+    Raises:
+        ValueError: If the disk has no room for the files.
     """
     num_bytes = num_batches * sum(stream.hidden(0).nbytes for stream in streams)
     if not fits(num_bytes, device):
         for stream in streams:
             stream.move_to_host()
     elif spill is not None and device.type == "cpu" and num_bytes > HOST_SHARE * free_memory():
+        check_space(spill, num_bytes, "Hidden states that host memory has no room for")
         for number, stream in enumerate(streams):
             stream.move_to_files(spill / str(number))
 

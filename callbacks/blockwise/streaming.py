@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from callbacks.blockwise.settings import PruningSettings
 from callbacks.blockwise.update_rules import PerplexityRule
 from lightning_modules.base.prunable import PrunableModule
@@ -47,9 +49,9 @@ class PrunedShards:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             return {SHARD: self._streamed.write(block, self._path(number))}
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors raises its own on a full disk
             raise OSError(
-                f"Block {number} could not be kept in {self._directory} ({error.strerror or error}). Make room there and start "
+                f"Block {number} could not be kept in {self._directory} ({getattr(error, 'strerror', None) or error}). Make room there and start "
                 "the same command again; with `resume: true` it goes on with this block."
             ) from error
 

@@ -44,6 +44,7 @@ def load_streamed(path: str, dtype: str, attn_implementation: str | None) -> tup
         options["attn_implementation"] = attn_implementation
     with loading(path), without_weights():
         model = AutoModelForCausalLM.from_config(config, **options).eval()
+    _make_buffers(model)
     keep_soft_cap(model, attn_implementation)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -119,6 +120,14 @@ def _check_config(path: str, config: Any) -> None:
             f"Argument `stream` = True expected plain weights, but those of {path!r} are quantised (quantization_config). Give "
             "a checkpoint in float32, bfloat16 or float16."
         )
+
+
+@torch.no_grad()
+def _make_buffers(model: nn.Module) -> None:
+    """Make the buffers that no file has as `from_pretrained` does: in float32, where they were made in the model's dtype."""
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            model._init_weights(module)
 
 
 def _dtype_of(dtype: str, config: Any, shards: Shards) -> torch.dtype:

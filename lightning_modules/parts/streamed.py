@@ -209,7 +209,7 @@ class StreamedBlocks:
             raise ValueError(
                 f"Argument `stream` = True expected shards with the names and shapes of {type(self._model).__name__}, but those "
                 f"in {str(self._shards.directory)!r} lack {len(lacking)} of its {len(names)} weights, such as {lacking[0]}. "
-                "Load it with transformers and write it with `save_pretrained` on a machine that holds it, or leave `stream` out."
+                "Get the missing files, or leave `stream` out if its family has other names in files than in memory."
             )
 
 

@@ -33,9 +33,7 @@ class FinishedSteps:
         shards: Take the weights of the blocks, if these are streamed.
     """
 
-    def __init__(
-        self, processes: Processes, directory: Path | None = None, shards: PrunedShards | None = None
-    ) -> None:
+    def __init__(self, processes: Processes, directory: Path | None = None, shards: PrunedShards | None = None) -> None:
         self.number = 0
         """Number of steps that an earlier run has finished."""
         self.seconds = 0.0
