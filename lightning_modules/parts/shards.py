@@ -41,6 +41,11 @@ class Shards:
         return name in self._files
 
     @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._files)
+
+    @property
     def directory(self) -> Path:
         """Directory of the files."""
         return next(iter(self._files.values())).parent
