@@ -76,7 +76,9 @@ def random_like(parameter: torch.Tensor) -> torch.Tensor:
     return torch.ones(shape, dtype=DTYPE) if len(shape) == 1 else torch.randn(shape, dtype=DTYPE).mul_(0.02)
 
 
-def prune(model: str, output: str, stream: bool, method: str, windows: tuple[int, int], limit: float | None) -> dict[str, float]:
+def prune(
+    model: str, output: str, stream: bool, method: str, windows: tuple[int, int], limit: float | None
+) -> dict[str, float]:
     """Prune to half of the weights.
 
     Args:

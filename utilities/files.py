@@ -20,8 +20,8 @@ MIB = 2**20
 class OutputDirectory:
     """A directory that one run at a time replaces as a whole.
 
-    Beside the target, `.<name>.lock` is held from `open` to `close`; the system releases it if the process dies. `.<name>.partial`
-    has temporary files; while the result is written, the new directory and, between two renames, the old one.
+    Beside the target, `.<name>.lock` is held from `open` to `close`; the system releases it if the process dies.
+    `.<name>.partial` has temporary files; while the result is written, the new directory and, between two renames, the old one.
 
     Args:
         path: The target; it may not exist yet.

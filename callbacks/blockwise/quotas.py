@@ -1,8 +1,8 @@
 """Quotas: the number of zeros of each linear, from one pass of the calibration data through the dense model, or from depth.
 
 The pass sums ‖X_j‖² of the inputs of all linears, and the share of the hidden states that each block writes. It goes batch by
-batch and block by block, so it needs the memory of one batch; if blocks are streamed, all batches go through one block after the
-other. The sums are taken over all processes.
+batch and block by block, so it needs the memory of one batch; if blocks are streamed, it goes block by block, with all batches.
+The sums are taken over all processes.
 `functional.pruning.allocation` turns them into a share of zeros for each block, and into numbers of zeros whose sum is exact.
 """
 

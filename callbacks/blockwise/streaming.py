@@ -50,9 +50,10 @@ class PrunedShards:
             self._directory.mkdir(parents=True, exist_ok=True)
             return {SHARD: self._streamed.write(block, self._path(number))}
         except (OSError, SafetensorError) as error:  # safetensors raises its own on a full disk
+            reason = getattr(error, "strerror", None) or error
             raise OSError(
-                f"Block {number} could not be kept in {self._directory} ({getattr(error, 'strerror', None) or error}). Make room there and start "
-                "the same command again; with `resume: true` it goes on with this block."
+                f"Block {number} could not be kept in {self._directory} ({reason}). Make room there and start the same command "
+                "again; with `resume: true` it goes on with this block."
             ) from error
 
     def restore(self, number: int, block: str) -> None:

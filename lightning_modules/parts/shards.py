@@ -1,4 +1,4 @@
-"""Shards: the tensors of a model in safetensors files. They are read one at a time, and files are written whole or not at all."""
+"""Shards: the tensors of a model in safetensors files, read one at a time; files are written whole or not at all."""
 
 import hashlib
 import json

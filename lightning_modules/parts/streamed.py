@@ -1,8 +1,8 @@
 """StreamedBlocks: a language model whose blocks stay in their shards and are read when they are needed.
 
-The skeleton has no weights (device meta) but whole buffers. Embeddings, final norm and head are read once; a block is read, used
-and freed again. A block that runs while it is not there reads itself for its own forward pass. Once a block has been pruned, it
-is read from a file of its own.
+The skeleton has no weights (device meta) but whole buffers. Embeddings, final norm and head are read once; a block is read,
+used and freed again. A block that runs while it is not there reads itself for its own forward pass. Once a block has been
+pruned, it is read from a file of its own.
 """
 
 import functools
@@ -91,7 +91,7 @@ class StreamedBlocks:
         self._read(name)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and content of all tensors of the checkpoint, as the model has them; those of blocks are read one by one."""
+        """Yield name and content of all tensors of the checkpoint, read one by one, in the dtype of the model."""
         for name, tensor in self._model.state_dict().items():
             stored = self._stored(name)
             yield name, self._shards.read(stored, tensor.dtype, HOST) if stored in self._shards else tensor
@@ -207,8 +207,9 @@ class StreamedBlocks:
                 lacking.append(tied[0])
         if lacking:
             raise ValueError(
-                f"Argument `stream` = True expected shards with the names and shapes of {type(self._model).__name__}, but those "
-                f"in {str(self._shards.directory)!r} lack {len(lacking)} of its {len(names)} weights, such as {lacking[0]}. "
+                f"Argument `stream` = True expected shards with the names and shapes of {type(self._model).__name__}, but "
+                f"those in {str(self._shards.directory)!r} lack {len(lacking)} of its {len(names)} weights, such as "
+                f"{lacking[0]}. "
                 "Get the missing files, or leave `stream` out if its family has other names in files than in memory."
             )
 
