@@ -31,8 +31,8 @@ from lightning_modules.parts.streamed import without_weights
 from utilities.digest import digest
 
 SHAPES = {
-    "llama-4gb": LlamaConfig(hidden_size=1536, intermediate_size=4096, num_hidden_layers=75, num_attention_heads=24,
-                             num_key_value_heads=8, vocab_size=32000),
+    "llama-4gb": LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=160, num_attention_heads=16,
+                             num_key_value_heads=8, vocab_size=32000),  # deep and narrow, so that two cores are enough
     "llama-2-7b": LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                               vocab_size=32000),
     "llama-2-70b": LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
