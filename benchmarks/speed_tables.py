@@ -141,5 +141,19 @@ def sparse24() -> str:
     return "\n\n".join([*tables, note])
 
 
+def streaming() -> str:
+    """Return memory and time of streamed runs, and of runs in memory beside them."""
+    rows, lines = read("streaming.csv"), []
+    for row in rows:
+        name = f"{row['shape']}, {row['blocks']} blocks, {row['dtype']}, {row['method']}, {row['samples']} x {row['seq_len']}"
+        numbers = ("checkpoint_gib", "limit_gib", "peak_rss_gib", "in_memory_peak_rss_gib", "seconds", "in_memory_seconds")
+        cells = [f"{float(row[number]):.{0 if 'seconds' in number else 2}f}" if row[number] else "" for number in numbers]
+        lines.append([name, *cells, {"True": "yes", "False": "no", "": ""}[row["same_weights"]]])
+    first = rows[0]
+    header = ["", "checkpoint, GiB", "limit", "peak", "peak, in memory", "s", "s, in memory", "same bits"]
+    versions = f"torch {first['torch']}, transformers {first['transformers']}, lightning {first['lightning']}"
+    return f"{table(header, lines)}\n\n{first['hardware']}, {first['threads']} threads, {versions}, seed 0."
+
+
 TABLES = {"prune-speed": prune_speed, "joint-cost": joint_cost, "multi-gpu": multi_gpu, "graphs-scaling": graph_scaling}
-TABLES |= {"sparse24": sparse24}
+TABLES |= {"sparse24": sparse24, "streaming": streaming}

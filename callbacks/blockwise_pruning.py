@@ -29,6 +29,7 @@ from callbacks.blockwise.result import check_output, print_summary
 from callbacks.blockwise.run import Diagnostics, PruningRun
 from callbacks.blockwise.settings import Method, PruningSettings, Score, Target
 from callbacks.blockwise.solvers import Solver
+from callbacks.blockwise.streaming import can_share, check_streaming, size_of
 from callbacks.blockwise.update_rules import UpdateRule, UpdateRuleName
 from functional.pruning.checks import SolverName
 from functional.pruning.precision import Precision
@@ -164,6 +165,7 @@ class BlockwisePruning(Callback):
         if not isinstance(pl_module, PrunableModule):
             raise TypeError(f"BlockwisePruning needs a PrunableModule such as CausalLM but got {type(pl_module).__name__}.")
         self._processes = processes_of(trainer)
+        check_streaming(pl_module, self.settings, self.offload, self._processes)
         check_access(trainer, self.push_to_hub)
         if any(isinstance(callback, Checkpoint) for callback in trainer.callbacks):
             log.info("BlockwisePruning writes its own result; checkpoints of every epoch are off.")
@@ -192,11 +194,10 @@ class BlockwisePruning(Callback):
         check_output(output.path)
         output.open()
         try:
-            size = sum(tensor.nbytes for tensor in module.model.state_dict().values())
-            kept = 2 if self.resume else 1  # finished blocks take less than the model
-            check_space(
-                output.path.parent, kept * size, "The pruned model" + (" with its finished blocks" if self.resume else "")
-            )
+            state = self._state_directory(trainer, output)
+            kept = state is not None and not (module.streams and can_share(state, output.path.parent))  # less than the model
+            what = "The pruned model" + (" with its finished blocks" if kept else "")
+            check_space(output.path.parent, (1 + kept) * size_of(module), what)
         except ValueError:
             output.close()
             raise
@@ -220,17 +221,17 @@ class BlockwisePruning(Callback):
             self.diagnostics,
             self._plan,
             self._output,
-            self._state_directory(trainer),
+            self._state_directory(trainer, self._output),
             self._placement,
             self._processes,
         )
         self._run.start()
 
-    def _state_directory(self, trainer: Trainer) -> Path | None:
+    def _state_directory(self, trainer: Trainer, output: OutputDirectory) -> Path | None:
         if not self.resume:
             return None
         if self.output_dir:
-            return self._output.path.with_name(f"{self._output.path.name}.state")
+            return output.path.with_name(f"{output.path.name}.state")
         return Path(getattr(trainer.logger, "root_dir", None) or trainer.default_root_dir) / "pruning_state"
 
     @override

@@ -22,6 +22,7 @@ from lightning_modules.parts.architectures import ARCHITECTURES, Architecture
 from lightning_modules.parts.discovery import discover
 from lightning_modules.parts.language_models import load_model, load_tokenizer, read_config
 from lightning_modules.parts.linear24 import compress_linears, try_kernels
+from lightning_modules.parts.load_streamed import check_stage, load_streamed
 from lightning_modules.parts.predictions import Predictions
 from lightning_modules.parts.self_text import sample_batch, start_token
 from utilities.contract import ModelFacts, WritesText, data_of
@@ -55,6 +56,8 @@ class CausalLM(PrunableModule, WritesText):
             memory at 16 bit, and on a GPU `predict` reads no more than that for up to 16 windows in a batch. Not for `fit`.
         static_cache: Whether `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a
             step, once for each batch size, so that launching kernels no longer limits the speed.
+        stream: Whether blocks stay in their safetensors files and are read when they are needed, for models that are larger
+            than memory: `fit` with BlockwisePruning, `validate` and `test`.
 
     Raises:
         ValueError: If an argument is out of range, or does not apply to a model in memory.
@@ -69,14 +72,20 @@ class CausalLM(PrunableModule, WritesText):
         max_new_tokens: int = 64,
         sparse24: bool = False,
         static_cache: bool = False,
+        stream: bool = False,
     ) -> None:
         super().__init__()
+        if stream and sparse24:
+            raise ValueError(
+                "Argument `sparse24` = True compresses blocks in memory, but `stream` = True leaves them in their files. Leave "
+                "one of them out."
+            )
         for name, value, least in (("learning_rate", learning_rate, 0), ("max_new_tokens", max_new_tokens, 1)):
             if not value >= least:
                 raise ValueError(f"Argument `{name}` expected to be at least {least} but got {value}.")
         given = model_name_or_path if isinstance(model_name_or_path, nn.Module) else None
         if given is not None:
-            _check_given(given, dtype, attn_implementation)
+            _check_given(given, dtype, attn_implementation, stream)
         self.save_hyperparameters(ignore=["model_name_or_path"] if given is not None else [])
         self.path = given.name_or_path if given is not None else str(model_name_or_path)
         """Path or hub id that the model was loaded from; empty for a model that was made in memory."""
@@ -93,9 +102,16 @@ class CausalLM(PrunableModule, WritesText):
         """`model_type` of transformers."""
         return self.model.config.model_type
 
+    @property
+    def streams(self) -> bool:
+        """Whether blocks are read when they are needed."""
+        return self.hparams.stream
+
     def configure_model(self) -> None:
         """Load tokenizer and weights, once."""
         self._check_sparse24()
+        if self.streams:
+            check_stage(self._trainer, prunes=self.calibration_step is not None)
         if self._ready:
             return
         config = read_config(self.path) if self.model is None else self.model.config
@@ -104,7 +120,8 @@ class CausalLM(PrunableModule, WritesText):
         if self.tokenizer is None:
             self.tokenizer = data_of(self._trainer).facts().tokenizer
         if self.model is None:
-            self.model = load_model(self.path, self.hparams.dtype, self.hparams.attn_implementation)
+            given = self.path, self.hparams.dtype, self.hparams.attn_implementation
+            self.model, self.streamed = load_streamed(*given) if self.streams else (load_model(*given), None)
         if self.hparams.sparse24:
             self._compress()
         self._ready = True
@@ -299,7 +316,7 @@ class CausalLM(PrunableModule, WritesText):
                 "Argument `sparse24` = True: compressed linears are not saved, no library would read them. The directory that "
                 "this model was loaded from is dense and can be copied; or load it with `sparse24` = False."
             )
-        self.model.save_pretrained(directory)
+        (self.model.save_pretrained if self.streamed is None else self.streamed.save)(directory)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
 
@@ -315,14 +332,15 @@ class CausalLM(PrunableModule, WritesText):
         self.log_dict(values, prog_bar=False, logger=self.calibration_step is None)
 
 
-def _check_given(model: nn.Module, dtype: str, attn_implementation: str | None) -> None:
+def _check_given(model: nn.Module, dtype: str, attn_implementation: str | None, stream: bool) -> None:
     """Check that a model in memory is one of transformers, and that no argument says how to load it."""
     if not hasattr(model, "generate") or not hasattr(getattr(model, "config", None), "model_type"):
         raise ValueError(
             f"Argument `model_name_or_path` expected a path, or a causal language model of transformers, but got a "
             f"{type(model).__name__}."
         )
-    for name, value, default in (("dtype", dtype, "auto"), ("attn_implementation", attn_implementation, None)):
+    arguments = ("dtype", dtype, "auto"), ("attn_implementation", attn_implementation, None), ("stream", stream, False)
+    for name, value, default in arguments:
         if value != default:
             raise ValueError(
                 f"Argument `{name}` = {value!r} says how a model is loaded, but `model_name_or_path` is a model in memory. "

@@ -23,6 +23,7 @@ from tests.helpers.tiny import VOCABULARY, make_model, make_tokenizer, write_cit
 SLOW = (
     "test_smollm2.py",
     "callbacks/test_resume.py",
+    "callbacks/blockwise/test_streaming.py",
     "lightning_modules/test_resume.py",
     "test_after_pruning.py",
     "functional/sparse24/test_decode.py",

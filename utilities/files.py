@@ -20,8 +20,8 @@ MIB = 2**20
 class OutputDirectory:
     """A directory that one run at a time replaces as a whole.
 
-    Beside the target, `.<name>.lock` is held from `open` to `close`; the system releases it if the process dies. While the
-    result is written, `.<name>.partial` has the new directory and, between two renames, the old one.
+    Beside the target, `.<name>.lock` is held from `open` to `close`; the system releases it if the process dies.
+    `.<name>.partial` has temporary files; while the result is written, the new directory and, between two renames, the old one.
 
     Args:
         path: The target; it may not exist yet.
@@ -47,6 +47,11 @@ class OutputDirectory:
                 "directory."
             ) from error
         self._clear_scratch()
+
+    @property
+    def scratch(self) -> Path:
+        """Directory for temporary files of the run, which may not exist yet; removed by `publish`, `close` and the next run."""
+        return self._scratch
 
     def publish(self, write: Callable[[Path], None]) -> None:
         """Replace the directory by a new one. After an error the old one is unchanged and nothing else is left.
@@ -77,7 +82,9 @@ class OutputDirectory:
         shutil.rmtree(self._scratch)
 
     def close(self) -> None:
-        """Release the directory for other runs."""
+        """Release the directory for other runs, and remove temporary files."""
+        if self._lock.is_locked:
+            self._clear_scratch()
         self._lock.release()
 
     def _clear_scratch(self) -> None:

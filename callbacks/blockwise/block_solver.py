@@ -6,7 +6,7 @@ solve      every owner prunes its linears
 send       every owner sends its weights to all processes, which must then hold the same bits
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from lightning.pytorch.loggers import Logger
@@ -115,27 +115,33 @@ class BlockSolver:
         return processes.from_first(record)
 
     @torch.no_grad()
-    def restore(
-        self, index: int, block: str, weights: Mapping[str, Tensor], names: Iterable[str], attention: AttentionMonitor | None
-    ) -> None:
-        """Give a block the weights of an earlier run, which only the first process has.
+    def restore(self, index: int, give: Callable[[], None], attention: AttentionMonitor | None) -> None:
+        """Give a block the weights of an earlier run.
 
         Args:
             index: Index of the block in the model.
+            give: Gives the block its weights.
+            attention: Follows attention in the first process, if attention is measured.
+        """
+        if attention is not None:
+            attention.enter(index)
+        give()
+        if attention is not None:
+            attention.pass_by(index)
+
+    def assign(self, block: str, weights: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        """Write weights, which only the first process has, into the linears of a block.
+
+        Args:
             block: Full name of the block.
             weights: Linear -> weight, in the first process.
             names: Linears of the block that were pruned.
-            attention: Follows attention in the first process, if attention is measured.
         """
         linears = self._module.linears(self._module.blocks[block])
-        if attention is not None:
-            attention.enter(index)
         for name in names:
             linear = linears[name]
             weight = weights[name].to(linear.weight.device) if self._processes.is_first else linear.weight
             linear.assign(self._processes.send(weight, 0))
-        if attention is not None:
-            attention.pass_by(index)
 
     @property
     def _chooses(self) -> bool:

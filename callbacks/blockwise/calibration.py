@@ -1,12 +1,13 @@
 """CalibrationStream: hidden states of this process's calibration batches, block by block, and positions of their samples."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from callbacks.blockwise.placement import fits, has_spare
+from callbacks.blockwise.placement import has_spare, make_room
 from callbacks.blockwise.update_rules.windows import RuleWindows
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts.block_stream import BlockStream, replaced_forwards
@@ -20,14 +21,22 @@ class CalibrationStream:
         windows: Pass windows of the batches on to the update rule.
         num_batches: Number of batches of this process.
         dense: Whether to follow the hidden states of the dense model beside those of the pruned one.
+        spill: Directory for hidden states that take more than a share of the host's memory; None keeps them there.
     """
 
-    def __init__(self, module: PrunableModule, windows: RuleWindows, num_batches: int, dense: bool = False) -> None:
+    def __init__(
+        self,
+        module: PrunableModule,
+        windows: RuleWindows,
+        num_batches: int,
+        dense: bool = False,
+        spill: Path | None = None,
+    ) -> None:
         # Bound here, since DDP may wrap the module before the first calibration step.
         self._forward, self._positions_of = module.calibration_forward, module.sample_positions
         self._stream = BlockStream(list(module.blocks.values()))
         self._dense = BlockStream(list(module.blocks.values())) if dense else None
-        self._windows, self._num_batches = windows, num_batches
+        self._windows, self._num_batches, self._spill = windows, num_batches, spill
         self.class_tokens = module.class_tokens
         """Number of leading tokens of a sample that are class tokens."""
         self._positions: dict[int, Tensor] = {}
@@ -44,9 +53,8 @@ class CalibrationStream:
         streams = [self._stream] if self._dense is None else [self._stream, self._dense]
         if self._dense is not None:
             self._dense.adopt(key, self._stream)
-        if key == 0 and not fits(len(streams) * self._stream.hidden(0).nbytes * self._num_batches, positions.device):
-            for stream in streams:
-                stream.move_to_host()
+        if key == 0:
+            make_room(streams, self._num_batches, positions.device, self._spill)
         self._windows.see(batch, positions)
 
     def propagate(self, batch: Any, key: int, index: int) -> None:

@@ -1,18 +1,23 @@
 """Placement: keeps blocks on the device or in host memory; and batch sizes that fit a GPU.
 
 With offload, blocks wait in host memory; embeddings, final norm and head stay on the device. While blocks are pruned, two of
-them are on the device. A pass of the whole model (validation) moves every block there and back for each batch.
+them are on the device. A pass of the whole model (validation) moves every block there and back for each batch. Blocks that are
+streamed wait in their files, and are read in place of being moved.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_modules.base.prunable import PrunableModule
+from lightning_modules.parts.block_stream import BlockStream
+from lightning_modules.parts.host_memory import free_memory
+from utilities.files import check_space
 
 DEFAULT_WINDOWS = 8
 MOST_TOKENS = 65536
@@ -21,6 +26,8 @@ ACTIVATION_SHARE = 0.125
 """Share of the GPU's memory that a block's activations may take."""
 HIDDEN_SHARE = 0.4
 """Share of the free memory that hidden states, or traces, may take."""
+HOST_SHARE = 0.25
+"""Share of the host's free memory that the hidden states of a streamed run may take."""
 
 
 class Placement:
@@ -39,7 +46,10 @@ class Placement:
 
     def hold(self, indices: range) -> None:
         """Move these blocks to the device and all others off it."""
-        if self._offload:
+        if self._module.streamed is not None:
+            names = list(self._module.blocks)
+            self._module.streamed.hold(names[index] for index in indices)
+        elif self._offload:
             blocks = list(self._module.blocks.values())
             for index in (index for index in range(len(blocks)) if index not in indices):
                 blocks[index].to("cpu")
@@ -50,7 +60,9 @@ class Placement:
     def passing(self) -> Iterator[None]:
         """Move every block to the device only for its own forward pass, within the context."""
         with ExitStack() as hooks:
-            if self._offload:
+            if self._module.streamed is not None:
+                self.hold(range(0))  # each reads itself
+            elif self._offload:
                 self.hold(range(0))
                 for block in self._module.blocks.values():
                     hooks.enter_context(block.register_forward_pre_hook(lambda block, _: block.to(self._device) and None))
@@ -77,6 +89,28 @@ def give_back_placement(trainer: Trainer) -> None:
 def fits(num_bytes: int, device: torch.device) -> bool:
     """Return whether a GPU has room for hidden states of this size beside the model; other devices always do."""
     return device.type != "cuda" or num_bytes < HIDDEN_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def make_room(streams: list[BlockStream], num_batches: int, device: torch.device, spill: Path | None) -> None:
+    """Decide, after the first batch, where the hidden states of all batches wait: on the device, on the host or in files.
+
+    Args:
+        streams: Streams of the run, each with the first batch.
+        num_batches: Number of batches.
+        device: Device of the run.
+        spill: Directory for files, used without a GPU only; None uses none.
+
+    Raises:
+        ValueError: If the disk has no room for the files.
+    """
+    num_bytes = num_batches * sum(stream.hidden(0).nbytes for stream in streams)
+    if not fits(num_bytes, device):
+        for stream in streams:
+            stream.move_to_host()
+    elif spill is not None and device.type == "cpu" and num_bytes > HOST_SHARE * free_memory():
+        check_space(spill, num_bytes, "Hidden states that host memory has no room for")
+        for number, stream in enumerate(streams):
+            stream.move_to_files(spill / str(number))
 
 
 def has_spare(num_bytes: int, device: torch.device) -> bool:

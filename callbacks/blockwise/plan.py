@@ -1,9 +1,10 @@
 """Plan a pruning run: which linears of which blocks are pruned, and by which method."""
 
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 
 from callbacks.blockwise.settings import PruningSettings
-from callbacks.blockwise.update_rules import ROLES, AttentionRule, FixedRule, PerplexityRule
+from callbacks.blockwise.update_rules import ROLES, AttentionRule, FixedRule, OutlierRule, PerplexityRule
 from callbacks.blockwise.update_rules.base import HELD_METHOD, UPDATE_METHOD
 from functional.pruning import METHODS, parse_pattern
 from functional.pruning.masks import check_divisible
@@ -37,7 +38,8 @@ def plan_of(settings: PruningSettings, module: PrunableModule, round_held: str |
         pruned = {name: linear for name, linear in linears.items() if not matches[name]}
         for name, linear in pruned.items():
             _check_groups(f"{block_name}.{name}", linear.in_features, settings.pattern)
-        plan[block_name] = _methods(settings, module, pruned, round_held)
+        with module.reading(block_name) if isinstance(settings.update_rule, OutlierRule) else nullcontext():
+            plan[block_name] = _methods(settings, module, pruned, round_held)
     _check_ignored(settings, module, plan, unused)
     return plan
 

@@ -1,7 +1,8 @@
 """Quotas: the number of zeros of each linear, from one pass of the calibration data through the dense model, or from depth.
 
 The pass sums ‖X_j‖² of the inputs of all linears, and the share of the hidden states that each block writes. It goes batch by
-batch and block by block, so it needs the memory of one batch; the sums are taken over all processes.
+batch and block by block, so it needs the memory of one batch; if blocks are streamed, it goes block by block, with all batches.
+The sums are taken over all processes.
 `functional.pruning.allocation` turns them into a share of zeros for each block, and into numbers of zeros whose sum is exact.
 """
 
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from callbacks.blockwise.allocations import DepthAllocation, ErrorAllocation, OwlAllocation, UniformAllocation
-from callbacks.blockwise.placement import Placement
+from callbacks.blockwise.placement import Placement, make_room
 from callbacks.blockwise.plan import Plan, rows_lose_alike
 from callbacks.blockwise.settings import PruningSettings
 from callbacks.blockwise.statistics import by_sample
@@ -81,7 +83,13 @@ class Quotas:
 
 
 def quotas_of(
-    trainer: Trainer, module: PrunableModule, settings: PruningSettings, plan: Plan, placement: Placement, processes: Processes
+    trainer: Trainer,
+    module: PrunableModule,
+    settings: PruningSettings,
+    plan: Plan,
+    placement: Placement,
+    processes: Processes,
+    spill: Path | None = None,
 ) -> Quotas | None:
     """Compute the quotas of a model that is still dense.
 
@@ -92,6 +100,7 @@ def quotas_of(
         plan: Plan of the first round.
         placement: Placement of the blocks.
         processes: Processes of the run.
+        spill: Directory for hidden states of a streamed run, as in `make_room`.
 
     Returns:
         Quotas, the same in all processes; None if all linears lose the same share.
@@ -107,12 +116,13 @@ def quotas_of(
         return processes.first_of(lambda: _targets(settings, plan, module, linears, {}, {}))
     rank_zero_info(f"Allocation {settings.allocation.short}: one pass of the calibration data through the dense model.")
     with isolate_rng():  # dataloaders draw from it
-        norms, written = _dense_pass(trainer, module, linears, placement, isinstance(settings.allocation, ErrorAllocation))
+        unit = isinstance(settings.allocation, ErrorAllocation)
+        norms, written = _dense_pass(trainer, module, linears, placement, spill, unit)
     processes.sum([*(found.sums()["square_norm"] for found in norms.values()), written])
 
     def read() -> dict[str, Any]:
         mine = list(linears)[processes.rank :: processes.size]
-        return {block: _read(settings, block, linears[block], norms) for block in mine}
+        return {block: _read_block(settings, module, block, linears[block], norms) for block in mine}
 
     read_off = {block: value for part in processes.gather(processes.together(read)) for block, value in part.items()}
     shares = dict(zip(blocks, (written[:, 0] / written[:, 1]).tolist(), strict=True))
@@ -120,7 +130,7 @@ def quotas_of(
 
 
 def _dense_pass(
-    trainer: Trainer, module: PrunableModule, linears: Linears, placement: Placement, unit: bool
+    trainer: Trainer, module: PrunableModule, linears: Linears, placement: Placement, spill: Path | None, unit: bool
 ) -> tuple[dict[nn.Module, OutputStatistics], Tensor]:
     """Pass the calibration data through the dense model.
 
@@ -132,17 +142,24 @@ def _dense_pass(
     stream = BlockStream(list(module.blocks.values()))
     written = torch.zeros(len(stream.blocks), 2, dtype=module.metric_dtype, device=module.device)
     batches = islice(trainer.train_dataloader, trainer.num_training_batches)
-    with torch.no_grad(), placement.passing():
-        for batch in (trainer.strategy.batch_to_device(batch) for batch in batches):
-            positions = module.sample_positions(batch)
-            with trainer.precision_plugin.forward_context():
-                stream.capture(0, lambda batch=batch: module.calibration_forward(batch))
-                with _summing(norms, positions, unit):
-                    for index in range(len(stream.blocks)):
-                        before = stream.hidden(0)
-                        stream.advance(0, index)
-                        written[index, 0] += written_share(before, stream.hidden(0))
+    groups = [list(batches)] if module.streams else ([batch] for batch in batches)
+    with torch.no_grad(), placement.passing(), trainer.precision_plugin.forward_context():
+        for group in groups:
+            positions = []
+            for key, batch in enumerate(trainer.strategy.batch_to_device(batch) for batch in group):
+                positions.append(module.sample_positions(batch))
+                stream.capture(key, lambda batch=batch: module.calibration_forward(batch))
+                if module.streams and key == 0:
+                    make_room([stream], len(group), module.device, spill)
+            for index, block in enumerate(module.blocks):
+                with module.reading(block):
+                    for key, samples in enumerate(positions):
+                        before = stream.hidden(key)
+                        with _summing(norms, samples, unit):
+                            stream.advance(key, index)
+                        written[index, 0] += written_share(before, stream.hidden(key))
                         written[index, 1] += before[..., 0].numel()
+            stream.clear()
     return norms, written
 
 
@@ -158,6 +175,17 @@ def _summing(norms: Mapping[nn.Module, OutputStatistics], positions: Tensor, uni
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _read_block(
+    settings: PruningSettings,
+    module: PrunableModule,
+    block: str,
+    linears: Mapping[str, PrunableLinear],
+    norms: Mapping[nn.Module, OutputStatistics],
+) -> float | list[float]:
+    with module.reading(block):
+        return _read(settings, block, linears, norms)
 
 
 def _read(

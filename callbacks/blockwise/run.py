@@ -29,6 +29,7 @@ from callbacks.blockwise.result import REPORT, pruning_card, publish, report_of
 from callbacks.blockwise.resume.fingerprint import fingerprint_of
 from callbacks.blockwise.resume.finished import FinishedSteps
 from callbacks.blockwise.settings import PruningSettings
+from callbacks.blockwise.streaming import PrunedShards
 from callbacks.blockwise.update_rules import AttentionRule, PerplexityRule
 from callbacks.blockwise.update_rules.monitor import AttentionMonitor
 from callbacks.blockwise.update_rules.perplexity import Rounds
@@ -122,9 +123,12 @@ class PruningRun:
         rule = settings.update_rule if isinstance(settings.update_rule, AttentionRule) else AttentionRule()
         self._windows = RuleWindows(trainer, module, rule, processes)
         self._rule = rule
+        self._spill = None if module.streamed is None else output.scratch / "hidden"
         self._stream = self._new_stream()
         self._attention: AttentionMonitor | None = None
-        self._finished = FinishedSteps(processes, state)
+        kept = (output.scratch if state is None else state) / "shards"
+        shards = None if module.streamed is None else PrunedShards(module.streamed, kept)
+        self._finished = FinishedSteps(processes, state, shards)
         self._keeps = state is not None
         self._solver = BlockSolver(module, settings, processes)
         self._rounds: Rounds | None = None
@@ -151,7 +155,7 @@ class PruningRun:
         if self._keeps:
             given = self._trainer, self._module, self._settings, self._processes
             self._finished.open(fingerprint_of(*given, self._windows.of_source()), self.num_steps)
-        given = self._trainer, self._module, self._settings, self._plan, self._placement, self._processes
+        given = self._trainer, self._module, self._settings, self._plan, self._placement, self._processes, self._spill
         quotas = self._finished.quotas(lambda: quotas_of(*given))
         self._solver = BlockSolver(self._module, self._settings, self._processes, quotas)
         self.metrics["dense"] = self.validate()
@@ -172,12 +176,12 @@ class PruningRun:
             torch.cuda.reset_peak_memory_stats(device)
         round_index, index = divmod(number, len(self._blocks))
         self._number = number
+        self._placement.hold(range(max(index - 1, 0), index + 1))
         if index == 0:
             self._begin_round(round_index)
         name = self._blocks[index]
         linears = self._module.linears(self._module.blocks[name])
         methods = self._plan[name]
-        self._placement.hold(range(max(index - 1, 0), index + 1))
         given = self._stream, self._settings, self._processes, self._trainer.precision_plugin.forward_context
         self._step = BlockStep(index, name, linears, methods, self._is_finished(number), *given)
 
@@ -233,6 +237,8 @@ class PruningRun:
         """Release everything after an error; finished steps stay on disk."""
         self._finished.leave()
         self.release()
+        if self._module.streamed is not None:
+            self._module.streamed.forget_pruned()
         self._restore_modes()
 
     def validate(self) -> dict[str, float]:
@@ -306,7 +312,7 @@ class PruningRun:
 
     def _new_stream(self) -> CalibrationStream:
         batches, dense = self._trainer.num_training_batches, self._settings.dense_share > 0
-        return CalibrationStream(self._module, self._windows, batches, dense)
+        return CalibrationStream(self._module, self._windows, batches, dense, self._spill)
 
     def _drawn(self) -> set[int]:
         count, maps = len(self._blocks), self._diagnostics.attention_maps

@@ -6,6 +6,7 @@ pass their batch to that step, and there is no optimizer.
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_modules.base.resumable import ResumableModule
 from lightning_modules.parts.architectures import Architecture, PrunableLinear, find_architecture, find_blocks, find_linears
+from lightning_modules.parts.streamed import StreamedBlocks
 from utilities.contract import ModelFacts, TellsModelFacts
 from utilities.digest import digest
 
@@ -31,7 +33,14 @@ class PrunableModule(ResumableModule, TellsModelFacts):
     def __init__(self) -> None:
         super().__init__()
         self.calibration_step: CalibrationStep | None = None
+        self.streamed: StreamedBlocks | None = None
+        """Reads the blocks of a model that is larger than memory; None if the whole model is loaded."""
         self._architecture: Architecture | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether blocks are read when they are needed, which is known before the model is loaded."""
+        return False
 
     @property
     @abstractmethod
@@ -71,6 +80,10 @@ class PrunableModule(ResumableModule, TellsModelFacts):
     def blocks(self) -> dict[str, nn.Module]:
         """Full name -> block, in the order of the chain."""
         return find_blocks(self.model, self.architecture)
+
+    def reading(self, block: str) -> AbstractContextManager:
+        """Return a context in which a block has its weights, which are read for it if blocks are streamed."""
+        return nullcontext() if self.streamed is None else self.streamed.reading(block)
 
     def linears(self, block: nn.Module) -> dict[str, PrunableLinear]:
         """Return name within the block -> prunable linear."""
@@ -124,7 +137,13 @@ class PrunableModule(ResumableModule, TellsModelFacts):
 
     def identity(self) -> dict[str, str]:
         """Return digests, by name, of all that a pruning run starts from; a resumed run has to start from the same."""
-        return {"model": digest(self.model.state_dict().items())}
+        tensors = self.model.state_dict().items() if self.streamed is None else self.streamed.tensors()
+        return {"model": digest(tensors), "stream": str(self.streams)}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # Of `to`, `cpu` and the like: blocks that are not there stay where they are.
+        with nullcontext() if self.streamed is None else self.streamed.aside():
+            return super()._apply(*args, **kwargs)
 
     def sum_over_processes(self, value: float) -> float:
         """Sum a number over all processes."""

@@ -9,13 +9,14 @@ their own.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_modules.parts.experts import routed_forwards
-from lightning_modules.parts.host_memory import HostMemory
+from lightning_modules.parts.host_memory import FileMemory, HostMemory
 
 
 class _AllBlocksSeen(Exception):
@@ -25,7 +26,7 @@ class _AllBlocksSeen(Exception):
 @dataclass
 class _Batch:
     hidden: Tensor | None
-    """None while the hidden states are in host memory."""
+    """None while the hidden states are elsewhere."""
     calls: list[tuple[tuple, dict[str, Any]]]
     """Further positional arguments and keyword arguments of each block."""
 
@@ -40,7 +41,7 @@ class BlockStream:
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.blocks = list(blocks)
-        self._host: HostMemory | None = None
+        self._elsewhere: HostMemory | FileMemory | None = None
         self._batches: dict[int, _Batch] = {}
         self._returns_tuple: list[bool] | None = None
 
@@ -72,7 +73,7 @@ class BlockStream:
 
     def hidden(self, key: int) -> Tensor:
         """Return the hidden states of a batch, (samples, tokens, features)."""
-        return self._batches[key].hidden if self._host is None else self._host.get(key)
+        return self._batches[key].hidden if self._elsewhere is None else self._elsewhere.get(key)
 
     def arguments(self, key: int, index: int) -> tuple[tuple, dict[str, Any]]:
         """Return what the model gives block `index` beside the hidden states: positional and keyword arguments."""
@@ -80,10 +81,11 @@ class BlockStream:
 
     def move_to_host(self) -> None:
         """Keep hidden states in host memory from now on, and fetch them to the device one batch ahead."""
-        self._host = HostMemory(next(iter(self._batches.values())).hidden.device)
-        for key, batch in self._batches.items():
-            self._host.put(key, batch.hidden)
-            batch.hidden = None
+        self._move_to(HostMemory(next(iter(self._batches.values())).hidden.device))
+
+    def move_to_files(self, directory: Path) -> None:
+        """Keep hidden states in files from now on, in a directory that is of no other use; `clear` removes it."""
+        self._move_to(FileMemory(directory))
 
     @torch.no_grad()
     def run(self, key: int, index: int) -> Tensor:
@@ -106,15 +108,23 @@ class BlockStream:
 
     def replace(self, key: int, hidden: Tensor) -> None:
         """Replace the hidden states of a batch."""
-        if self._host is None:
+        if self._elsewhere is None:
             self._batches[key].hidden = hidden
         else:
-            self._host.put(key, hidden)
+            self._elsewhere.put(key, hidden)
 
     def clear(self) -> None:
         """Forget all batches."""
         self._batches.clear()
-        self._host = None
+        if self._elsewhere is not None:
+            self._elsewhere.clear()
+            self._elsewhere = None
+
+    def _move_to(self, memory: HostMemory | FileMemory) -> None:
+        self._elsewhere = memory
+        for key, batch in self._batches.items():
+            memory.put(key, batch.hidden)
+            batch.hidden = None
 
     @contextmanager
     def _passing_through(self, calls: list) -> Iterator[None]:

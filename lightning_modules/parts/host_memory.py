@@ -1,9 +1,17 @@
-"""HostMemory: tensors that do not fit on a GPU together, in pinned host memory; each is fetched before its turn."""
+"""HostMemory: tensors that do not fit on a GPU together, in pinned host memory; each is fetched before its turn.
 
+FileMemory keeps tensors that do not fit into host memory in files.
+"""
+
+import os
+import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from utilities.digest import as_bytes
 
 
 class HostMemory:
@@ -45,6 +53,11 @@ class HostMemory:
             self._fetch(following)
         return value
 
+    def clear(self) -> None:
+        """Forget all tensors."""
+        self._stored.clear()
+        self._fetched.clear()
+
     def _after(self, key: int) -> int:
         keys = list(self._stored)
         return keys[(keys.index(key) + 1) % len(keys)]
@@ -61,3 +74,52 @@ class HostMemory:
             return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         return torch.cuda.stream(self._stream)
+
+
+class FileMemory:
+    """Tensors by key in files, which take host memory only while they are used.
+
+    Args:
+        directory: Directory of the files, which is of no other use; made if it does not exist.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._kinds: dict[int, tuple[torch.Size, torch.dtype]] = {}
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def put(self, key: int, value: Tensor) -> None:
+        """Store a tensor of the host.
+
+        Raises:
+            OSError: If it cannot be written, as on a full disk.
+        """
+        self._kinds[key] = value.shape, value.dtype
+        with self._path(key).open("wb") as file:
+            file.write(as_bytes(value).numpy().data)
+
+    def get(self, key: int) -> Tensor:
+        """Return a copy of the tensor."""
+        shape, dtype = self._kinds[key]
+        found = torch.empty(shape, dtype=dtype)
+        with self._path(key).open("rb") as file:
+            file.readinto(as_bytes(found).numpy().data)
+        return found
+
+    def clear(self) -> None:
+        """Remove all files."""
+        self._kinds.clear()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _path(self, key: int) -> Path:
+        return self._directory / f"{key:06d}.hidden"
+
+
+def free_memory() -> int:
+    """Return the bytes of host memory that programs can still take, those of file caches included; 0 where it is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0

@@ -26,7 +26,7 @@ def read_config(path: str) -> Any:
     from transformers import AutoConfig
 
     name, arguments = resolve_model_path(path)
-    with _loading(path):
+    with loading(path):
         return AutoConfig.from_pretrained(name, **arguments)
 
 
@@ -51,9 +51,9 @@ def load_model(path: str, dtype: str, attn_implementation: str | None) -> nn.Mod
     elif Path(name).is_dir():
         has_adapters(name)
         options["use_safetensors"] = True  # not for hub ids: OPT has only pickled weights there
-    with _loading(path):
+    with loading(path):
         model = AutoModelForCausalLM.from_pretrained(name, **arguments, **options, weights_only=True)
-    _keep_soft_cap(model, attn_implementation)
+    keep_soft_cap(model, attn_implementation)
     return model
 
 
@@ -71,11 +71,11 @@ def load_tokenizer(path: str) -> Any | None:
     name, arguments = resolve_model_path(path)
     if not has_tokenizer(name, arguments):
         return None
-    with _loading(path):
+    with loading(path):
         return AutoTokenizer.from_pretrained(name, **arguments)
 
 
-def _keep_soft_cap(model: nn.Module, attn_implementation: str | None) -> None:
+def keep_soft_cap(model: nn.Module, attn_implementation: str | None) -> None:
     """Switch Gemma-2 to eager attention: sdpa has no soft cap, which newer transformers refuses and 5.10 ignores silently."""
     config = model.config
     if not getattr(config, "attn_logit_softcapping", None) or config._attn_implementation != "sdpa":
@@ -89,7 +89,7 @@ def _keep_soft_cap(model: nn.Module, attn_implementation: str | None) -> None:
 
 
 @contextmanager
-def _loading(path: str) -> Iterator[None]:
+def loading(path: str) -> Iterator[None]:
     """Raise errors of libraries again, with the argument to blame."""
     try:
         yield

@@ -53,6 +53,7 @@ class PruningRun:
         settings: Arguments of BlockwisePruning.
         data: Arguments of TextDataModule.
         changed_source: Path of a source below the project's root that has another content for this run; empty for none.
+        stream: Whether blocks stay in their files.
     """
 
     model: str
@@ -63,6 +64,7 @@ class PruningRun:
     settings: Mapping[str, Any] = field(default_factory=lambda: {"sparsity": 0.5})
     data: Mapping[str, Any] = field(default_factory=dict)
     changed_source: str = ""
+    stream: bool = False
 
     def work(self) -> None:
         """Prune, in each of the processes."""
@@ -74,7 +76,9 @@ class PruningRun:
             _change_source(self.changed_source, Path(self.output).parent)
         settings = {"resume": True, "output_dir": self.output} | dict(self.settings)
         trainer = quiet_trainer(self, Path(self.output).parent, callbacks=[BlockwisePruning(**settings)])
-        trainer.fit(CausalLM(self.model), datamodule=TextDataModule(self.model, source=self.text, **self.sizes))
+        trainer.fit(
+            CausalLM(self.model, stream=self.stream), datamodule=TextDataModule(self.model, source=self.text, **self.sizes)
+        )
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -232,6 +236,8 @@ def _places() -> dict[str, tuple[Any, str]]:
     import callbacks.blockwise.resume.state
     import callbacks.blockwise.run
     import functional.pruning.solver
+    import lightning_modules.parts.shards
+    import lightning_modules.parts.streamed
     import utilities.files
     from functional.pruning import InputStatistics
     from lightning_modules.parts.block_stream import BlockStream
@@ -249,6 +255,9 @@ def _places() -> dict[str, tuple[Any, str]]:
         "model saved": (callbacks.blockwise.run, "publish"),
         "before the card is completed": (callbacks.blockwise.run, "write_card"),
         "after the model was saved": (callbacks.blockwise.run, "write_json"),
+        "before a shard is written": (lightning_modules.parts.shards, "save_file"),
+        "before a shard gets its name": (lightning_modules.parts.streamed, "give_second_name"),
+        "before the index is written": (lightning_modules.parts.streamed, "write_index"),
         "state removed": (callbacks.blockwise.resume.state.PruningState, "remove"),
     }
 

@@ -16,6 +16,7 @@ from callbacks.blockwise.quotas import Quotas
 from callbacks.blockwise.records import BlockRecord
 from callbacks.blockwise.resume.fingerprint import Fingerprint
 from callbacks.blockwise.resume.state import PruningState
+from callbacks.blockwise.streaming import PrunedShards
 from callbacks.blockwise.update_rules.monitor import AttentionMonitor
 from utilities.distributed import Processes
 
@@ -24,20 +25,22 @@ RNG_STATE = "rng_state"
 
 
 class FinishedSteps:
-    """Finished steps of one run. Without a directory nothing is kept, and every method does nothing.
+    """Finished steps of one run. Without a directory nothing is kept for another run.
 
     Args:
         processes: Processes of the run.
         directory: Directory of the kept blocks, or None.
+        shards: Take the weights of the blocks, if these are streamed.
     """
 
-    def __init__(self, processes: Processes, directory: Path | None = None) -> None:
+    def __init__(self, processes: Processes, directory: Path | None = None, shards: PrunedShards | None = None) -> None:
         self.number = 0
         """Number of steps that an earlier run has finished."""
         self.seconds = 0.0
         """Time that these steps took."""
         self._processes = processes
-        self._state = None if directory is None else PruningState(directory)
+        self._shards = shards
+        self._state = None if directory is None else PruningState(directory, None if shards is None else shards.check)
         self._written = 0
 
     def open(self, fingerprint: Fingerprint, total: int) -> None:
@@ -73,11 +76,12 @@ class FinishedSteps:
             solver: Solver that pruned it.
             seconds: Time that all steps so far took.
         """
+        written = {} if self._shards is None else self._shards.write(number, record.name)
         if self._state is None:
             return
         content = {"record": asdict(record), "calibration": self._processes.from_first(solver.calibration), "seconds": seconds}
-        content["quotas"] = None if solver.quotas is None else solver.quotas.as_json()
-        tensors = dict(weights) | {RNG_STATE: torch.get_rng_state()}
+        content |= {"quotas": None if solver.quotas is None else solver.quotas.as_json()} | written
+        tensors = ({} if written else dict(weights)) | {RNG_STATE: torch.get_rng_state()}
         self._processes.in_first(lambda: self._state.write(number, tensors, content))
         self._written += 1
 
@@ -105,7 +109,10 @@ class FinishedSteps:
         """
         weights, content = self._processes.in_first(lambda: self._state.read(number)) or ({}, {})
         content = self._processes.from_first(content)
-        solver.restore(index, name, weights, linears, attention)
+        if self._shards is None:
+            solver.restore(index, lambda: solver.assign(name, weights, linears), attention)
+        else:
+            solver.restore(index, lambda: self._shards.restore(number, name), attention)
         solver.calibration, self.seconds = content["calibration"], content["seconds"]
         torch.set_rng_state(self._processes.from_first(weights.get(RNG_STATE)))
         return BlockRecord.from_dict(content["record"])

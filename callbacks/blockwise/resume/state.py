@@ -2,6 +2,7 @@
 
     fingerprint.json     fingerprint of the run; a run with another one is refused
     00007.safetensors    block 7: its pruned weights, its record, the random state, and a SHA-256 of all of it
+    shards/              pruned blocks of a model that is streamed, whose weights are in no other file
     lock                 held while a process uses the directory; the system releases it when the process dies
 
 Files are written under another name, flushed to disk and renamed, so that each is whole or absent. A block takes the space of
@@ -13,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,15 @@ class PruningState:
 
     Args:
         directory: Directory of the files; made if it does not exist.
+        check: Checks what is kept of a block in another file, given its number and content; raises ValueError.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, check: Callable[[int, Mapping[str, Any]], None] | None = None) -> None:
         self.directory = directory.expanduser().resolve()
         self.is_open = False
         """Whether the directory is this run's: locked, with its fingerprint."""
         self._lock = FileLock(self.directory / "lock")
+        self._check = check
 
     def open(self, fingerprint: Fingerprint) -> int:
         """Lock the directory for this run and count the blocks that are finished.
@@ -175,7 +178,9 @@ class PruningState:
         count = 0
         while self._path(count).exists():
             try:
-                self.read(count)
+                _, content = self.read(count)
+                if self._check is not None:
+                    self._check(count, content)
             except ValueError as error:
                 log.warning("%s Block %d and those after it are pruned again.", error, count)
                 break

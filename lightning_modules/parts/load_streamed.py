@@ -1,0 +1,136 @@
+"""Load a language model whose blocks stay in their shards, and refuse what cannot be streamed before a weight is read."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from lightning_modules.parts.adapters import CONFIG
+from lightning_modules.parts.architectures import ARCHITECTURES, find_blocks
+from lightning_modules.parts.language_models import keep_soft_cap, loading, read_config
+from lightning_modules.parts.shards import Shards, find_shards
+from lightning_modules.parts.streamed import StreamedBlocks, without_weights
+from utilities.contract import data_of
+from utilities.hub import resolve_model_path
+
+FILES = ["config.json", "generation_config.json", CONFIG, "model*.safetensors", "model.safetensors.index.json"]
+"""Files of a repository that streaming reads."""
+CONVERT = "Load it with transformers and write it with `save_pretrained` on a machine that holds it, or leave `stream` out."
+
+
+def load_streamed(path: str, dtype: str, attn_implementation: str | None) -> tuple[nn.Module, StreamedBlocks]:
+    """Load all weights but those of the blocks.
+
+    Args:
+        path: A hub id or a directory.
+        dtype: Name of a dtype, or auto for that of the checkpoint.
+        attn_implementation: Attention of transformers, which chooses when None.
+
+    Returns:
+        The model, and what reads its blocks.
+
+    Raises:
+        ValueError: If the model cannot be loaded, or not be streamed.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    directory, config = _directory_of(path), read_config(path)
+    _check_config(path, config)
+    shards = Shards(find_shards(directory))
+    options: dict[str, Any] = {"dtype": _dtype_of(dtype, config, shards)}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    with loading(path), without_weights():
+        model = AutoModelForCausalLM.from_config(config, **options).eval()
+    _make_buffers(model)
+    keep_soft_cap(model, attn_implementation)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model, StreamedBlocks(model, find_blocks(model, ARCHITECTURES[config.model_type]), shards)
+
+
+def check_stage(trainer: Any, prunes: bool) -> None:
+    """Check that a stage of a trainer can do with blocks that are read one by one.
+
+    Args:
+        trainer: The trainer, or None without one.
+        prunes: Whether a pruning callback has armed the module.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if trainer is None:
+        return
+    stage, settings = trainer.state.fn, data_of(trainer).facts().settings
+    if stage == TrainerFn.PREDICTING:
+        raise ValueError(
+            "Argument `stream` = True expected fit with BlockwisePruning, validate or test but got predict, which would read "
+            "the whole model for every token. Leave `stream` out, on a machine that holds the model."
+        )
+    if stage == TrainerFn.FITTING and not prunes:
+        raise ValueError(
+            "Argument `stream` = True expected fit with BlockwisePruning, validate or test but got fit without that callback: "
+            "training needs all weights. Add BlockwisePruning to trainer.callbacks, or leave `stream` out."
+        )
+    if str(trainer.precision).endswith("-true") and trainer.precision != "32-true":
+        raise ValueError(
+            f"Argument `trainer.precision` expected 32-true or a mixed one with `stream` = True but got {trainer.precision}, "
+            "which changes weights that are not there. Set `model.dtype` instead."
+        )
+    file = settings.get("self_file")
+    if settings.get("source") == "self" and not (file and Path(file).is_file()):
+        raise ValueError(
+            "Argument `source` expected a text, or self with a `self_file` that is there, with `stream` = True, but got self: "
+            "to write, the model would be read once for every token. Give a text, or windows that were written elsewhere."
+        )
+
+
+def _directory_of(path: str) -> Path:
+    """Return the directory of the shards; those of a hub id are downloaded unless the cache has them."""
+    from huggingface_hub import snapshot_download
+
+    name, arguments = resolve_model_path(path)
+    if "gguf_file" in arguments:
+        raise ValueError(
+            f"Argument `stream` = True expected a directory or a hub id with safetensors but got the GGUF file {path!r}, whose "
+            f"weights are quantised. {CONVERT}"
+        )
+    if not Path(name).is_dir():
+        with loading(path):
+            name = snapshot_download(name, allow_patterns=FILES)
+    if (Path(name) / CONFIG).is_file():
+        raise ValueError(
+            f"Argument `stream` = True expected a model without adapters, but {str(name)!r} has {CONFIG}. Merge them first "
+            "(callbacks.LoRA with `merge`), or leave `stream` out."
+        )
+    return Path(name)
+
+
+def _check_config(path: str, config: Any) -> None:
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"Argument `stream` = True expected one of the families {', '.join(sorted(ARCHITECTURES))} but {path!r} is a "
+            f"{config.model_type}, whose blocks could only be found by running it. Leave `stream` out, or add an entry to "
+            "lightning_modules/parts/architectures.py."
+        )
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"Argument `stream` = True expected plain weights, but those of {path!r} are quantised (quantization_config). Give "
+            "a checkpoint in float32, bfloat16 or float16."
+        )
+
+
+@torch.no_grad()
+def _make_buffers(model: nn.Module) -> None:
+    """Make the buffers that no file has as `from_pretrained` does: in float32, where they were made in the model's dtype."""
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            model._init_weights(module)
+
+
+def _dtype_of(dtype: str, config: Any, shards: Shards) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return config.dtype or shards.dtype or torch.float32

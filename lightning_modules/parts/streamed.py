@@ -1,0 +1,255 @@
+"""StreamedBlocks: a language model whose blocks stay in their shards and are read when they are needed.
+
+The skeleton has no weights (device meta) but whole buffers. Embeddings, final norm and head are read once; a block is read,
+used and freed again. A block that runs while it is not there reads itself for its own forward pass. Once a block has been
+pruned, it is read from a file of its own.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.parts.shards import Shards, find_shards, give_second_name, write_index, write_shard
+
+META, HOST = torch.device("meta"), torch.device("cpu")
+
+
+class StreamedBlocks:
+    """Reads and frees the blocks of a model; everything outside them is read when this is made.
+
+    Args:
+        model: Skeleton of the model, made in the context of `without_weights`.
+        blocks: Full name -> block.
+        shards: Tensors of the checkpoint.
+
+    Raises:
+        ValueError: If the shards lack a weight of the model, or hold two where it ties one.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], shards: Shards) -> None:
+        self._model, self._blocks, self._shards = model, dict(blocks), shards
+        self._pruned: dict[str, tuple[Path, Shards]] = {}
+        """Block -> file of its pruned weights."""
+        self._check()
+        self._read_others()
+        for name, block in self._blocks.items():
+            block.forward = self._reading_forward(name, block.forward)
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Free all blocks but these, and then read those of these that are not there."""
+        names = list(names)
+        for name in self._blocks:
+            if name not in names:
+                self._free(name)
+        for name in names:
+            if not self._is_there(name):
+                self._read(name)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Let a block be there within the context; it is freed afterwards unless it was there before."""
+        if self._is_there(name):
+            yield
+            return
+        try:
+            self._read(name)
+            yield
+        finally:
+            self._free(name)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the blocks out of the model within the context; what has no content cannot be moved."""
+        path, _, name = next(iter(self._blocks)).rpartition(".")[0].rpartition(".")
+        parent = self._model.get_submodule(path)
+        blocks = parent._modules[name]
+        parent._modules[name] = nn.ModuleList()
+        try:
+            yield
+        finally:
+            parent._modules[name] = blocks
+
+    def write(self, name: str, path: Path) -> str:
+        """Write the present weights of a block, which has to be there, and read it from there from now on.
+
+        Returns:
+            SHA-256 of the file.
+        """
+        found = write_shard(path, self._tensors(name))
+        self._pruned[name] = path, Shards([path])
+        return found
+
+    def replace(self, name: str, path: Path) -> None:
+        """Read a block from the file that `write` has written, now and from now on."""
+        self._pruned[name] = path, Shards([path])
+        self._free(name)
+        self._read(name)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and content of all tensors of the checkpoint, read one by one, in the dtype of the model."""
+        for name, tensor in self._model.state_dict().items():
+            stored = self._stored(name)
+            yield name, self._shards.read(stored, tensor.dtype, HOST) if stored in self._shards else tensor
+
+    def save(self, directory: Path) -> None:
+        """Write config and shards: a file for each block, and one for the rest. Those of pruned blocks are not copied."""
+        _save_config(self._model, directory)
+        files: dict[str, str] = {}
+        size, names = 0, [*self._blocks, ""]
+        for number, name in enumerate(names, 1):
+            file = directory / f"model-{number:05d}-of-{len(names):05d}.safetensors"
+            tensors = self._tensors(name) if name else self._others()
+            files |= dict.fromkeys(tensors, file.name)
+            size += sum(tensor.nbytes for tensor in tensors.values())
+            if name in self._pruned:
+                give_second_name(self._pruned[name][0], file)
+            elif name:
+                with self.reading(name):
+                    write_shard(file, self._tensors(name))
+            else:
+                write_shard(file, tensors)
+        write_index(directory, files, size)
+
+    def move_to(self, directory: Path) -> None:
+        """Read all blocks from what `save` has written, and free them."""
+        self._shards = Shards(find_shards(directory))
+        self.forget_pruned()
+
+    def forget_pruned(self) -> None:
+        """Return to the weights of the checkpoint, and free all blocks."""
+        self._pruned = {}
+        self.hold(())
+
+    def _reading_forward(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        # No hook: a block whose forward BlockStream has replaced, to record its arguments, must not be read.
+        @functools.wraps(forward)
+        def read_and_run(*args: Any, **kwargs: Any) -> Any:
+            with self.reading(name):
+                return forward(*args, **kwargs)
+
+        return read_and_run
+
+    def _is_there(self, name: str) -> bool:
+        return not any(parameter.is_meta for parameter in self._blocks[name].parameters())
+
+    def _read(self, name: str) -> None:
+        device = self._model.get_input_embeddings().weight.device
+        shards = self._pruned[name][1] if name in self._pruned else self._shards
+        for owner, key, full in _places(self._blocks[name], name):
+            if key in owner._parameters:
+                found = shards.read(self._stored(full, shards), owner._parameters[key].dtype, device)
+                owner._parameters[key] = nn.Parameter(found, requires_grad=False)
+            elif self._stored(full, shards) in shards:
+                owner._buffers[key] = shards.read(self._stored(full, shards), owner._buffers[key].dtype, device)
+        for module in self._blocks[name].modules():
+            module._buffers.update({key: buffer.to(device) for key, buffer in module._buffers.items() if buffer is not None})
+
+    def _free(self, name: str) -> None:
+        for module in self._blocks[name].modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None and not parameter.is_meta:
+                    module._parameters[key] = nn.Parameter(torch.empty_like(parameter, device=META), requires_grad=False)
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        """Return full name -> present tensor of a block."""
+        return {full: _value(owner, key) for owner, key, full in _places(self._blocks[name], name)}
+
+    def _others(self) -> dict[str, Tensor]:
+        """Return what is outside the blocks; of tied weights the first, as transformers does."""
+        found: dict[int, tuple[str, Tensor]] = {}
+        with self.aside():
+            for owner, key, full in _places(self._model):
+                found.setdefault(id(_value(owner, key)), (full, _value(owner, key)))
+        return dict(found.values())
+
+    def _read_others(self) -> None:
+        """Read what is outside the blocks; what is tied stays one."""
+        with self.aside():
+            places = [(owner, key, full, _value(owner, key)) for owner, key, full in _places(self._model)]
+        read: dict[int, Tensor] = {}
+        for _, _, full, value in places:
+            stored = self._stored(full)
+            if stored not in self._shards:
+                continue  # tied to what is there, as `_check` has found, or a buffer that has its value
+            found = self._shards.read(stored, value.dtype, HOST)
+            if not torch.equal(read.setdefault(id(value), found), found):
+                raise ValueError(
+                    f"Argument `stream` = True: {type(self._model).__name__} ties {full} to another weight, but the shards in "
+                    f"{str(self._shards.directory)!r} hold both, and they differ. Leave `stream` out."
+                )
+        for owner, key, _, value in places:
+            if key in owner._parameters:
+                owner._parameters[key] = read[id(value)] = _parameter(read[id(value)])
+            else:
+                owner._buffers[key] = read.get(id(value), value)
+
+    def _stored(self, name: str, shards: Shards | None = None) -> str:
+        """Return the name of a tensor in the shards, which may leave out that of the decoder, as those of GPT-2 do."""
+        shards = shards or self._shards
+        return name if name in shards else name.removeprefix(f"{self._model.base_model_prefix}.")
+
+    def _check(self) -> None:
+        """Check, from the heads of the files, that they hold every parameter under its name and in its shape."""
+        names: dict[int, list[str]] = {}
+        for owner, key, full in _places(self._model):
+            if key in owner._parameters:
+                names.setdefault(id(owner._parameters[key]), []).append(full)
+        shapes = {full: tuple(_value(owner, key).shape) for owner, key, full in _places(self._model)}
+        lacking = []
+        for tied in names.values():
+            stored = [self._stored(name) for name in tied if self._stored(name) in self._shards]
+            if not stored or any(self._shards.shape(name) != shapes[tied[0]] for name in stored):
+                lacking.append(tied[0])
+        if lacking:
+            raise ValueError(
+                f"Argument `stream` = True expected shards with the names and shapes of {type(self._model).__name__}, but "
+                f"those in {str(self._shards.directory)!r} lack {len(lacking)} of its {len(names)} weights, such as "
+                f"{lacking[0]}. "
+                "Get the missing files, or leave `stream` out if its family has other names in files than in memory."
+            )
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Let modules that are made within the context have parameters without content (device meta), and whole buffers."""
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:  # one that is tied to another stays the same object
+            module._parameters[name] = nn.Parameter(parameter.to(META), requires_grad=False)
+
+    nn.Module.register_parameter = register_empty
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def _places(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str]]:
+    """Yield owner, key and full name of every parameter, and of every buffer that is saved; of what is tied each place."""
+    for path, owner in module.named_modules(prefix=prefix, remove_duplicate=False):
+        saved = [key for key in owner._buffers if key not in owner._non_persistent_buffers_set]
+        for key in (*owner._parameters, *saved):
+            if _value(owner, key) is not None:
+                yield owner, key, f"{path}.{key}" if path else key
+
+
+def _value(owner: nn.Module, key: str) -> Tensor:
+    return owner._parameters[key] if key in owner._parameters else owner._buffers[key]
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+
+
+def _save_config(model: nn.Module, directory: Path) -> None:
+    """Write what `save_pretrained` of transformers writes beside the weights."""
+    model.config.dtype, model.config.architectures = str(model.dtype).removeprefix("torch."), [type(model).__name__]
+    model.config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
