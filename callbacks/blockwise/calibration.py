@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from callbacks.blockwise.placement import fits, has_spare
 from callbacks.blockwise.update_rules.windows import RuleWindows
 from lightning_modules.base.prunable import PrunableModule
-from lightning_modules.parts.block_stream import BlockStream, replaced_forwards
+from lightning_modules.parts.block_stream import replaced_forwards
 
 
 class CalibrationStream:
@@ -25,8 +25,8 @@ class CalibrationStream:
     def __init__(self, module: PrunableModule, windows: RuleWindows, num_batches: int, dense: bool = False) -> None:
         # Bound here, since DDP may wrap the module before the first calibration step.
         self._forward, self._positions_of = module.calibration_forward, module.sample_positions
-        self._stream = BlockStream(list(module.blocks.values()))
-        self._dense = BlockStream(list(module.blocks.values())) if dense else None
+        self._stream = module.block_stream()
+        self._dense = module.block_stream() if dense else None
         self._windows, self._num_batches = windows, num_batches
         self.class_tokens = module.class_tokens
         """Number of leading tokens of a sample that are class tokens."""

@@ -39,7 +39,6 @@ from functional.pruning.allocation import (
 )
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts.architectures import PrunableLinear
-from lightning_modules.parts.block_stream import BlockStream
 from utilities.distributed import Processes
 
 Linears = dict[str, dict[str, PrunableLinear]]
@@ -128,7 +127,7 @@ def _dense_pass(
         and the number of tokens, (blocks, 2).
     """
     norms = {linear.module: OutputStatistics(linear.in_features) for found in linears.values() for linear in found.values()}
-    stream = BlockStream(list(module.blocks.values()))
+    stream = module.block_stream()
     written = torch.zeros(len(stream.blocks), 2, dtype=module.metric_dtype, device=module.device)
     batches = islice(trainer.train_dataloader, trainer.num_training_batches)
     with torch.no_grad(), placement.passing():
@@ -140,15 +139,20 @@ def _dense_pass(
                     for index in range(len(stream.blocks)):
                         before = stream.hidden(0)
                         stream.advance(0, index)
-                        written[index, 0] += written_share(before, stream.hidden(0))
-                        written[index, 1] += before[..., 0].numel()
+                        written[index] += _written(before, stream.hidden(0))
     return norms, written
+
+
+def _written(before: Tensor, after: Tensor) -> Tensor:
+    """Return the sum of `written_share` and the number of tokens, (2,); a block that changes the shape writes everything."""
+    tokens = torch.tensor(float(before[..., 0].numel()), device=before.device)
+    return torch.stack([written_share(before, after) if before.shape == after.shape else tokens, tokens])
 
 
 @contextmanager
 def _summing(norms: Mapping[nn.Linear, OutputStatistics], positions: Tensor, unit: bool) -> Iterator[None]:
     def add(linear: nn.Linear, args: tuple[Tensor], _: Tensor) -> None:
-        x = by_sample(args[0], positions)
+        x = by_sample(PrunableLinear(linear).tokens_in(args[0]), positions)
         norms[linear].update(unit_tokens(x) if unit else x, positions)
 
     handles = [linear.register_forward_hook(add) for linear in norms]

@@ -177,7 +177,8 @@ class PruningRun:
         name = self._blocks[index]
         linears = self._module.linears(self._module.blocks[name])
         methods = self._plan[name]
-        self._placement.hold(range(max(index - 1, 0), index + 1))
+        captured = index == 0 and not self._module.architecture.uniform  # by running every block
+        self._placement.hold(range(max(index - 1, 0), len(self._blocks) if captured else index + 1))
         given = self._stream, self._settings, self._processes, self._trainer.precision_plugin.forward_context
         self._step = BlockStep(index, name, linears, methods, self._is_finished(number), *given)
 

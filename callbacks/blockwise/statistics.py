@@ -160,6 +160,7 @@ class StatisticsCollector:
             return weighted_class_tokens(by_sample(tokens, positions), *self._class_tokens)
 
         def add(name: str, x: Tensor, y: Tensor) -> None:
+            linear = self.linears[name]
             if name in seen:
                 raise RuntimeError(f"The linear {name!r} is called more than once a forward pass; it cannot be pruned.")
             leader = next((other for other, tensor in seen.items() if tensor is x), name)
@@ -167,13 +168,14 @@ class StatisticsCollector:
             if self._leaders.setdefault(name, leader) != leader:
                 raise RuntimeError(f"The linear {name!r} shares its input with others in some batches only.")
             if leader == name:
-                x = samples(x)
+                x = samples(linear.tokens_in(x))
                 if name not in self._inputs:
                     self._inputs[name] = InputStatistics(x.shape[-1], self._precision, self._gram_samples(x))
                 self._inputs[name].update(x, positions)
                 if name in self.perturbations:
-                    self.perturbations[name].update(x, samples(lacks(name)))
-            self.outputs[name].update(samples(y), positions)
+                    as_read = linear.tokens_out if self.perturbations[name].out_features else linear.tokens_in
+                    self.perturbations[name].update(x, samples(as_read(lacks(name))))
+            self.outputs[name].update(samples(linear.tokens_out(y)), positions)
             self._called[name].append(len(self._positions) - 1)
 
         def hook(module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_modules.base.resumable import ResumableModule
 from lightning_modules.parts.architectures import Architecture, PrunableLinear, find_architecture, find_blocks, find_linears
+from lightning_modules.parts.block_stream import BlockStream
 from utilities.contract import ModelFacts, TellsModelFacts
 from utilities.digest import digest
 
@@ -71,6 +72,10 @@ class PrunableModule(ResumableModule, TellsModelFacts):
     def blocks(self) -> dict[str, nn.Module]:
         """Full name -> block, in the order of the chain."""
         return find_blocks(self.model, self.architecture)
+
+    def block_stream(self) -> BlockStream:
+        """Return an empty stream through the chain of blocks."""
+        return BlockStream(list(self.blocks.values()), self.architecture.uniform)
 
     def linears(self, block: nn.Module) -> dict[str, PrunableLinear]:
         """Return name within the block -> prunable linear."""

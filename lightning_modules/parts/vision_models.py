@@ -226,6 +226,26 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
+def call_fused_projections(model: nn.Module) -> None:
+    """Let attentions of timm call their fused projection and add its bias afterwards; up to rounding that is the same.
+
+    By default BEiT, EVA and Swin V2 multiply by the weight of qkv without calling the module, so hooks see nothing of it.
+
+    Args:
+        model: The model.
+    """
+    for module in model.modules():
+        if hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True
+
+
+def two_images(model: nn.Module) -> Tensor:
+    """Return two random images of the size, dtype and device that a model expects, (2, channels, height, width)."""
+    weight = next(model.parameters())
+    images = torch.randn(2, *data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
+    return images.to(weight.device, weight.dtype)
+
+
 def class_tokens(model: nn.Module) -> int:
     """Return the number of class and distillation tokens, the first tokens of the blocks; registers come after them."""
     if is_timm(model):
