@@ -44,6 +44,10 @@ class Call:
         """The output, or its first entry, if that is a tensor."""
         return _first_tensor(self.output)
 
+    def ends(self, other: "Call") -> bool:
+        """Return whether another call returns what this one does."""
+        return self.returned is not None and self.returned is other.returned
+
     def all(self) -> Iterator["Call"]:
         """Yield this call and all calls within it."""
         yield self
@@ -93,7 +97,7 @@ def longest_chain(root: Call, is_matrix: Callable[[nn.Module], bool]) -> list[Ca
         parts = [part for part in call.parts if part.changes and part.given is not None]
         starts = [part for part in parts if not any(other.returned is part.given for other in parts)]
         chains = [[link for part in [start, *_following(parts, start.returned)] for link in links(part)] for start in starts]
-        chains = [_trimmed([link for link in chain if link.returned is not root.returned], matrices) for chain in chains]
+        chains = [_trimmed([link for link in chain if not link.ends(root)], matrices) for chain in chains]
         return max(chains, key=lambda chain: sum(_size(link) for link in chain), default=[])
 
     found, call = best_of(root), root

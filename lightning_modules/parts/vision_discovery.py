@@ -23,17 +23,15 @@ from lightning_modules.parts.fused import QKV, equal
 FUSED_NAME = "qkv"
 FEWEST_INPUTS = 32
 """Inputs below which a linear stays dense: it mixes heads or colours, and has next to no weights."""
-LEAST_SHARE = 0.5
-"""Least share of the model's parameters that the blocks have to hold."""
+LEAST_SHARE = 0.7
+"""Least share of the model's parameters, those of the head aside, that the blocks have to hold."""
 SAME = 1e-3
 """Largest relative difference of the inputs of a linear, from one image and from a batch, that counts as rounding."""
 CHANGED = 1e-4
 """Least difference of a probability that counts as a change."""
 
 
-def discover_vision(
-    model: nn.Module, run_model: Callable[[Tensor], Tensor], images: Tensor, model_type: str
-) -> Discovery:
+def discover_vision(model: nn.Module, run_model: Callable[[Tensor], Tensor], images: Tensor, model_type: str) -> Discovery:
     """Find the blocks and linears of an image classifier.
 
     Args:
@@ -45,15 +43,20 @@ def discover_vision(
     Raises:
         ValueError: If no chain of blocks can be verified.
     """
-    root = call_tree(model, lambda: run_model(images))
+    try:
+        root = call_tree(model, lambda: run_model(images))
+    except Exception as error:  # whatever its forward raises
+        raise refusal(model_type, f"it does not run on images of {tuple(images.shape[1:])}: {brief(error)}") from error
     links = longest_chain(root, is_matrix)
     if not links:
-        raise refusal(model_type, "no linear lies in a chain of modules, each of which is called with what the last one returned")
+        raise refusal(
+            model_type, "no linear lies in a chain of modules, each of which is called with what the last one returned"
+        )
     blocks = [link.module for link in links]
     what = _named([link.name for link in links])
     uniform = all(link.given.shape == link.returned.shape for link in links)
     try:
-        _check_share(model, blocks)
+        _check_share(root, blocks)
         check_blocks(BlockStream(blocks, uniform), lambda: run_model(images), run_model(images))
     except Exception as error:  # whatever a forward that is not a chain of blocks raises
         raise refusal(model_type, f"{what} were taken for its blocks, but {brief(error)}") from error
@@ -77,9 +80,12 @@ def _list_of(names: Sequence[str], model: nn.Module) -> str | None:
     return path if path and names == [f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()] else None
 
 
-def _check_share(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    held = {parameter for block in blocks for parameter in block.parameters()}
-    share = sum(p.numel() for p in held) / sum(p.numel() for p in model.parameters())
+def _check_share(root: Call, blocks: Sequence[nn.Module]) -> None:
+    def size(modules: Sequence[nn.Module]) -> int:
+        return sum(p.numel() for p in {parameter for module in modules for parameter in module.parameters()})
+
+    heads = [call.module for call in root.parts if call.ends(root)]
+    share = size(blocks) / (size([root.module]) - size(heads))
     if share < LEAST_SHARE:
         raise ValueError(f"they hold only {share:.0%} of its parameters")
 

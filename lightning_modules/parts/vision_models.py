@@ -201,7 +201,8 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     if is_timm(model):
         from timm.data import resolve_data_config
 
-        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        patches = getattr(model, "patch_embed", None) or getattr(model, "stem", None)  # the latter in an MLP-Mixer
+        size = getattr(patches, "img_size", None)
         channels = getattr(model, "in_chans", 3)
         found = resolve_data_config({"input_size": (channels, *size)} if size else {}, model=model)
         return found | {name: tuple(found[name]) for name in ("input_size", "mean", "std")}  # from a file they are lists
