@@ -84,8 +84,8 @@ class AttentionImages(Callback):
         count, architecture = len(pl_module.blocks), pl_module.architecture
         if not (architecture.attention and architecture.uniform):
             raise ValueError(
-                f"AttentionImages needs blocks whose tokens attend to the whole image, but those of {pl_module.family} do not, or "
-                "their attention was not found. Leave it out of trainer.callbacks."
+                f"AttentionImages needs blocks whose tokens attend to the whole image, but those of {pl_module.family} do not, "
+                "or their attention was not found. Leave it out of trainer.callbacks."
             )
         self._indices = [count - 1] if self.blocks is None else self.blocks
         if any(not 0 <= index < count for index in self._indices):

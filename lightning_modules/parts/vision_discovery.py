@@ -1,9 +1,9 @@
 """Find the blocks and linears of a vision model that is in no table, and verify them by running it on two images.
 
 The blocks are the chain of modules that hidden states pass through (lightning_modules.parts.call_tree): blocks, and what lies
-between stages. Run one by one they have to give the model's own logits. A linear, or a convolution that is a matrix, is pruned if
-it is called once and reads the images in the order of the batch. Roles come from names; rows of a fused linear count as q, k and
-v if changing them changes attention as those would. What cannot be verified is refused, with what was found.
+between stages. Run one by one they have to give the model's own logits. A linear, or a convolution that is a matrix, is pruned
+if it is called once and reads the images in the order of the batch. Roles come from names; rows of a fused linear count as q, k
+and v if a change of them changes attention as it should. What cannot be verified is refused, with what was found.
 """
 
 import re
@@ -21,8 +21,8 @@ from lightning_modules.parts.discovery import ROLE_NAMES, Discovery, brief, chec
 from lightning_modules.parts.fused import QKV, equal
 
 FUSED_NAME = "qkv"
-FEWEST_INPUTS = 32
-"""Inputs below which a linear stays dense: it mixes heads or colours, and has next to no weights."""
+MOST_HEADS = 16
+"""Inputs up to which a linear stays dense: it mixes heads, or reads coordinates or a few pixels, and has next to no weights."""
 LEAST_SHARE = 0.7
 """Least share of the model's parameters, those of the head aside, that the blocks have to hold."""
 SAME = 1e-3
@@ -115,7 +115,7 @@ def _why_dense(module: nn.Module, calls: list[Call], alone: list[list[Call]]) ->
     linear = PrunableLinear(module)
     if len(calls) != 1:
         return "is not called" if not calls else f"is called {len(calls)} times"
-    if linear.in_features < FEWEST_INPUTS:
+    if linear.in_features <= MOST_HEADS:
         return f"has {linear.in_features} inputs only"
     whole, parts = linear.tokens_in(calls[0].given), [linear.tokens_in(part[0].given) for part in alone if part]
     rows = whole.numel() // linear.in_features
@@ -143,7 +143,7 @@ def _with_roles(found: Architecture, links: Sequence[Call]) -> Architecture:
     fused = f"{attention}.{FUSED_NAME}"
     if fused not in found.linears:
         return replace(found, projections=projections, attention=attention)
-    if not all(_are_thirds(link, attention) for link in links if _has(link, attention)):
+    if not all(_are_thirds(link, attention) for link in links if _has(link, fused)):
         return found
     return replace(found, projections=projections, attention=attention, fused={fused: equal(*QKV)})
 
@@ -165,8 +165,8 @@ def _attentions(linears: Sequence[str]) -> dict[str, dict[str, str]]:
     }
 
 
-def _has(link: Call, attention: str) -> bool:
-    return any(name == attention for name, _ in link.module.named_modules())
+def _has(link: Call, path: str) -> bool:
+    return any(name == path for name, _ in link.module.named_modules())
 
 
 def _are_thirds(link: Call, path: str) -> bool:

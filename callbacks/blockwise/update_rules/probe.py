@@ -154,8 +154,8 @@ class AttentionProbe:
 
     def _attention(self, index: int) -> nn.Module | None:
         """Return the attention of a block; None if it has none, which is so only where blocks differ."""
-        block, path = self._blocks[index], self._module.architecture.attention
-        if isinstance(self._module.architecture.blocks, tuple) and path not in dict(block.named_modules()):
+        block, architecture = self._blocks[index], self._module.architecture
+        if isinstance(architecture.blocks, tuple) and architecture.projections.get("q") not in self._module.linears(block):
             return None
         return self._module.attention(block)
 
