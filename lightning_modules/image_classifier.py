@@ -166,8 +166,11 @@ class ImageClassifier(PrunableModule):
 
     @property
     def class_tokens(self) -> int:
-        """Number of class and distillation tokens, which come first in the blocks; register tokens are not counted."""
-        return vision_models.class_tokens(self.model)
+        """Number of class and distillation tokens, which come first in the blocks; register tokens are not counted.
+
+        None counts where a block adds them, or takes them away, so that others lack them.
+        """
+        return vision_models.class_tokens(self.model) if self.architecture.uniform else 0
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the images of a batch without normalisation, (samples, channels, height, width) in [0, 1]."""

@@ -3,7 +3,7 @@
 D²Prune is sequential: the inputs of block b are the outputs of the pruned blocks before it. One pass over the whole model
 records the arguments that the model gives each block beside the hidden states: masks, position embeddings, and whatever else it
 passes. In that pass the blocks only return their input, so it costs the embedding and no block. Where some change the shape of
-the hidden states, as between the stages of a Swin or ConvNeXt, all of them run, and return zeros of their output's shape, so that
+the hidden states, as between the stages of a Swin or ConvNeXt, all run, and return zeros of their output's shape, so that
 what is recorded never depends on hidden states. Afterwards blocks can be run on their own.
 """
 

@@ -1,7 +1,7 @@
 """Call tree of one forward pass, and the chain of modules that hidden states pass through, read off it.
 
-One module follows another in a chain if it is called with the very tensor that the other returned. A stage, or a list of blocks,
-is such a chain. A residual block is none, since it adds its input in the end.
+One module follows another in a chain if it is called with the very tensor that the other returned. A stage, or a list of
+blocks, is such a chain. A residual block is none, since it adds its input in the end.
 """
 
 from collections.abc import Callable, Iterator

@@ -27,8 +27,8 @@ LEAST_SHARE = 0.7
 """Least share of the model's parameters, those of the head aside, that the blocks have to hold."""
 SAME = 1e-3
 """Largest relative difference of the inputs of a linear, from one image and from a batch, that counts as rounding."""
-CHANGED = 1e-4
-"""Least difference of a probability that counts as a change."""
+CHANGED = 0.01
+"""Share of the largest difference of a probability from which on a difference is a change."""
 
 
 def discover_vision(model: nn.Module, run_model: Callable[[Tensor], Tensor], images: Tensor, model_type: str) -> Discovery:
@@ -197,13 +197,9 @@ def _are_thirds(link: Call, path: str) -> bool:
 
     try:
         output, before = attended(None)
-        own, others, values = [], [], []
-        for rows in equal(*QKV)(fused.out_features, None).values():
-            now, probabilities = attended(rows)
-            moved = (probabilities - before).abs().amax(dim=(0, 2)) > CHANGED
-            own.append(bool(moved[0]))
-            others.append(bool(moved[1:].any()))
-            values.append(bool((now - output).abs().max() > 0))
+        found = [attended(rows) for rows in equal(*QKV)(fused.out_features, None).values()]
     except RuntimeError:  # no softmax over tokens
         return False
-    return own[0] and not others[0] and others[1] and not own[2] and not others[2] and values[2]
+    differences = torch.stack([(probabilities - before).abs().amax(dim=(0, 2)) for _, probabilities in found])
+    (own_q, *others_q), (_, *others_k), moved_v = (differences > CHANGED * differences.max()).tolist()
+    return own_q and not any(others_q) and any(others_k) and not any(moved_v) and not torch.equal(found[2][0], output)
