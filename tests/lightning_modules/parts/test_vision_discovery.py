@@ -145,6 +145,16 @@ def test_the_joint_solver_with_a_target(family, allocation, tmp_path):
     assert all(0 < linear.relative_error < 1 for record in callback.records for linear in record.linears.values())
 
 
+@pytest.mark.parametrize("family", ["beit", "swin"])
+def test_offload_changes_no_bit(family, tmp_path):
+    states = []
+    for offload in (False, True):
+        module = vision_classifier(family)
+        prune(module, tmp_path, offload=offload)
+        states.append({name: value.clone() for name, value in module.model.state_dict().items()})
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+
+
 @pytest.mark.parametrize("family", ["eva", "swinv2", "convnext"])
 def test_two_of_four(family, tmp_path):
     module = vision_classifier(family)
