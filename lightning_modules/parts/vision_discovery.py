@@ -25,8 +25,8 @@ MOST_HEADS = 16
 """Inputs up to which a linear stays dense: it mixes heads, or reads coordinates or a few pixels, and has next to no weights."""
 LEAST_SHARE = 0.7
 """Least share of the model's parameters, those of the head aside, that the blocks have to hold."""
-SAME = 1e-3
-"""Largest relative difference of the inputs of a linear, from one image and from a batch, that counts as rounding."""
+SAME = 0.3
+"""Share of the difference between two images up to which that between a batch and its images alone is rounding."""
 CHANGED = 0.01
 """Share of the largest difference of a probability from which on a difference is a change."""
 
@@ -119,12 +119,12 @@ def _why_dense(module: nn.Module, calls: list[Call], alone: list[list[Call]]) ->
         return f"has {linear.in_features} inputs only"
     whole, parts = linear.tokens_in(calls[0].given), [linear.tokens_in(part[0].given) for part in alone if part]
     rows = whole.numel() // linear.in_features
-    if rows != sum(part.numel() // linear.in_features for part in parts):
+    if len(parts) != 2 or parts[0].shape != parts[1].shape or whole.numel() != 2 * parts[0].numel():
         return "does not read images"
-    together = torch.cat([part.reshape(-1, linear.in_features) for part in parts])
-    if not (whole.reshape_as(together) - together).abs().max() <= SAME * together.abs().max():
+    together = torch.stack([part.float() for part in parts])
+    if not (whole.reshape_as(together) - together).norm() <= SAME * (together[0] - together[1]).norm():
         return "does not read the images in the order of the batch"
-    return "reads one token of an image" if rows == len(parts) else ""
+    return "reads one token of an image" if rows == 2 else ""
 
 
 def _calls_of(root: Call) -> dict[nn.Module, list[Call]]:

@@ -1,4 +1,4 @@
-"""Vision-language models of transformers, whose text tower is pruned like a language model: their class, and their processor."""
+"""Vision-language models of transformers, whose text tower is pruned like a language model: their class and processor."""
 
 import shutil
 from contextlib import suppress

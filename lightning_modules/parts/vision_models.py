@@ -242,8 +242,8 @@ def call_fused_projections(model: nn.Module) -> None:
 
 def two_images(model: nn.Module) -> Tensor:
     """Return two random images of the size, dtype and device that a model expects, (2, channels, height, width)."""
-    weight = next(model.parameters())
-    images = torch.randn(2, *data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
+    weight, size = next(model.parameters()), data_config(model)["input_size"]
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0), device="cpu")  # on whatever device a run is
     return images.to(weight.device, weight.dtype)
 
 

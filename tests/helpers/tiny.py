@@ -43,6 +43,7 @@ FURTHER_FAMILIES = {
 _PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
 _WINDOWS = {"img_size": 32, "window_size": 4, "embed_dim": 32, "depths": (2, 2, 1), "num_heads": (2, 4, 4)}
 _CONVS = {"depths": (1, 2, 1, 1), "dims": (32, 32, 48, 48)}
+_MAXVIT = {"embed_dim": (32, 48), "depths": (1, 1), "block_type": ("M", "M"), "stem_width": 32, "transformer_dim_head": 16}
 DISCOVERED = {
     "beit": ("beit_base_patch16_224", _PLAIN),
     "beitv2": ("beitv2_base_patch16_224", _PLAIN),
@@ -52,6 +53,9 @@ DISCOVERED = {
     "swinv2": ("swinv2_tiny_window8_256", _WINDOWS),
     "convnext": ("convnext_tiny", _CONVS),
     "convnextv2": ("convnextv2_tiny", _CONVS | {"use_grn": True}),
+    "maxvit": ("maxvit_tiny_tf_224", _MAXVIT | {"transformer_window_size": (4, 4), "transformer_grid_size": (4, 4)}),
+    "davit": ("davit_tiny", {"depths": (1, 1), "embed_dims": (32, 48), "num_heads": (2, 4), "window_size": 4}),
+    "relpos": ("vit_relpos_small_patch16_224", _PLAIN),
     "cait": ("cait_xxs24_224", _PLAIN | {"depth": 6}),
     "xcit": ("xcit_nano_12_p16_224", {"img_size": 32, "embed_dim": 32, "depth": 8, "num_heads": 4}),
 }

@@ -16,14 +16,16 @@ from lightning_modules.parts.attention_form import run_attention_eagerly
 from lightning_modules.parts.vision_discovery import discover_vision
 from tests.helpers.tiny import DISCOVERED, quiet, tiny_images, vision_classifier
 
-QKV_FAMILIES = ("beit", "beitv2", "eva", "eva02", "swin", "swinv2", "cait")
+QKV_FAMILIES = ("beit", "beitv2", "eva", "eva02", "swin", "swinv2", "cait", "relpos")
 """Families whose q, k and v are found."""
-STAGED = ("swin", "swinv2", "convnext", "convnextv2")
-"""Families whose stages downsample."""
+STAGED = ("swin", "swinv2", "convnext", "convnextv2", "maxvit", "davit", "relpos")
+"""Families whose stages, or stem, are in the chain and downsample."""
+ANY_SIZE = ("ConvNeXt", "MaxxVit", "DaVit")
+"""Classes that take images of any size, here of 64 pixels."""
 
 
 def size_of(module):
-    return 64 if "ConvNeXt" in module.family else module.data_config["input_size"][-1]
+    return 64 if module.family in ANY_SIZE else module.data_config["input_size"][-1]
 
 
 def loader(module, count=12, seed=0, batch_size=4):
@@ -92,6 +94,11 @@ def test_what_is_found_of_a_family(family):
     names = [name for block in module.blocks.values() for name in module.linears(block)]
     wanted = {"eva02": {"mlp.fc1_g", "mlp.fc1_x", "attn.q_proj"}, "swin": {"proj", "reduction", "attn.qkv.v"}}
     wanted |= {"convnext": {"0", "1", "mlp.fc2"}, "cait": {"attn.qkv.q"}, "xcit": {"attn.qkv"}}
+    wanted |= {
+        "maxvit": {"conv.conv1_1x1", "attn_grid.attn.qkv"},
+        "davit": {"conv", "attn.qkv"},
+        "relpos": {"proj", "attn.qkv.k"},
+    }
     assert wanted.get(family, {"mlp.fc1", "mlp.fc2"}) <= set(names)
     assert module.discovered in module.described().values()
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.model.modules())
