@@ -250,7 +250,8 @@ def two_images(model: nn.Module) -> Tensor:
 def class_tokens(model: nn.Module) -> int:
     """Return the number of class and distillation tokens, the first tokens of the blocks; registers come after them."""
     if is_timm(model):
-        return getattr(model, "num_prefix_tokens", 0) - getattr(model, "num_reg_tokens", 0)
+        registers = getattr(model, "reg_token", None)
+        return getattr(model, "num_prefix_tokens", 0) - (0 if registers is None else registers.shape[1])
     return {"vit": 1, "deit": 2}.get(model.config.model_type, 0)
 
 

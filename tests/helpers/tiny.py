@@ -49,6 +49,7 @@ DISCOVERED = {
     "beitv2": ("beitv2_base_patch16_224", _PLAIN),
     "eva": ("eva_giant_patch14_224", _PLAIN | {"mlp_ratio": 3.0}),
     "eva02": ("eva02_base_patch14_448", _PLAIN),
+    "dinov3": ("vit_small_patch16_dinov3", _PLAIN | {"mlp_ratio": 3.0}),
     "swin": ("swin_tiny_patch4_window7_224", _WINDOWS),
     "swinv2": ("swinv2_tiny_window8_256", _WINDOWS),
     "convnext": ("convnext_tiny", _CONVS),

@@ -9,14 +9,14 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader
 
-from callbacks import AttentionRule, BlockwisePruning, FixedRule
+from callbacks import AttentionRule, BlockwisePruning, FixedRule, Score
 from lightning_modules import ImageClassifier
 from lightning_modules.parts.architectures import PrunableLinear
 from lightning_modules.parts.attention_form import run_attention_eagerly
 from lightning_modules.parts.vision_discovery import discover_vision
 from tests.helpers.tiny import DISCOVERED, quiet, tiny_images, vision_classifier
 
-QKV_FAMILIES = ("beit", "beitv2", "eva", "eva02", "swin", "swinv2", "cait", "relpos")
+QKV_FAMILIES = ("beit", "beitv2", "eva", "eva02", "dinov3", "swin", "swinv2", "cait", "relpos")
 """Families whose q, k and v are found."""
 STAGED = ("swin", "swinv2", "convnext", "convnextv2", "maxvit", "davit", "relpos")
 """Families whose stages, or stem, are in the chain and downsample."""
@@ -192,13 +192,15 @@ def test_a_convolution_is_its_matrix():
         assert (conv.weight == 1).all()
 
 
-def test_statistics_of_a_convolution_and_of_windows_are_those_of_its_samples(tmp_path):
-    """Batches of another size move samples between windows' rows, but no sum."""
+@pytest.mark.parametrize("family", ["swin", "convnext", "maxvit"])
+def test_samples_are_told_apart_in_windows_and_convolutions(family, tmp_path):
+    """The official norms weight each sample by its position, so rows of another sample would change the masks."""
     weights = []
-    for batch_size in (12, 3):
-        module = vision_classifier("swin")
-        callback = BlockwisePruning(sparsity=0.5, method="wanda", output_dir=str(tmp_path / "pruned"))
-        quiet(tmp_path, callback, max_epochs=None).fit(module, loader(module, batch_size=batch_size))
+    for batch_size in (1, 6):
+        module = vision_classifier(family)
+        settings = {"method": "d2_wanda", "score": Score(activation_norm="official", lambda1=3.0)}
+        callback = BlockwisePruning(sparsity=0.5, output_dir=str(tmp_path / "pruned"), **settings)
+        quiet(tmp_path, callback, max_epochs=None).fit(module, loader(module, 6, batch_size=batch_size))
         weights.append({name: linear.weight.clone() for name, linear in linears_of(module).items()})
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight)
@@ -216,7 +218,7 @@ def test_class_tokens_are_where_changes_of_their_parameter_arrive(family):
                 module.model.cls_token.add_(1)
     changed = (hidden[0] != hidden[1]).any(-1).flatten()
     assert changed[: module.class_tokens].all() and not changed[module.class_tokens :].any()
-    assert module.class_tokens == (family in ("beit", "beitv2", "eva", "eva02"))
+    assert module.class_tokens == (family in ("beit", "beitv2", "eva", "eva02", "dinov3"))
 
 
 def test_an_mlp_mixer_mixes_tokens_with_linears_too(tmp_path):
