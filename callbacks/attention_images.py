@@ -81,7 +81,12 @@ class AttentionImages(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: ImageClassifier) -> None:
-        count = len(pl_module.blocks)
+        count, architecture = len(pl_module.blocks), pl_module.architecture
+        if not (architecture.attention and architecture.uniform):
+            raise ValueError(
+                f"AttentionImages needs blocks whose tokens attend to the whole image, but those of {pl_module.family} do not, "
+                "or their attention was not found. Leave it out of trainer.callbacks."
+            )
         self._indices = [count - 1] if self.blocks is None else self.blocks
         if any(not 0 <= index < count for index in self._indices):
             raise ValueError(f"Argument `blocks` expected to name some of {count} blocks but got {self.blocks}.")

@@ -25,6 +25,7 @@ from lightning_modules.parts.linear24 import compress_linears, try_kernels
 from lightning_modules.parts.load_streamed import check_stage, load_streamed
 from lightning_modules.parts.predictions import Predictions
 from lightning_modules.parts.self_text import sample_batch, start_token
+from lightning_modules.parts.vision_language import copy_processor
 from utilities.contract import ModelFacts, WritesText, data_of
 
 PRINTED = 4
@@ -39,10 +40,10 @@ LARGEST_LOSS = 88.0
 
 
 class CausalLM(PrunableModule, WritesText):
-    """A causal language model for pruning, fine-tuning and evaluation.
+    """A causal language model for pruning, fine-tuning and evaluation; of a vision-language model the text tower is pruned.
 
-    Weights are loaded when a run starts, not when the object is made. Any family can be evaluated and trained; those in
-    `lightning_modules.parts.architectures.ARCHITECTURES` can be pruned.
+    Weights are loaded when a run starts, not when the object is made. Any family can be evaluated and trained. Those in
+    `lightning_modules.parts.architectures.ARCHITECTURES` can be pruned, and others whose blocks can be discovered.
 
     Args:
         model_name_or_path: A hub id, a directory, a .gguf file (dequantised), or package://<python package>/<file>. Adapters
@@ -186,7 +187,7 @@ class CausalLM(PrunableModule, WritesText):
 
     def _check_length(self, config: Any) -> None:
         """Refuse windows longer than the positions that a model has learned; warn if positions are rotary."""
-        seq_len = data_of(self._trainer).facts().tokens
+        config, seq_len = config.get_text_config(), data_of(self._trainer).facts().tokens
         limit = getattr(config, "max_position_embeddings", None)
         if seq_len is None or limit is None:
             return
@@ -319,6 +320,7 @@ class CausalLM(PrunableModule, WritesText):
         (self.model.save_pretrained if self.streamed is None else self.streamed.save)(directory)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
+        copy_processor(self.model.config, self.path, directory)
 
     def _reset(self, split: str) -> None:
         self.metrics[split].reset()

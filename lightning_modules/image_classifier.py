@@ -1,4 +1,4 @@
-"""ImageClassifier: a vision transformer of timm or transformers with top-1 and top-5 accuracy, prunable block by block."""
+"""ImageClassifier: a vision model of timm or transformers with top-1 and top-5 accuracy, prunable block by block."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts import vision_models
 from lightning_modules.parts.adapters import add_adapters, has_adapters
-from lightning_modules.parts.architectures import find_architecture
+from lightning_modules.parts.architectures import ARCHITECTURES, Architecture, find_blocks
 from lightning_modules.parts.predictions import Predictions
+from lightning_modules.parts.vision_discovery import discover_vision
 from utilities.contract import ModelFacts, data_of
 
 SPLITS = ("val", "heldout")
@@ -23,10 +24,10 @@ PRINTED = 4
 
 
 class ImageClassifier(PrunableModule):
-    """A DeiT or ViT for training, pruning and evaluation.
+    """A DeiT, ViT, Swin, ConvNeXt or other image classifier for training, pruning and evaluation.
 
-    Weights are made or loaded when a run starts, not when the object is made. Any model can be evaluated and trained; those in
-    `lightning_modules.parts.architectures.ARCHITECTURES` can be pruned. A batch is
+    Weights are made or loaded when a run starts, not when the object is made. Any model can be evaluated and trained. Those in
+    `lightning_modules.parts.architectures.ARCHITECTURES` can be pruned, and others whose blocks can be discovered. A batch is
     ``{"image": (samples, channels, height, width), "label": (samples,), "index": (samples,)}``.
 
     Args:
@@ -80,6 +81,8 @@ class ImageClassifier(PrunableModule):
         self._mixup: Any = None
         self._skipped: dict[str, int] = {}
         self._predictions = Predictions()
+        self.discovered = ""
+        """What was discovered of a model that is in no table."""
 
     @property
     def family(self) -> str:
@@ -93,12 +96,12 @@ class ImageClassifier(PrunableModule):
         options, model = self.hparams, self.model
         if model is None:
             model = vision_models.make_model(self.path, options.pretrained, options.checkpoint, options.model_args)
-        if self.calibration_step is not None:
-            find_architecture(vision_models.model_type(model))
         self._check_size(model)
         if self.model is None and has_adapters(self.path) and vision_models.is_timm(model):
             add_adapters(model, self.path)
         self.model = model
+        if self.calibration_step is not None:
+            self._architecture = self.find_architecture()  # a model that cannot be pruned is refused at once
         self.num_classes = vision_models.num_classes(model)
         accuracies = {
             f"top{k}": MulticlassAccuracy(self.num_classes, top_k=k, average="micro") for k in (1, 5) if k <= self.num_classes
@@ -111,6 +114,27 @@ class ImageClassifier(PrunableModule):
             self._mixup = Mixup(
                 options.mixup, options.cutmix, label_smoothing=options.label_smoothing, num_classes=self.num_classes
             )
+
+    @torch.no_grad()
+    def find_architecture(self) -> Architecture:
+        """Look the family up in ARCHITECTURES, or discover blocks and linears by running the model on two images.
+
+        Raises:
+            ValueError: If neither works.
+        """
+        if self.family in ARCHITECTURES:
+            return super().find_architecture()
+        vision_models.call_fused_projections(self.model)
+        modes = {part: part.training for part in self.model.modules()}
+        self.model.eval()
+        try:
+            found = discover_vision(self.model, self.forward, vision_models.two_images(self.model), self.family)
+        finally:
+            for part, training in modes.items():
+                part.training = training
+        self.discovered = found.summary(len(find_blocks(self.model, found.architecture)))
+        rank_zero_info(f"{self.family} is not in the table of families. Discovered: {self.discovered}")
+        return found.architecture
 
     def _check_size(self, model: nn.Module) -> None:
         """Check the image size, which positions are tied to unless the model was made for any size."""
@@ -132,8 +156,9 @@ class ImageClassifier(PrunableModule):
         return ModelFacts() if self.num_classes is None else ModelFacts(self.num_classes, self.data_config)
 
     def described(self) -> dict[str, Any]:
-        """Return the hyperparameters, and the class of a model in memory."""
-        return {"model_name_or_path": self.path or type(self.model).__name__, **super().described()}
+        """Return the hyperparameters, the class of a model in memory, and what was discovered."""
+        found = {"discovered": self.discovered} if self.discovered else {}
+        return {"model_name_or_path": self.path or type(self.model).__name__, **super().described(), **found}
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, (samples, classes)."""
@@ -141,8 +166,11 @@ class ImageClassifier(PrunableModule):
 
     @property
     def class_tokens(self) -> int:
-        """Number of class and distillation tokens, which come first in the blocks; register tokens are not counted."""
-        return vision_models.class_tokens(self.model)
+        """Number of class and distillation tokens, which come first in the blocks; register tokens are not counted.
+
+        None counts where a block adds them, or takes them away, so that others lack them.
+        """
+        return vision_models.class_tokens(self.model) if self.architecture.uniform else 0
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the images of a batch without normalisation, (samples, channels, height, width) in [0, 1]."""

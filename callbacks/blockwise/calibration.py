@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from callbacks.blockwise.placement import has_spare, make_room
 from callbacks.blockwise.update_rules.windows import RuleWindows
 from lightning_modules.base.prunable import PrunableModule
-from lightning_modules.parts.block_stream import BlockStream, replaced_forwards
+from lightning_modules.parts.block_stream import replaced_forwards
 
 
 class CalibrationStream:
@@ -34,8 +34,8 @@ class CalibrationStream:
     ) -> None:
         # Bound here, since DDP may wrap the module before the first calibration step.
         self._forward, self._positions_of = module.calibration_forward, module.sample_positions
-        self._stream = BlockStream(list(module.blocks.values()))
-        self._dense = BlockStream(list(module.blocks.values())) if dense else None
+        self._stream = module.block_stream()
+        self._dense = module.block_stream() if dense else None
         self._windows, self._num_batches, self._spill = windows, num_batches, spill
         self.class_tokens = module.class_tokens
         """Number of leading tokens of a sample that are class tokens."""

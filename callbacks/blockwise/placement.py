@@ -71,14 +71,16 @@ class Placement:
 
     def _all_but_blocks(self) -> None:
         """Move everything but the blocks; replaces the strategy's own `model_to_device`."""
-        path, _, name = self._module.architecture.blocks.rpartition(".")
-        parent = self._module.model.get_submodule(path)
-        blocks = parent._modules[name]
-        parent._modules[name] = nn.ModuleList()
+        paths = [path.rpartition(".") for path in self._module.blocks]
+        parents = [(self._module.model.get_submodule(path), name) for path, _, name in paths]
+        blocks = [parent._modules[name] for parent, name in parents]
         try:
+            for parent, name in parents:
+                parent._modules[name] = nn.Identity()
             self._module.to(self._device)
         finally:
-            parent._modules[name] = blocks
+            for (parent, name), block in zip(parents, blocks, strict=True):
+                parent._modules[name] = block
 
 
 def give_back_placement(trainer: Trainer) -> None:

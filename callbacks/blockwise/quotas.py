@@ -41,7 +41,6 @@ from functional.pruning.allocation import (
 )
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts.architectures import PrunableLinear
-from lightning_modules.parts.block_stream import BlockStream
 from lightning_modules.parts.experts import Routing
 from utilities.distributed import Processes
 
@@ -139,7 +138,7 @@ def _dense_pass(
         and the number of tokens, (blocks, 2).
     """
     norms = {linear.module: OutputStatistics(linear.in_features) for found in linears.values() for linear in found.values()}
-    stream = BlockStream(list(module.blocks.values()))
+    stream = module.block_stream()
     written = torch.zeros(len(stream.blocks), 2, dtype=module.metric_dtype, device=module.device)
     batches = islice(trainer.train_dataloader, trainer.num_training_batches)
     groups = [list(batches)] if module.streams else ([batch] for batch in batches)
@@ -157,16 +156,24 @@ def _dense_pass(
                         before = stream.hidden(key)
                         with _summing(norms, samples, unit):
                             stream.advance(key, index)
-                        written[index, 0] += written_share(before, stream.hidden(key))
-                        written[index, 1] += before[..., 0].numel()
+                        written[index] += _written(before, stream.hidden(key))
             stream.clear()
     return norms, written
+
+
+def _written(before: Tensor, after: Tensor) -> Tensor:
+    """Return the sum of `written_share` and the number of tokens, (2,); a block that changes the shape writes everything."""
+    tokens = torch.tensor(float(before[..., 0].numel()), device=before.device)
+    return torch.stack([written_share(before, after) if before.shape == after.shape else tokens, tokens])
 
 
 @contextmanager
 def _summing(norms: Mapping[nn.Module, OutputStatistics], positions: Tensor, unit: bool) -> Iterator[None]:
     def add(linear: nn.Module, args: tuple[Tensor] | tuple[Tensor, Routing], _: Tensor) -> None:
-        x, lengths = args[1].by_sample(args[0], len(positions)) if len(args) > 1 else (by_sample(args[0], positions), None)
+        if len(args) > 1:
+            x, lengths = args[1].by_sample(args[0], len(positions))
+        else:
+            x, lengths = by_sample(PrunableLinear(linear).tokens_in(args[0]), positions), None
         norms[linear].update(unit_tokens(x) if unit else x, positions, lengths)
 
     handles = [linear.register_forward_hook(add) for linear in norms]

@@ -176,7 +176,8 @@ class PruningRun:
             torch.cuda.reset_peak_memory_stats(device)
         round_index, index = divmod(number, len(self._blocks))
         self._number = number
-        self._placement.hold(range(max(index - 1, 0), index + 1))
+        captured = index == 0 and not self._module.architecture.uniform  # by running every block
+        self._placement.hold(range(max(index - 1, 0), len(self._blocks) if captured else index + 1))
         if index == 0:
             self._begin_round(round_index)
         name = self._blocks[index]

@@ -165,6 +165,7 @@ class StatisticsCollector:
             return weighted_class_tokens(by_sample(tokens, positions), *self._class_tokens), None
 
         def add(name: str, x: Tensor, y: Tensor, routing: Routing | None) -> None:
+            linear = self.linears[name]
             if name in seen:
                 raise RuntimeError(f"The linear {name!r} is called more than once a forward pass; it cannot be pruned.")
             read = x if routing is None else routing  # experts that borrow read the same tensor, each with weights of its own
@@ -174,13 +175,14 @@ class StatisticsCollector:
                 raise RuntimeError(f"The linear {name!r} shares its input with others in some batches only.")
             if leader == name:
                 missing = lacks(name, x, routing) if name in self.perturbations else None
-                x, lengths = samples(x, routing)
+                x, lengths = samples(linear.tokens_in(x), routing)
                 if name not in self._inputs:
                     self._inputs[name] = InputStatistics(x.shape[-1], self._precision, self._gram_samples(x))
                 self._inputs[name].update(x, positions, lengths)
                 if missing is not None:
-                    self.perturbations[name].update(x, samples(missing, routing)[0], lengths)
-            y, lengths = samples(y, routing)
+                    as_read = linear.tokens_out if self.perturbations[name].out_features else linear.tokens_in
+                    self.perturbations[name].update(x, samples(as_read(missing), routing)[0], lengths)
+            y, lengths = samples(linear.tokens_out(y), routing)
             self.outputs[name].update(y, positions, lengths)
             self._called[name].append(len(self._positions) - 1)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_modules.base.resumable import ResumableModule
 from lightning_modules.parts.architectures import Architecture, PrunableLinear, find_architecture, find_blocks, find_linears
+from lightning_modules.parts.block_stream import BlockStream
 from lightning_modules.parts.streamed import StreamedBlocks
 from utilities.contract import ModelFacts, TellsModelFacts
 from utilities.digest import digest
@@ -84,6 +85,10 @@ class PrunableModule(ResumableModule, TellsModelFacts):
     def reading(self, block: str) -> AbstractContextManager:
         """Return a context in which a block has its weights, which are read for it if blocks are streamed."""
         return nullcontext() if self.streamed is None else self.streamed.reading(block)
+
+    def block_stream(self) -> BlockStream:
+        """Return an empty stream through the chain of blocks."""
+        return BlockStream(list(self.blocks.values()), self.architecture.uniform)
 
     def linears(self, block: nn.Module) -> dict[str, PrunableLinear]:
         """Return name within the block -> prunable linear."""

@@ -19,7 +19,8 @@ class Architecture:
     """Names of one model family.
 
     Attributes:
-        blocks: Path of the list of decoder or encoder blocks in the model.
+        blocks: Path of the list of decoder or encoder blocks in the model; or the paths of all blocks, in their order, if they
+            are in no single list.
         linears: Paths of the linears to prune, relative to a block.
         projections: Role (q, k, v, o) -> path of the attention projection among the linears.
         attention: Path of the attention module, relative to a block.
@@ -27,15 +28,17 @@ class Architecture:
             pruned as a linear of its own, called <path>.<part>.
         everywhere: Whether every block has all linears; if not, those that a block lacks are passed over.
         experts: Paths of the experts of mixtures, relative to a block; blocks may lack them.
+        uniform: Whether every block returns hidden states of the shape that it takes; false where stages downsample.
     """
 
-    blocks: str
+    blocks: str | tuple[str, ...]
     linears: tuple[str, ...]
     projections: dict[str, str] = field(default_factory=dict)
     attention: str = "self_attn"
     fused: dict[str, Layout] = field(default_factory=dict)
     everywhere: bool = True
     experts: tuple[str, ...] = ()
+    uniform: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,8 @@ class PrunableLinear:
     """A linear that is pruned as one matrix: a whole module, or one projection's rows of a fused one.
 
     Args:
-        module: ``nn.Linear``, GPT-2's ``Conv1D``, whose weight is transposed, or a matrix of one expert.
+        module: ``nn.Linear``; GPT-2's ``Conv1D``, whose weight is transposed; a convolution that is a matrix, see
+            `is_matrix_conv`; or a matrix of one expert.
         rows: Outputs of the module that belong to it.
     """
 
@@ -58,15 +62,45 @@ class PrunableLinear:
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
         """Write a weight, (O, I), into the module."""
-        self._matrix[self.rows] = weight.to(self._matrix)
+        if isinstance(self.module, nn.Conv2d):  # not every memory format has a view as a matrix
+            self.module.weight.copy_(weight.reshape(self.module.weight.shape))
+        else:
+            self._matrix[self.rows] = weight.to(self._matrix)
 
     @torch.no_grad()
     def clear(self, mask: Tensor) -> None:
         """Set weights to 0 where a mask, (O, I), is True, even where they are NaN."""
-        if isinstance(self.rows, slice):
+        if isinstance(self.rows, slice) and not isinstance(self.module, nn.Conv2d):
             self.weight.masked_fill_(mask, 0)
         else:
             self.assign(self.weight.masked_fill(mask, 0))
+
+    def tokens_in(self, x: Tensor) -> Tensor:
+        """Return the inputs of the module as the matrix reads them.
+
+        Args:
+            x: What the module is called with: (..., I), or (samples, channels, height, width) for a convolution.
+
+        Returns:
+            The same, or (samples, positions, I) for a convolution.
+        """
+        if not isinstance(self.module, nn.Conv2d):
+            return x
+        (rows, columns), (height, width) = self.module.kernel_size, x.shape[-2:]
+        x = x[..., : height // rows * rows, : width // columns * columns]  # what a stride leaves over is not read
+        patches = x.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def tokens_out(self, y: Tensor) -> Tensor:
+        """Return outputs of the matrix with their channels last.
+
+        Args:
+            y: (..., O), or (samples, O, height, width) for a convolution.
+
+        Returns:
+            The same, or (samples, positions, O) for a convolution.
+        """
+        return y.flatten(2).mT if isinstance(self.module, nn.Conv2d) else y
 
     @property
     def is_routed(self) -> bool:
@@ -92,6 +126,8 @@ class PrunableLinear:
     @property
     def _matrix(self) -> Tensor:
         weight = self.module.weight.detach()
+        if isinstance(self.module, nn.Conv2d):
+            return weight.flatten(1)
         return weight.T if is_conv1d(self.module) else weight
 
 
@@ -239,6 +275,8 @@ def find_blocks(model: nn.Module, architecture: Architecture) -> dict[str, nn.Mo
     Raises:
         ValueError: If the table's path leads to no list of modules.
     """
+    if isinstance(architecture.blocks, tuple):
+        return {path: model.get_submodule(path) for path in architecture.blocks}
     try:
         blocks = model.get_submodule(architecture.blocks)
     except AttributeError as error:
@@ -275,7 +313,9 @@ def find_linears(block: nn.Module, architecture: Architecture, config: Any = Non
             module = block.get_submodule(name)
         except AttributeError as error:
             raise ValueError(f"The block {type(block).__name__} has no {name!r}; see ARCHITECTURES.") from error
-        if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        if not is_matrix(module):
+            if isinstance(architecture.blocks, tuple):  # blocks differ: in another one a linear has this name
+                continue
             raise ValueError(
                 f"{name!r} of {type(block).__name__} is a {type(module).__name__}, not a plain nn.Linear. "
                 "Load the model without quantisation, adapters or `sparse24`."
@@ -290,12 +330,28 @@ def find_linears(block: nn.Module, architecture: Architecture, config: Any = Non
         linears |= {f"{name}.{part}": PrunableLinear(module, rows) for part, rows in parts.items()}
     for path, experts in ((path, module) for path, module in block.named_modules() if path in architecture.experts):
         linears |= {f"{path}.{name}": PrunableLinear(module, rows) for name, module, rows in parts_of(experts)}
-    if unknown := set(architecture.projections.values()) - set(linears):
+    unknown = set(architecture.projections.values()) - set(linears)
+    if unknown and not isinstance(architecture.blocks, tuple):
         raise ValueError(
             f"`projections` of {type(block).__name__}'s entry in ARCHITECTURES names {', '.join(sorted(unknown))}, which is "
             f"none of its linears {', '.join(linears)}."
         )
     return linears
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Return whether a module multiplies by one matrix: ``nn.Linear``, ``Conv1D``, or a convolution that `is_matrix_conv`."""
+    return isinstance(module, nn.Linear) or is_conv1d(module) or is_matrix_conv(module)
+
+
+def is_matrix_conv(module: nn.Module) -> bool:
+    """Return whether a module is a convolution of disjoint patches, 1x1 or as large as its stride: a matrix (O, C · k · k).
+
+    Subclasses are not, since some change their weight or pad their input.
+    """
+    if type(module) is not nn.Conv2d or module.groups != 1 or module.padding not in ((0, 0), "valid"):
+        return False
+    return module.kernel_size == module.stride and module.dilation == (1, 1)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -2,8 +2,9 @@
 
 D²Prune is sequential: the inputs of block b are the outputs of the pruned blocks before it. One pass over the whole model
 records the arguments that the model gives each block beside the hidden states: masks, position embeddings, and whatever else it
-passes. In that pass the blocks only return their input, so it costs the embedding and no block. Afterwards blocks can be run on
-their own.
+passes. In that pass the blocks only return their input, so it costs the embedding and no block. Where some change the shape of
+the hidden states, as between the stages of a Swin or ConvNeXt, all run, and return zeros of their output's shape, so that
+what is recorded never depends on hidden states. Afterwards blocks can be run on their own.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,10 +38,12 @@ class BlockStream:
     Args:
         blocks: The chain of blocks, in order. Each takes the hidden states as its first argument (or as the keyword
             ``hidden_states``) and returns them, alone or as the first entry of a tuple.
+        uniform: Whether each returns hidden states of the shape that it takes.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], uniform: bool = True) -> None:
         self.blocks = list(blocks)
+        self._uniform = uniform
         self._elsewhere: HostMemory | FileMemory | None = None
         self._batches: dict[int, _Batch] = {}
         self._returns_tuple: list[bool] | None = None
@@ -72,7 +75,7 @@ class BlockStream:
         self.replace(key, calls[0][0])
 
     def hidden(self, key: int) -> Tensor:
-        """Return the hidden states of a batch, (samples, tokens, features)."""
+        """Return the hidden states of a batch, (samples, tokens, features) or whatever the model passes on."""
         return self._batches[key].hidden if self._elsewhere is None else self._elsewhere.get(key)
 
     def arguments(self, key: int, index: int) -> tuple[tuple, dict[str, Any]]:
@@ -128,7 +131,7 @@ class BlockStream:
 
     @contextmanager
     def _passing_through(self, calls: list) -> Iterator[None]:
-        """Let blocks record their arguments and return their input, within the context.
+        """Let blocks record their arguments and return their input, or zeros if they change its shape, within the context.
 
         The first block runs once, to see whether it returns a tuple.
         """
@@ -142,6 +145,8 @@ class BlockStream:
                 calls.append((hidden, args, kwargs))
                 if index == len(self.blocks) - 1:
                     raise _AllBlocksSeen
+                if not self._uniform:
+                    return _zeros_like(forward(hidden, *args, **kwargs))
                 if self._returns_tuple is None:
                     self._returns_tuple = isinstance(forward(hidden, *args, **kwargs), tuple)
                 return (hidden,) if self._returns_tuple else hidden
@@ -171,6 +176,11 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
 
 def _hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _zeros_like(output: Any) -> Any:
+    hidden = torch.zeros_like(_hidden_of(output))
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def _share_equal(new: Any, old: Any) -> Any:

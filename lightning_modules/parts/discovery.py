@@ -47,9 +47,10 @@ class Discovery:
         roles = ", ".join(f"{role} = {name}" for role, name in found.projections.items()) or "none, so no q, k, v to hold"
         dense = "; ".join(f"{name} ({why})" for name, why in self.left_dense.items()) or "none"
         experts = f"; experts of {', '.join(found.experts)}" if found.experts else ""
+        where = found.blocks if isinstance(found.blocks, str) else f"{found.blocks[0]} to {found.blocks[-1]}"
         return (
-            f"{blocks} blocks at {found.blocks}; linears {', '.join(found.linears)}{experts}; roles: {roles}; left dense: "
-            f"{dense}. Run block by block they give the model's own logits."
+            f"{blocks} blocks at {where}; linears {', '.join(found.linears)}{experts}; roles: {roles}; left dense: {dense}. "
+            "Run block by block they give the model's own logits."
         )
 
 
@@ -69,11 +70,11 @@ def discover(model: nn.Module, run_model: Callable[[], Tensor], model_type: str)
     try:
         calls = _verified(blocks, run_model)
     except Exception as error:  # whatever a forward that is not a chain of blocks raises
-        raise _refusal(model_type, f"{what} was taken for its blocks, but {_brief(error)}") from error
+        raise refusal(model_type, f"{what} was taken for its blocks, but {brief(error)}") from error
     experts = _experts(blocks, model_type)
     linears, dense = _linears(blocks, calls)
     if not linears:
-        raise _refusal(model_type, f"{what} has no linear that every token goes through")
+        raise refusal(model_type, f"{what} has no linear that every token goes through")
     attention, projections = _roles(blocks, linears)
     found = Architecture(path, tuple(linears), projections, attention, everywhere=False, experts=tuple(experts))
     return Discovery(found, dense)
@@ -82,7 +83,7 @@ def discover(model: nn.Module, run_model: Callable[[], Tensor], model_type: str)
 def _chain(model: nn.Module, model_type: str) -> tuple[str, list[nn.Module]]:
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
-        raise _refusal(model_type, "it has no list of blocks (nn.ModuleList)")
+        raise refusal(model_type, "it has no list of blocks (nn.ModuleList)")
     path, blocks = max(lists, key=lambda pair: sum(parameter.numel() for parameter in pair[1].parameters()))
     return path, list(blocks)
 
@@ -101,18 +102,37 @@ def _verified(blocks: list[nn.Module], run_model: Callable[[], Tensor]) -> dict[
     finally:
         for handle in handles:
             handle.remove()
-    stream = BlockStream(blocks)
+    hidden = check_blocks(BlockStream(blocks), run_model, logits)
+    tokens = hidden.numel() // hidden.shape[-1]
+    return {module: [seen - tokens for seen in found] for module, found in calls.items()}
+
+
+@torch.no_grad()
+def check_blocks(stream: BlockStream, run_model: Callable[[], Tensor], logits: Tensor) -> Tensor:
+    """Check that blocks, run one by one, make the logits of a model.
+
+    Args:
+        stream: Empty stream through the blocks.
+        run_model: Runs the model on one batch and returns its logits.
+        logits: What it returns.
+
+    Returns:
+        The output of the last block.
+
+    Raises:
+        ValueError: If the logits differ, or do not depend on the blocks.
+    """
     stream.capture(0, run_model)
-    for index in range(len(blocks)):
+    for index in range(len(stream.blocks)):
         stream.advance(0, index)
-    again = _with_last_output(blocks[-1], stream.hidden(0), run_model)
+    last, hidden = stream.blocks[-1], stream.hidden(0)
+    again = _with_last_output(last, hidden, run_model)
     tolerance = TOLERANCE * (1 if logits.dtype == torch.float32 else 16) * logits.float().abs().max()
     if not (again - logits).abs().max() <= tolerance:
         raise ValueError(f"run one by one they change the logits by up to {(again - logits).abs().max().item():.3g}")
-    if torch.equal(_with_last_output(blocks[-1], torch.zeros_like(stream.hidden(0)), run_model), logits):
+    if torch.equal(_with_last_output(last, torch.zeros_like(hidden), run_model), logits):
         raise ValueError("the logits do not depend on what the last one returns")
-    tokens = stream.hidden(0).numel() // stream.hidden(0).shape[-1]
-    return {module: [seen - tokens for seen in found] for module, found in calls.items()}
+    return hidden
 
 
 def _with_last_output(block: nn.Module, hidden: Tensor, run_model: Callable[[], Tensor]) -> Tensor:
@@ -138,7 +158,7 @@ def _experts(blocks: list[nn.Module], model_type: str) -> list[str]:
         elif name.endswith("experts") and (stacked or isinstance(module, nn.ModuleList)):
             unknown[name] = type(module).__name__
     if unknown:
-        raise _refusal(
+        raise refusal(
             model_type,
             f"it is a mixture of experts whose tokens go to some of them only ({', '.join(unknown)}: a "
             f"{next(iter(unknown.values()))}). Only experts that transformers keeps together (use_experts_implementation) can "
@@ -187,12 +207,19 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _refusal(model_type: str, why: str) -> ValueError:
+def refusal(model_type: str, why: str) -> ValueError:
+    """Return the error about a model that could not be discovered.
+
+    Args:
+        model_type: Name of the model.
+        why: What was found, without a full stop.
+    """
     return ValueError(
         f"Model type {model_type!r} is not in ARCHITECTURES, and could not be discovered: {why}. Add an entry to "
         "lightning_modules/parts/architectures.py (docs/adding-a-model.md), or use a model of a family that is there."
     )
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """Return the first line of an error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_modules.parts.adapters import has_adapters
+from lightning_modules.parts.vision_language import auto_class
 from utilities.hub import has_tokenizer, resolve_model_path
 from utilities.safe_load import brief
 
@@ -41,8 +42,6 @@ def load_model(path: str, dtype: str, attn_implementation: str | None) -> nn.Mod
     Raises:
         ValueError: If the model cannot be loaded, or its scores have a soft cap that the given attention would leave out.
     """
-    from transformers import AutoModelForCausalLM
-
     name, arguments = resolve_model_path(path)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if "gguf_file" in arguments:
@@ -52,7 +51,7 @@ def load_model(path: str, dtype: str, attn_implementation: str | None) -> nn.Mod
         has_adapters(name)
         options["use_safetensors"] = True  # not for hub ids: OPT has only pickled weights there
     with loading(path):
-        model = AutoModelForCausalLM.from_pretrained(name, **arguments, **options, weights_only=True)
+        model = auto_class(name, arguments).from_pretrained(name, **arguments, **options, weights_only=True)
     keep_soft_cap(model, attn_implementation)
     return model
 
@@ -77,7 +76,7 @@ def load_tokenizer(path: str) -> Any | None:
 
 def keep_soft_cap(model: nn.Module, attn_implementation: str | None) -> None:
     """Switch Gemma-2 to eager attention: sdpa has no soft cap, which newer transformers refuses and 5.10 ignores silently."""
-    config = model.config
+    config = model.config.get_text_config()
     if not getattr(config, "attn_logit_softcapping", None) or config._attn_implementation != "sdpa":
         return
     if attn_implementation is not None:

@@ -201,7 +201,8 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     if is_timm(model):
         from timm.data import resolve_data_config
 
-        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        patches = getattr(model, "patch_embed", None) or getattr(model, "stem", None)  # the latter in an MLP-Mixer
+        size = getattr(patches, "img_size", None)
         channels = getattr(model, "in_chans", 3)
         found = resolve_data_config({"input_size": (channels, *size)} if size else {}, model=model)
         return found | {name: tuple(found[name]) for name in ("input_size", "mean", "std")}  # from a file they are lists
@@ -226,10 +227,31 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
+def call_fused_projections(model: nn.Module) -> None:
+    """Let attentions of timm call their fused projection and add its bias afterwards; up to rounding that is the same.
+
+    By default BEiT, EVA and Swin V2 multiply by the weight of qkv without calling the module, so hooks see nothing of it.
+
+    Args:
+        model: The model.
+    """
+    for module in model.modules():
+        if hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True
+
+
+def two_images(model: nn.Module) -> Tensor:
+    """Return two random images of the size, dtype and device that a model expects, (2, channels, height, width)."""
+    weight, size = next(model.parameters()), data_config(model)["input_size"]
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0), device="cpu")  # on whatever device a run is
+    return images.to(weight.device, weight.dtype)
+
+
 def class_tokens(model: nn.Module) -> int:
     """Return the number of class and distillation tokens, the first tokens of the blocks; registers come after them."""
     if is_timm(model):
-        return getattr(model, "num_prefix_tokens", 0) - getattr(model, "num_reg_tokens", 0)
+        registers = getattr(model, "reg_token", None)
+        return getattr(model, "num_prefix_tokens", 0) - (0 if registers is None else registers.shape[1])
     return {"vit": 1, "deit": 2}.get(model.config.model_type, 0)
 
 

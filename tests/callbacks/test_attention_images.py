@@ -12,7 +12,7 @@ from callbacks import AttentionImages, BlockwisePruning
 from callbacks.attention_images import Row, attention_over_image
 from datamodules import ImageDataModule
 from lightning_modules import ImageClassifier
-from tests.helpers.tiny import tiny_images, tiny_vit
+from tests.helpers.tiny import tiny_images, tiny_vit, vision_classifier
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 7}
 DIGITS = {"img_size": 8, "patch_size": 2, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 10}
@@ -151,6 +151,15 @@ def test_half_precision(tmp_path, figures):
 def test_positions_out_of_range(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, AttentionImages(**arguments)).fit(classifier(), *loaders(6, 6))
+
+
+@pytest.mark.parametrize("family", ["swin", "xcit"])
+def test_blocks_that_do_not_attend_to_the_whole_image_are_refused(family, tmp_path):
+    module = vision_classifier(family)
+    with pytest.raises(
+        ValueError, match=rf"tokens attend to the whole image, but those of {module.family} do not.*Leave it out"
+    ):
+        trainer(tmp_path, AttentionImages()).fit(module, *loaders(4, 4))
 
 
 def test_other_modules_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Tiny random models of every language model family, and a quiet Trainer; nothing is downloaded."""
+"""Tiny random models of every language model and vision family, and a quiet Trainer; nothing is downloaded."""
 
 FAMILIES = ("opt", "llama", "mistral", "qwen2", "qwen3")
 VOCABULARY = 96
@@ -38,6 +38,29 @@ FURTHER_FAMILIES = {
     "stablelm": {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
 }
 """Further families of the table, which only their own tests go through -> what sets them apart from LLaMA."""
+
+
+_PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
+_WINDOWS = {"img_size": 32, "window_size": 4, "embed_dim": 32, "depths": (2, 2, 1), "num_heads": (2, 4, 4)}
+_CONVS = {"depths": (1, 2, 1, 1), "dims": (32, 32, 48, 48)}
+_MAXVIT = {"embed_dim": (32, 48), "depths": (1, 1), "block_type": ("M", "M"), "stem_width": 32, "transformer_dim_head": 16}
+DISCOVERED = {
+    "beit": ("beit_base_patch16_224", _PLAIN),
+    "beitv2": ("beitv2_base_patch16_224", _PLAIN),
+    "eva": ("eva_giant_patch14_224", _PLAIN | {"mlp_ratio": 3.0}),
+    "eva02": ("eva02_base_patch14_448", _PLAIN),
+    "dinov3": ("vit_small_patch16_dinov3", _PLAIN | {"mlp_ratio": 3.0}),
+    "swin": ("swin_tiny_patch4_window7_224", _WINDOWS),
+    "swinv2": ("swinv2_tiny_window8_256", _WINDOWS),
+    "convnext": ("convnext_tiny", _CONVS),
+    "convnextv2": ("convnextv2_tiny", _CONVS | {"use_grn": True}),
+    "maxvit": ("maxvit_tiny_tf_224", _MAXVIT | {"transformer_window_size": (4, 4), "transformer_grid_size": (4, 4)}),
+    "davit": ("davit_tiny", {"depths": (1, 1), "embed_dims": (32, 48), "num_heads": (2, 4), "window_size": 4}),
+    "relpos": ("vit_relpos_small_patch16_224", _PLAIN),
+    "cait": ("cait_xxs24_224", _PLAIN | {"depth": 6}),
+    "xcit": ("xcit_nano_12_p16_224", {"img_size": 32, "embed_dim": 32, "depth": 8, "num_heads": 4}),
+}
+"""Family of timm without an entry -> name and arguments of a tiny model."""
 
 
 def tiny_config(family: str):
@@ -179,13 +202,32 @@ def tiny_vit():
     return module
 
 
-def tiny_images(count: int, seed: int):
+def vision_classifier(family: str):
+    """An ImageClassifier around a random model of a family of `DISCOVERED`, in which every parameter matters."""
+    import torch
+
+    from lightning_modules import ImageClassifier
+
+    torch.manual_seed(list(DISCOVERED).index(family))
+    name, model_args = DISCOVERED[family]
+    module = ImageClassifier(name, model_args={"num_classes": 7, **model_args})
+    module.configure_model()
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.5 / max(parameter[0].numel(), 1) ** 0.5)
+            else:
+                parameter.add_(torch.empty_like(parameter).uniform_(0.1, 0.3))
+    return module
+
+
+def tiny_images(count: int, seed: int, size: int = 16):
     """Batches of {"image", "label", "index"} with correlated channels."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 4, 4, generator=generator)
-    images = torch.nn.functional.interpolate(coarse, size=16) + 0.1 * torch.randn(count, 3, 16, 16, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, size=size) + 0.1 * torch.randn(count, 3, size, size, generator=generator)
     labels = torch.randint(5, (count,), generator=generator)
     return [{"image": image, "label": label, "index": i} for i, (image, label) in enumerate(zip(images, labels, strict=True))]
 

@@ -93,7 +93,7 @@ class AttentionMonitor:
             record.choice = best.name
             record.update_shares = {role: update_share(state) for role, state in best.state.items()}
             record.candidates = [{"name": candidate.name} | asdict(candidate) for candidate in self._selection.candidates]
-        if index in self._drawn:
+        if maps and index in self._drawn:
             self._draw(index, record, maps, loggers)
         record.seconds_rule = self.seconds
 

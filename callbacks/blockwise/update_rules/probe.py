@@ -49,7 +49,7 @@ class AttentionProbe:
         self._module = module
         self._blocks = list(module.blocks.values())
         self._reference, self._distributions = reference, distributions
-        self._pruned, self._dense = BlockStream(self._blocks), BlockStream(self._blocks)
+        self._pruned, self._dense = module.block_stream(), module.block_stream()
         self._windows: list[_Window] = []
         self.num_windows = 0
 
@@ -71,6 +71,11 @@ class AttentionProbe:
         """Measure the reference of block `index`, which must still be dense, and move the dense stream past it."""
         attention = self._attention(index)
         self._windows = []
+        if attention is None:
+            with attention_form(self._blocks[index], "own"):
+                for key in range(len(self._dense)):
+                    self._dense.advance(key, index)
+            return
         for key in range(len(self._pruned)):
             args, kwargs, _ = self._call(self._pruned, key, index)
             if self._reference == "model":
@@ -107,8 +112,11 @@ class AttentionProbe:
 
         Returns:
             Measures by name; and the attention maps (queries, keys) of the dense and the pruned model, the mean over heads in
-            the first window.
+            the first window. Both are empty for a block without attention, such as one that downsamples.
         """
+        if not self._windows:
+            self.pass_by(index)
+            return {}, []
         relative, entries = self.output_error(), sum(window.output.numel() for window in self._windows)
         norm = float(sum(window.output.square().sum() for window in self._windows))
         divergences, first = [], None
@@ -144,8 +152,12 @@ class AttentionProbe:
         self._dense.clear()
         self._windows = []
 
-    def _attention(self, index: int) -> nn.Module:
-        return self._module.attention(self._blocks[index])
+    def _attention(self, index: int) -> nn.Module | None:
+        """Return the attention of a block; None if it has none, which is so only where blocks differ."""
+        block, architecture = self._blocks[index], self._module.architecture
+        if isinstance(architecture.blocks, tuple) and architecture.projections.get("q") not in self._module.linears(block):
+            return None
+        return self._module.attention(block)
 
     def _distributions_now(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the present probabilities and those of the reference, window by window."""

@@ -1,15 +1,26 @@
-"""Killed runs and two processes give the same bits where weights are transposed, parts are rows apart, or blocks differ."""
+"""Killed runs and two processes give the same bits where weights are transposed, parts are rows apart, blocks differ, or
+downsample.
+"""
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from callbacks import BlockwisePruning
 from datamodules import TextDataModule
 from lightning_modules import CausalLM
 from tests.helpers.launchers import PruningRun, go
-from tests.helpers.tiny import MIXTURES, make_mixture, make_model, make_tokenizer, quiet
+from tests.helpers.tiny import (
+    MIXTURES,
+    make_mixture,
+    make_model,
+    make_tokenizer,
+    quiet,
+    tiny_images,
+    vision_classifier,
+)
 from tests.lightning_modules.parts.test_discovery import model_of
 
 
@@ -41,6 +52,30 @@ def test_a_killed_run_goes_on_to_the_same_bits(family, tiny_model, text_file, tm
     with pytest.raises(KeyError):
         run("killed", Death())
     assert (tmp_path / "killed.state").exists()
+    again = run("killed")
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("killed_in", [1, 5])
+def test_a_killed_run_through_stages_goes_on_to_the_same_bits(killed_in, tmp_path):
+    """The second of eight modules of a Swin is a block, the sixth downsamples."""
+
+    class LaterDeath(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == killed_in:
+                raise KeyError
+
+    def run(folder, *more):
+        module = vision_classifier("swin")
+        settings = {"method": "d2_sparsegpt", "solver": "joint", "allocation": "error", "resume": True}
+        callback = BlockwisePruning(sparsity=0.5, **settings, output_dir=str(tmp_path / folder))
+        images = DataLoader(tiny_images(8, 0, 32), batch_size=4)
+        quiet(tmp_path, callback, *more, max_epochs=None).fit(module, images)
+        return {name: value.clone() for name, value in module.model.state_dict().items()}
+
+    whole = run("whole")
+    with pytest.raises(KeyError):
+        run("killed", LaterDeath())
     again = run("killed")
     assert all(torch.equal(again[name], value) for name, value in whole.items())
 
