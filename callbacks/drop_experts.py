@@ -24,7 +24,7 @@ from functional.pruning.experts import kept_experts
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts.block_stream import replaced_forwards
 from lightning_modules.parts.experts import Routing, experts_of, matrices_of, routed_forwards
-from lightning_modules.parts.fewer_experts import check_loadable, cut_experts, renumber, router_of
+from lightning_modules.parts.fewer_experts import check_smaller, cut_experts, renumber
 from utilities.contract import data_of
 from utilities.distributed import Processes
 from utilities.reporting import print_table, shown_path
@@ -111,7 +111,6 @@ class DropExperts(SaveModel):
             self.scores[name], self.kept[name] = scores.tolist(), kept.tolist()
             cut_experts(block, path, kept)
         renumber(module.model, before, after)
-        check_loadable(module.model)
 
     @override
     def content(self, trainer: Trainer, pl_module: PrunableModule, metrics: dict[str, float]) -> CardContent:
@@ -185,8 +184,6 @@ def _check_layers(share: float, module: PrunableModule, layers: dict[str, tuple[
     counts = {len(block.get_submodule(path).down_proj) for block, path in layers.values()}
     if len(counts) > 1:
         raise ValueError(f"DropExperts needs layers of equally many experts, but this model's have {sorted(counts)}.")
-    for block, path in layers.values():
-        router_of(block, path)
     (count,) = counts
     left = count - groups * int(count // groups * share + 1e-9)
     least = (getattr(config, "num_experts_per_tok", 1) * groups) // (getattr(config, "topk_group", None) or groups)
@@ -197,3 +194,4 @@ def _check_layers(share: float, module: PrunableModule, layers: dict[str, tuple[
             + (f" in {groups} groups" if groups > 1 else "")
             + f"; expected at least {least}, which the router chooses from, and less than {count}. Choose another share."
         )
+    check_smaller(module.model, module.architecture.blocks, torch.arange(left))

@@ -119,7 +119,20 @@ class BlockStep:
         Returns:
             The record of the block, with times.
         """
-        record = BlockRecord(name=self.name)
+        try:
+            return self._solve_stages(BlockRecord(name=self.name), solver, attention, loggers, histograms)
+        finally:
+            end_borrowing(self._linears.values())
+            self._dense_weights.clear()
+
+    def _solve_stages(
+        self,
+        record: BlockRecord,
+        solver: BlockSolver,
+        attention: AttentionMonitor | None,
+        loggers: list[Logger],
+        histograms: bool,
+    ) -> BlockRecord:
         collectors = self._collectors or [StatisticsCollector({})]
         for number, collector in enumerate(collectors):
             if number:
@@ -138,8 +151,6 @@ class BlockStep:
             record.seconds_solve += self._started - collected - (record.seconds_rule - before)
             collectors[number] = collector = StatisticsCollector({})  # frees its sums
         record.expert_tokens, record.borrowed_tokens = self._expert_tokens, self._borrowed
-        end_borrowing(self._linears.values())
-        self._dense_weights.clear()
         return record
 
     def weights(self) -> dict[str, Tensor]:
@@ -275,7 +286,7 @@ class BlockStep:
         ):
             if not (ahead or last):
                 leaving.enter_context(leaving_after(self._collectors[number].linears.values()))
-            if perturbed or last:
+            if perturbed or ahead or last:
                 output = self._stream.run(key, self.index, dense=True)
         if ahead:
             self._dense_traces[key] = trace

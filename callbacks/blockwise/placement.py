@@ -144,7 +144,7 @@ def windows_at_a_time(module: PrunableModule, seq_len: int, num_windows: int, de
     if device.type != "cuda":
         return min(DEFAULT_WINDOWS, num_windows)
     linears = list(module.linears(next(iter(module.blocks.values()))).values())
-    features = sum(linear.in_features + 2 * linear.out_features for linear in linears)
+    features = sum((linear.in_features + 2 * linear.out_features) * linear.share_of_tokens for linear in linears)
     token = features * next(module.model.parameters()).element_size()
     tokens = min(MOST_TOKENS, ACTIVATION_SHARE * torch.cuda.get_device_properties(device).total_memory / token)
     most = min(max(int(tokens // seq_len), 1), num_windows)

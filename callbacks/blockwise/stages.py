@@ -131,24 +131,34 @@ def tracing(
     inputs, outputs, called = set(inputs), set(outputs), set()
     once = inputs | outputs if once is None else set(once)
 
-    def note(name: str, linear: PrunableLinear) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if name in called:
-                if name in once:
-                    raise RuntimeError(f"The linear {name!r} is called more than once a forward pass; it cannot be pruned.")
+    def note_inputs(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name in called and name in once:
+                raise RuntimeError(f"The linear {name!r} is called more than once a forward pass; it cannot be pruned.")
+            if name in inputs and name not in called:
+                trace.inputs[name] = args[0]
+            elif name in called:
                 trace.inputs.pop(name, None)
                 trace.outputs.pop(name, None)
-                return
+                outputs.discard(name)
             called.add(name)
-            if name in inputs:
-                trace.inputs[name] = args[0]
+
+        return hook
+
+    def note_outputs(name: str, linear: PrunableLinear) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
             if name in outputs:
                 trace.outputs[name] = (output[0] if isinstance(output, tuple) else output)[..., linear.rows]
 
         return hook
 
-    hooked = {name: linear for name, linear in linears.items() if name in inputs | outputs}
-    handles = [linear.module.register_forward_hook(note(name, linear)) for name, linear in hooked.items()]
+    # Inputs before the call: a stage of experts ends within that of their layer.
+    handles = [
+        linears[name].module.register_forward_pre_hook(note_inputs(name)) for name in linears if name in inputs | outputs
+    ]
+    handles += [
+        linear.module.register_forward_hook(note_outputs(name, linear)) for name, linear in linears.items() if name in outputs
+    ]
     try:
         yield
     finally:
@@ -205,6 +215,8 @@ def _writers(before: Tensor, after: Tensor, outputs: Mapping[str, Tensor]) -> di
     """Fit after − before as a sum of outputs times factors, in the first sample; empty unless it is one."""
     alike = {name: y.reshape(before.shape) for name, y in outputs.items() if y.numel() == before.numel()}
     alike = {name: y for name, y in alike.items() if outputs[name].shape[-1] == before.shape[-1]}
+    # What is within another is part of its outputs.
+    alike = {name: y for name, y in alike.items() if not any(name.startswith(f"{other}.") for other in alike)}
     if not alike or before.shape != after.shape:
         return {}
 

@@ -177,7 +177,7 @@ class StatisticsCollector:
                 missing = lacks(name, x, routing) if name in self.perturbations else None
                 x, lengths = samples(linear.tokens_in(x), routing)
                 if name not in self._inputs:
-                    self._inputs[name] = InputStatistics(x.shape[-1], self._precision, self._gram_samples(x))
+                    self._inputs[name] = InputStatistics(x.shape[-1], self._precision, self._gram_samples(x, lengths))
                 self._inputs[name].update(x, positions, lengths)
                 if missing is not None:
                     as_read = linear.tokens_out if self.perturbations[name].out_features else linear.tokens_in
@@ -197,9 +197,11 @@ class StatisticsCollector:
             for handle in handles:
                 handle.remove()
 
-    def _gram_samples(self, x: Tensor) -> int | None:
+    def _gram_samples(self, x: Tensor, lengths: Tensor | None) -> int | None:
         tokens, features = x.shape[1:]
-        return None if self._updates else -(-max(ERROR_TOKENS, 2 * features) // tokens)
+        if self._updates or lengths is not None:  # nobody knows how many tokens of later samples are routed to an expert
+            return None
+        return -(-max(ERROR_TOKENS, 2 * features) // tokens)
 
 
 def by_sample(x: Tensor, positions: Tensor) -> Tensor:

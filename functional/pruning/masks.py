@@ -227,12 +227,12 @@ def _ascending(scores: Scores) -> Scores:
 
 def _keep_from(scores: Tensor, smallest: Tensor, num_zeros: int) -> Tensor:
     """Keep scores from the smallest one on, (..., 1), and of those that equal it the right ones."""
-    keep = scores >= smallest
+    keep = (scores >= smallest).contiguous()  # of transposed scores too
     rows = keep.view(-1, scores.shape[-1])
     kept = rows.sum(-1, dtype=torch.int32)  # int64 is ten times slower on a CPU
     excess = kept - (scores.shape[-1] - num_zeros)  # ties with the smallest that have to go
     if excess.any():
-        row, column = (scores == smallest).view_as(rows).nonzero().unbind(1)
+        row, column = (scores == smallest).reshape(rows.shape).nonzero().unbind(1)
         counts = torch.bincount(row, minlength=len(rows))
         place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
         goes = place < excess[row]

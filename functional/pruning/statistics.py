@@ -58,7 +58,8 @@ class _Statistics(Sums):
             x: (samples, tokens, features), any floating dtype.
             sample_index: Position of ``x[0]`` in the whole calibration set, counted from 0 (the others follow it), or the
                 positions of all samples, (samples,).
-            lengths: Number of tokens of each sample, (samples,), whose rows are filled up with zeros; all of them when None.
+            lengths: Number of tokens of each sample, (samples,), where those that are zero are left out or rows are filled up
+                with zeros; the number of rows when None.
 
         Raises:
             ValueError: If the shape or the positions do not fit.

@@ -108,6 +108,11 @@ class PrunableLinear:
         return isinstance(self.module, ExpertLinear)
 
     @property
+    def share_of_tokens(self) -> float:
+        """Share of the tokens that it reads: those that are routed to an expert, if all get equally many."""
+        return self.module.share_of_tokens if self.is_routed else 1.0
+
+    @property
     def parameter(self) -> nn.Parameter:
         """The parameter that holds the weight, and perhaps others."""
         return self.module.parameter if self.is_routed else self.module.weight

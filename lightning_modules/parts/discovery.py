@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.parts.architectures import Architecture, is_conv1d
-from lightning_modules.parts.block_stream import BlockStream
-from lightning_modules.parts.experts import is_experts
+from lightning_modules.parts.block_stream import BlockStream, replaced_forwards
+from lightning_modules.parts.experts import is_experts, routed_forwards
 
 ROLE_NAMES = {
     "q": r"(wq|q|query|q_proj|query_proj)",
@@ -68,7 +68,9 @@ def discover(model: nn.Module, run_model: Callable[[], Tensor], model_type: str)
     path, blocks = _chain(model, model_type)
     what = f"{path!r} ({len(blocks)} x {type(blocks[0]).__name__})"
     try:
-        calls = _verified(blocks, run_model)
+        _check_experts(blocks, run_model)
+        with replaced_forwards(_routed_of(blocks)):  # else rounding decides which experts nearly tying tokens go to
+            calls = _verified(blocks, run_model)
     except Exception as error:  # whatever a forward that is not a chain of blocks raises
         raise refusal(model_type, f"{what} was taken for its blocks, but {brief(error)}") from error
     experts = _experts(blocks, model_type)
@@ -127,8 +129,7 @@ def check_blocks(stream: BlockStream, run_model: Callable[[], Tensor], logits: T
         stream.advance(0, index)
     last, hidden = stream.blocks[-1], stream.hidden(0)
     again = _with_last_output(last, hidden, run_model)
-    tolerance = TOLERANCE * (1 if logits.dtype == torch.float32 else 16) * logits.float().abs().max()
-    if not (again - logits).abs().max() <= tolerance:
+    if not (again - logits).abs().max() <= _tolerance(logits):
         raise ValueError(f"run one by one they change the logits by up to {(again - logits).abs().max().item():.3g}")
     if torch.equal(_with_last_output(last, torch.zeros_like(hidden), run_model), logits):
         raise ValueError("the logits do not depend on what the last one returns")
@@ -149,14 +150,16 @@ def _with_last_output(block: nn.Module, hidden: Tensor, run_model: Callable[[], 
 
 
 def _experts(blocks: list[nn.Module], model_type: str) -> list[str]:
-    """Return the paths of experts; refuse those that are kept in an unknown way."""
+    """Return the paths of experts; refuse those that are kept in an unknown way, by their names and classes."""
     known, unknown = {}, {}
-    for name, module in (pair for block in blocks for pair in block.named_modules()):
-        stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-        if is_experts(module):
-            known[name] = None
-        elif name.endswith("experts") and (stacked or isinstance(module, nn.ModuleList)):
-            unknown[name] = type(module).__name__
+    for block in blocks:
+        for name, module in block.named_modules():
+            own = name.rpartition(".")[2]
+            named = ("expert" in own and not own.startswith("shared_expert")) or "Experts" in type(module).__name__
+            if is_experts(module):
+                known[name] = None
+            elif named and not any(name.startswith(f"{other}.") for other in known):
+                unknown[name] = type(module).__name__
     if unknown:
         raise refusal(
             model_type,
@@ -165,6 +168,36 @@ def _experts(blocks: list[nn.Module], model_type: str) -> list[str]:
             "be pruned",
         )
     return list(known)
+
+
+@torch.no_grad()
+def _check_experts(blocks: list[nn.Module], run_model: Callable[[], Tensor]) -> None:
+    """Check that experts run one by one return what they do in the model, on the inputs that they have there."""
+    seen: list[tuple[nn.Module, tuple, dict, Tensor]] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        seen.append((module, args, kwargs, output))
+
+    forwards = _routed_of(blocks)
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in forwards]
+    try:
+        run_model()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for module, args, kwargs, output in seen:
+        found = forwards[module](*args, **kwargs)
+        if not (found - output).abs().max() <= _tolerance(output):
+            difference = (found - output).abs().max().item()
+            raise ValueError(f"experts run one by one change the outputs of a {type(module).__name__} by {difference:.3g}")
+
+
+def _routed_of(blocks: list[nn.Module]) -> dict[nn.Module, Callable[..., Tensor]]:
+    return {module: forward for block in blocks for module, forward in routed_forwards(block).items()}
+
+
+def _tolerance(x: Tensor) -> Tensor:
+    return TOLERANCE * (1 if x.dtype == torch.float32 else 16) * x.float().abs().max()
 
 
 def _linears(blocks: list[nn.Module], calls: Mapping[nn.Module, list[int]]) -> tuple[list[str], dict[str, str]]:
@@ -176,7 +209,7 @@ def _linears(blocks: list[nn.Module], calls: Mapping[nn.Module, list[int]]) -> t
             if not _is_linear(module):
                 continue
             seen = calls.get(module, [])
-            if re.fullmatch(ROUTER, name.rpartition(".")[2]):
+            if any(re.fullmatch(ROUTER, part) for part in name.split(".")):
                 dense[name] = "chooses experts"
             elif len(seen) != 1:
                 dense[name] = "is not called" if not seen else f"is called {len(seen)} times"

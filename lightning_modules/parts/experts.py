@@ -39,24 +39,24 @@ class Routing:
             num_samples: Number of samples of the batch, all of one length.
 
         Returns:
-            Tokens, filled up with zeros, (samples, most tokens, features), and the number of each sample, (samples,), on the
-            CPU.
+            Tokens, filled up with zeros, (samples, most tokens, features), and the number of tokens of each sample, routed here
+            or not, (samples,), on the CPU. With these, λ1 and λ2 weigh as much for experts as for linears that read all tokens.
 
         Examples:
             >>> routing = Routing(torch.tensor([0, 1, 5]), total=6)
             >>> tokens, lengths = routing.by_sample(torch.tensor([[1.0], [2.0], [3.0]]), num_samples=2)
             >>> tokens[..., 0].tolist(), lengths.tolist()
-            ([[1.0, 2.0], [3.0, 0.0]], [2, 1])
+            ([[1.0, 2.0], [3.0, 0.0]], [3, 3])
         """
         if self.weights is not None:
             x = x * self.weights.sqrt()[:, None].to(x.dtype)
-        sample = self.index // (self.total // num_samples)
-        lengths = torch.bincount(sample, minlength=num_samples)
-        place = torch.arange(len(sample), device=x.device) - (lengths.cumsum(0) - lengths)[sample]
-        counts = lengths.cpu()
+        length = self.total // num_samples
+        sample = self.index // length
+        counts = torch.bincount(sample, minlength=num_samples)
+        place = torch.arange(len(sample), device=x.device) - (counts.cumsum(0) - counts)[sample]
         tokens = x.new_zeros(num_samples, max(int(counts.max()), 1), x.shape[-1])
         tokens[sample, place] = x
-        return tokens, counts
+        return tokens, torch.full((num_samples,), length)
 
 
 class ExpertLinear(nn.Module):
@@ -79,6 +79,12 @@ class ExpertLinear(nn.Module):
     def experts(self) -> nn.Module:
         """The experts."""
         return self._source[0]
+
+    @property
+    def share_of_tokens(self) -> float:
+        """Share of the tokens that are routed to an expert, if all get equally many."""
+        count = len(self.experts.down_proj)
+        return (getattr(self.experts.config, "num_experts_per_tok", None) or count) / count
 
     @property
     def reads_hidden(self) -> bool:

@@ -1,10 +1,12 @@
 """Cut experts out of a model: parameters of the experts, rows of the router, and the numbers in the config."""
 
-from collections.abc import Mapping
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_modules.parts.experts import experts_of
 
 NUMBERS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Names under which configs and modules keep the number of experts."""
@@ -41,15 +43,22 @@ def cut_experts(block: nn.Module, path: str, kept: Tensor) -> None:
     experts, router = block.get_submodule(path), router_of(block, path)
     count = len(experts.down_proj)
     vars(experts).pop("_matrices", None)  # they are those of all experts
-    for module in (experts, router):
+    parent = block.get_submodule(path.rpartition(".")[0])
+    for module in (experts, parent, *router.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if len(parameter) == count:
-                setattr(module, name, nn.Parameter(parameter[kept.to(parameter.device)], parameter.requires_grad))
+            if (cut := _cut(parameter, count, kept)) is not parameter:
+                setattr(module, name, nn.Parameter(cut, parameter.requires_grad))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.ndim and len(buffer) == count:
-                setattr(module, name, buffer[kept.to(buffer.device)])
-    for module in (experts, router, block.get_submodule(path.rpartition(".")[0])):
+            setattr(module, name, _cut(buffer, count, kept))
+    for module in (experts, router, parent):
         _renumber(module, count, len(kept))
+
+
+def _cut(x: Tensor, count: int, kept: Tensor) -> Tensor:
+    """Keep the entries of some experts along the first axis, or the second of a single row."""
+    if x.ndim and len(x) == count:
+        return x[kept.to(x.device)]
+    return x[:, kept.to(x.device)] if x.ndim == 2 and tuple(x.shape) == (1, count) else x
 
 
 def renumber(model: nn.Module, before: int, after: int) -> None:
@@ -66,26 +75,39 @@ def renumber(model: nn.Module, before: int, after: int) -> None:
         )
 
 
-def check_loadable(model: nn.Module) -> None:
-    """Check that transformers makes a model of the same shapes from the config.
+def check_smaller(model: nn.Module, blocks: str, kept: Tensor) -> None:
+    """Check on a model without weights that experts can be cut out of all layers and transformers loads what is left.
+
+    Args:
+        model: The whole model; not modified.
+        blocks: Path of its list of blocks.
+        kept: Numbers of the experts that stay.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If they cannot, or it does not.
     """
+    config = copy.deepcopy(model.config)
     with torch.device("meta"):
-        expected = {name: value.shape for name, value in type(model)(model.config).state_dict().items()}
-    found = {name: value.shape for name, value in model.state_dict().items()}
+        smaller = type(model)(config)
+    before = 0
+    for block in smaller.get_submodule(blocks):
+        for path, experts in experts_of(block).items():
+            before = len(experts.down_proj)
+            cut_experts(block, path, kept)
+    renumber(smaller, before, len(kept))
+    with torch.device("meta"):
+        expected = {name: value.shape for name, value in type(model)(smaller.config).state_dict().items()}
+    found = {name: value.shape for name, value in smaller.state_dict().items()}
     if wrong := [name for name in found if found[name] != expected.get(name)]:
         shapes = tuple(found[wrong[0]]), tuple(expected.get(wrong[0], ()))
         raise ValueError(
-            f"The smaller {type(model).__name__} could not be loaded again: {wrong[0]} is {shapes[0]}, but its config gives "
-            f"{shapes[1]}."
+            f"Experts of a {type(model).__name__} cannot be dropped: {wrong[0]} would be {shapes[0]}, but the config of the "
+            f"smaller model gives {shapes[1]}."
         )
 
 
 def _renumber(holder: Any, before: int, after: int) -> bool:
-    values: Mapping[str, Any] = vars(holder)
-    names = [name for name in NUMBERS if values.get(name) == before]
+    names = [name for name in NUMBERS if getattr(holder, name, None) == before]
     for name in names:
         setattr(holder, name, after)
     return bool(names)

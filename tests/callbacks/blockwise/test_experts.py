@@ -42,7 +42,7 @@ def test_every_expert_is_pruned_and_nothing_else(family, settings, tiny_model, t
         f"{name}.{path}": linear for name, block in module.blocks.items() for path, linear in module.linears(block).items()
     }
     assert all(2 * int((linear.weight == 0).sum()) == linear.weight.numel() for linear in linears.values())
-    assert sum(linear.is_routed for linear in linears.values()) >= 2 * 3 * 4 - 3 * 8 * (family == "deepseek_v3")
+    assert sum(linear.is_routed for linear in linears.values()) >= 24
     changed = {
         name
         for (name, value), other in zip(module.model.state_dict().items(), dense.state_dict().values(), strict=True)
