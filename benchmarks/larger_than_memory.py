@@ -27,7 +27,6 @@ from callbacks import BlockwisePruning
 from datamodules.text import Windows
 from lightning_modules import CausalLM
 from lightning_modules.parts.shards import Shards, find_shards, write_index, write_shard
-from lightning_modules.parts.streamed import without_weights
 from utilities.digest import digest
 
 SHAPES = {
@@ -52,7 +51,7 @@ def write_random(config: LlamaConfig, directory: Path) -> tuple[int, int]:
         Number of parameters, and of their bytes.
     """
     directory.mkdir()
-    with without_weights():
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
