@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.parts.host_memory import return_freed_memory
 from lightning_modules.parts.shards import Shards, find_shards, give_second_name, write_index, write_shard
 
 META, HOST = torch.device("meta"), torch.device("cpu")
@@ -46,6 +47,7 @@ class StreamedBlocks:
         for name in self._blocks:
             if name not in names:
                 self._free(name)
+        return_freed_memory()
         for name in names:
             if not self._is_there(name):
                 self._read(name)
