@@ -11,6 +11,7 @@ VmHWM of the process, pages of files that it has just read included. `same_weigh
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
@@ -27,7 +28,6 @@ from callbacks import BlockwisePruning
 from datamodules.text import Windows
 from lightning_modules import CausalLM
 from lightning_modules.parts.shards import Shards, find_shards, write_index, write_shard
-from lightning_modules.parts.streamed import without_weights
 from utilities.digest import digest
 
 SHAPES = {
@@ -52,7 +52,7 @@ def write_random(config: LlamaConfig, directory: Path) -> tuple[int, int]:
         Number of parameters, and of their bytes.
     """
     directory.mkdir()
-    with without_weights():
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -116,7 +116,8 @@ def status(name: str) -> float:
 
 
 def in_a_process(*arguments: object) -> dict[str, float]:
-    """Run `prune` in a new process."""
+    """Run `prune` in a new process, whose large tensors have memory of their own, since RLIMIT_DATA counts gaps between them."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(prune, *arguments).result()
 

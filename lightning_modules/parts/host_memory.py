@@ -3,6 +3,7 @@
 FileMemory keeps tensors that do not fit into host memory in files.
 """
 
+import ctypes
 import os
 import shutil
 from contextlib import nullcontext
@@ -113,6 +114,13 @@ class FileMemory:
 
     def _path(self, key: int) -> Path:
         return self._directory / f"{key:06d}.hidden"
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system, where the C library is glibc, which else keeps what lies between what is in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def free_memory() -> int:

@@ -11,7 +11,7 @@ from lightning_modules.parts.adapters import CONFIG
 from lightning_modules.parts.architectures import ARCHITECTURES, find_blocks
 from lightning_modules.parts.language_models import keep_soft_cap, loading, read_config
 from lightning_modules.parts.shards import Shards, find_shards
-from lightning_modules.parts.streamed import StreamedBlocks, without_weights
+from lightning_modules.parts.streamed import HOST, META, StreamedBlocks
 from utilities.contract import data_of
 from utilities.hub import resolve_model_path
 
@@ -42,7 +42,7 @@ def load_streamed(path: str, dtype: str, attn_implementation: str | None) -> tup
     options: dict[str, Any] = {"dtype": _dtype_of(dtype, config, shards)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with loading(path), without_weights():
+    with loading(path), META:
         model = AutoModelForCausalLM.from_config(config, **options).eval()
     _make_buffers(model)
     keep_soft_cap(model, attn_implementation)
@@ -124,9 +124,11 @@ def _check_config(path: str, config: Any) -> None:
 
 @torch.no_grad()
 def _make_buffers(model: nn.Module) -> None:
-    """Make the buffers that no file has as `from_pretrained` does: in float32, where they were made in the model's dtype."""
+    """Give buffers their content, which no file has of most, as `from_pretrained` does."""
     for module in model.modules():
-        if module._non_persistent_buffers_set:
+        found = {key: buffer for key, buffer in module._buffers.items() if buffer is not None}
+        module._buffers.update({key: torch.empty_like(buffer, device=HOST) for key, buffer in found.items()})
+        if found:
             model._init_weights(module)
 
 

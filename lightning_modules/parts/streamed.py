@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.parts.host_memory import return_freed_memory
 from lightning_modules.parts.shards import Shards, find_shards, give_second_name, write_index, write_shard
 
 META, HOST = torch.device("meta"), torch.device("cpu")
@@ -23,7 +24,7 @@ class StreamedBlocks:
     """Reads and frees the blocks of a model; everything outside them is read when this is made.
 
     Args:
-        model: Skeleton of the model, made in the context of `without_weights`.
+        model: Skeleton of the model: parameters without content, buffers with it.
         blocks: Full name -> block.
         shards: Tensors of the checkpoint.
 
@@ -46,6 +47,7 @@ class StreamedBlocks:
         for name in self._blocks:
             if name not in names:
                 self._free(name)
+        return_freed_memory()
         for name in names:
             if not self._is_there(name):
                 self._read(name)
@@ -212,23 +214,6 @@ class StreamedBlocks:
                 f"{lacking[0]}. "
                 "Get the missing files, or leave `stream` out if its family has other names in files than in memory."
             )
-
-
-@contextmanager
-def without_weights() -> Iterator[None]:
-    """Let modules that are made within the context have parameters without content (device meta), and whole buffers."""
-    register = nn.Module.register_parameter
-
-    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None and not parameter.is_meta:  # one that is tied to another stays the same object
-            module._parameters[name] = nn.Parameter(parameter.to(META), requires_grad=False)
-
-    nn.Module.register_parameter = register_empty
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
 
 
 def _places(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str]]:
