@@ -104,6 +104,13 @@ def test_what_is_found_of_a_family(family):
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.model.modules())
 
 
+def test_a_model_is_discovered_while_it_is_validated():
+    """The Trainer validates in inference mode, whose tensors have no versions."""
+    module = vision_classifier("swin")
+    with torch.inference_mode():
+        assert len(module.blocks) == 8
+
+
 @pytest.mark.parametrize("family", QKV_FAMILIES)
 def test_rows_of_q_k_and_v_are_those_that_the_attention_reads(family):
     """q of a token changes its own attention only, k the attention of others, v none."""
