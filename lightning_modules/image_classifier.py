@@ -115,6 +115,7 @@ class ImageClassifier(PrunableModule):
                 options.mixup, options.cutmix, label_smoothing=options.label_smoothing, num_classes=self.num_classes
             )
 
+    @torch.inference_mode(False)  # whose tensors do not say whether they were changed in place
     @torch.no_grad()
     def find_architecture(self) -> Architecture:
         """Look the family up in ARCHITECTURES, or discover blocks and linears by running the model on two images.

@@ -100,10 +100,9 @@ def longest_chain(root: Call, is_matrix: Callable[[nn.Module], bool]) -> list[Ca
         chains = [_trimmed([link for link in chain if not link.ends(root)], matrices) for chain in chains]
         return max(chains, key=lambda chain: sum(_size(link) for link in chain), default=[])
 
-    found, call = best_of(root), root
+    found = best_of(root)
     while sum(matrices(link) > 1 for link in found) == 1:  # the model within a wrapper
-        call = next(link for link in found if matrices(link) > 1)
-        inner = best_of(call)
+        inner = best_of(next(link for link in found if matrices(link) > 1))
         if not any(matrices(link) > 1 for link in inner):
             break
         found = inner
@@ -114,7 +113,6 @@ def longest_chain(root: Call, is_matrix: Callable[[nn.Module], bool]) -> list[Ca
 def _noting(model: nn.Module, open_calls: list[Call]) -> Iterator[None]:
     """Hang every call within the context into the one that is open."""
     names = {module: name for name, module in model.named_modules()}
-
     versions: list[int | None] = []
     """Of the first argument of each open call; grows when a tensor is changed in place."""
 

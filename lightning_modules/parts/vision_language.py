@@ -22,10 +22,19 @@ def auto_class(name: str, arguments: dict[str, str]) -> Any:
 
     if arguments:  # a .gguf file holds a language model, and its configuration takes long to read
         return transformers.AutoModelForCausalLM
-    kind, causal = type(transformers.AutoConfig.from_pretrained(name)), transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if kind not in causal and kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return transformers.AutoModelForImageTextToText
+    config = transformers.AutoConfig.from_pretrained(name)
+    if is_vision_language(config) and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText  # AutoModelForCausalLM would load some of them without vision tower
     return transformers.AutoModelForCausalLM
+
+
+def is_vision_language(config: Any) -> bool:
+    """Return whether the text tower is one of several parts of a model.
+
+    Args:
+        config: Configuration of the model.
+    """
+    return config.get_text_config() is not config
 
 
 def copy_processor(config: Any, path: str, directory: Path) -> None:
@@ -36,7 +45,7 @@ def copy_processor(config: Any, path: str, directory: Path) -> None:
         path: Where the model was loaded from: a hub id or a directory; empty for a model in memory.
         directory: Existing directory.
     """
-    if config.get_text_config() is config or not path:
+    if not path or not is_vision_language(config):
         return
     name, _ = resolve_model_path(path)
     for file in PROCESSOR_FILES:

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader
 
-from callbacks import AttentionRule, BlockwisePruning, FixedRule, Score
+from callbacks import AttentionRule, BlockwisePruning, FixedRule, KeepSparsity, Score
 from lightning_modules import ImageClassifier
 from lightning_modules.parts.architectures import PrunableLinear
 from lightning_modules.parts.attention_form import run_attention_eagerly
@@ -102,6 +102,13 @@ def test_what_is_found_of_a_family(family):
     assert wanted.get(family, {"mlp.fc1", "mlp.fc2"}) <= set(names)
     assert module.discovered in module.described().values()
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.model.modules())
+
+
+def test_a_model_is_discovered_while_it_is_validated():
+    """The Trainer validates in inference mode, whose tensors have no versions."""
+    module = vision_classifier("swin")
+    with torch.inference_mode():
+        assert len(module.blocks) == 8
 
 
 @pytest.mark.parametrize("family", QKV_FAMILIES)
@@ -219,6 +226,17 @@ def test_class_tokens_are_where_changes_of_their_parameter_arrive(family):
     changed = (hidden[0] != hidden[1]).any(-1).flatten()
     assert changed[: module.class_tokens].all() and not changed[module.class_tokens :].any()
     assert module.class_tokens == (family in ("beit", "beitv2", "eva", "eva02", "dinov3"))
+
+
+@pytest.mark.parametrize("family", ["swin", "convnext"])
+def test_zeros_stay_while_the_model_is_trained_on(family, tmp_path):
+    prune(vision_classifier(family), tmp_path)
+    module = ImageClassifier(str(tmp_path / "pruned"))
+    module.configure_model()
+    before = {name: linear.weight.clone() for name, linear in linears_of(module).items()}
+    quiet(tmp_path, KeepSparsity(), max_epochs=1).fit(module, loader(module))
+    for name, linear in linears_of(module).items():
+        assert torch.equal(linear.weight == 0, before[name] == 0) and not torch.equal(linear.weight, before[name])
 
 
 def test_an_mlp_mixer_mixes_tokens_with_linears_too(tmp_path):
