@@ -116,7 +116,7 @@ def status(name: str) -> float:
 
 
 def in_a_process(*arguments: object) -> dict[str, float]:
-    """Run `prune` in a new process, whose large tensors have memory of their own, since RLIMIT_DATA counts gaps between them."""
+    """Run `prune` in a new process, whose large tensors have memory of their own: RLIMIT_DATA counts gaps between them."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(prune, *arguments).result()

@@ -16,6 +16,8 @@ from lightning_modules.parts.architectures import PrunableLinear
 
 ENOUGH = 2
 """Number of tokens for each input of a matrix, below which it borrows."""
+MOST_BORROWED = 1.0
+"""How many times a token of the layer counts at most."""
 SUMS_SHARE = 0.25
 """Share of the free memory that sums of the experts that are pruned together may take."""
 BYTES = 24
@@ -60,7 +62,7 @@ def let_borrow(linears: Mapping[str, PrunableLinear], counts: Mapping[nn.Module,
         if not total:
             raise ValueError(f"The linear {name!r} was never called while calibrating, so it cannot be pruned.")
         lacking = max(ENOUGH * linear.in_features - own[linear.module.expert], 0)
-        linear.module.borrowed = min(lacking / total, 1.0)
+        linear.module.borrowed = min(lacking / total, MOST_BORROWED)
         if lacking:
             borrowed[name] = min(lacking, total)
     return borrowed

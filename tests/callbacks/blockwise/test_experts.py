@@ -9,9 +9,12 @@ from lightning.pytorch import seed_everything
 from safetensors.torch import load_file
 
 from callbacks import BlockwisePruning
+from callbacks.blockwise.stages import stages_of
 from datamodules import TextDataModule
 from functional.pruning import InputStatistics, OutputStatistics, prune_linears
 from lightning_modules import CausalLM
+from lightning_modules.parts.architectures import PrunableLinear
+from lightning_modules.parts.block_stream import BlockStream
 from lightning_modules.parts.experts import experts_of, matrices_of
 from tests.helpers.tiny import MIXTURES, make_mixture, quiet
 
@@ -151,3 +154,54 @@ def test_allocations_and_patterns(tiny_model, text_file, tmp_path):
         assert sum(record.sparsity for record in callback.records) / 2 == pytest.approx(0.5, abs=0.01), name
     groups = module.model.model.layers[0].mlp.experts.down_proj.unflatten(-1, (-1, 4))
     assert torch.equal((groups != 0).sum(-1), torch.full_like(groups[..., 0], 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+def test_stages_of_experts_where_no_trace_fits(family, tiny_model, text_file, tmp_path, monkeypatch):
+    """The dense model then leaves within the layer of experts; the weights are the same."""
+    make_mixture(family).save_pretrained(tmp_path / "dense")
+    prune(tmp_path / "dense", data_of(tiny_model, text_file), tmp_path / "first", **JOINT)
+    monkeypatch.setattr("callbacks.blockwise.calibration.has_spare", lambda num_bytes, device: False)
+    prune(tmp_path / "dense", data_of(tiny_model, text_file), tmp_path / "second", **JOINT)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"stages": False, "ignore": ["*gate_up*"]}, {"ignore": ["model.layers.0.self_attn*", "model.layers.0.*gate_up*"]}],
+    ids=["one pass", "first block"],
+)
+def test_blocks_in_which_nothing_is_measured_against_the_dense_model(settings, tiny_model, text_file, tmp_path):
+    make_mixture("qwen3_moe").save_pretrained(tmp_path / "dense")
+    _, callback = prune(tmp_path / "dense", data_of(tiny_model, text_file), tmp_path / "pruned", **JOINT, **settings)
+    assert all(record.sparsity == 0.5 for record in callback.records)
+
+
+def test_shared_experts_are_part_of_what_their_layer_adds(tiny_model, text_file):
+    """Attention and the whole layer are what is added; sums within it would count twice."""
+    model = make_mixture("deepseek_v3")
+    module = CausalLM(model)
+    stream = BlockStream(list(module.blocks.values()))
+    stream.capture(0, lambda: model(torch.arange(2, 42).view(2, 20), use_cache=False))
+    stream.advance(0, 0)
+    block = stream.blocks[1]
+    linears = module.linears(block)
+    layers = {name: PrunableLinear(block.get_submodule(name)) for name in ("mlp", "mlp.experts")}
+    with torch.no_grad():
+        found = stages_of(block, stream.hidden(0), lambda: stream.run(0, 1), linears | layers, linears)
+    assert found.writers == {"self_attn.o_proj": 1.0, "mlp": 1.0}
+    assert [len(names) for names in found.names if ".experts." in names[0]] == [16, 8]
+
+
+def test_lambda_weighs_alike_with_and_without_borrowing(tiny_model, text_file, tmp_path, monkeypatch):
+    """With hardly any weight on borrowed tokens the masks are those without any."""
+    make_mixture("qwen3_moe").save_pretrained(tmp_path / "dense")
+    data, masks = data_of(tiny_model, text_file), []
+    for enough in (0, 5):
+        monkeypatch.setattr("callbacks.blockwise.experts.ENOUGH", enough)
+        monkeypatch.setattr("callbacks.blockwise.experts.MOST_BORROWED", 1e-7)
+        module, callback = prune(tmp_path / "dense", data, tmp_path / str(enough), **JOINT, ignore=["model.layers.1.*"])
+        assert bool(callback.records[0].borrowed_tokens) == bool(enough)
+        masks.append(module.model.model.layers[0].mlp.experts.gate_up_proj != 0)
+    assert (masks[0] == masks[1]).double().mean() > 0.999

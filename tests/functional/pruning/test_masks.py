@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from functional.pruning import masks, parse_pattern, zeros_wanted
-from functional.pruning.masks import keep_largest, keep_largest_of_rows, smallest_kept, zeros_of
+from functional.pruning.masks import (
+    Pattern,
+    keep_largest,
+    keep_largest_of_groups,
+    keep_largest_of_rows,
+    smallest_kept,
+    zeros_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -68,3 +75,10 @@ def test_ties_of_a_long_row_lose_from_the_left():
     scores = (torch.rand(30, 20, generator=torch.Generator().manual_seed(0)) * 9).round()
     found = masks._keep_from(scores.reshape(1, -1), smallest_kept(scores.flatten(), 300), 300)
     assert torch.equal(found.view_as(scores), keep_largest(scores, 300)) and found.sum() == 300
+
+
+def test_groups_of_transposed_scores():
+    """Scores of a weight that is stored transposed have its strides."""
+    scores = torch.rand(16, 32, generator=torch.Generator().manual_seed(0)).T
+    found = keep_largest_of_groups(scores, Pattern(8, 16))
+    assert torch.equal(found, keep_largest_of_groups(scores.contiguous(), Pattern(8, 16))) and found.sum() == scores.numel() / 2

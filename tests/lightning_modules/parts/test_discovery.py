@@ -173,3 +173,19 @@ def test_a_chain_of_bare_linears_is_found():
     with torch.no_grad():
         found = discover(model, model.logits, "toy")
     assert found.architecture.blocks == "blocks" and found.architecture.linears == ("",)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_are_found_in_half_precision(family, dtype):
+    """Rounding decides which experts nearly tying tokens go to; experts one by one are compared on the same inputs."""
+    assert found_in(make_mixture(family).to(dtype)).architecture.experts
+
+
+def test_mixtures_of_another_kind_are_refused():
+    """JetMoE sorts tokens by experts before it multiplies them."""
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 2}
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = transformers.JetMoeForCausalLM(transformers.JetMoeConfig(**sizes | options)).eval()
+    with pytest.raises(ValueError, match=r"mixture of experts whose tokens go to some of them only \(.*can be pruned"):
+        found_in(model)
