@@ -116,8 +116,8 @@ def status(name: str) -> float:
 
 
 def in_a_process(*arguments: object) -> dict[str, float]:
-    """Run `prune` in a new process, whose large tensors have memory of their own: RLIMIT_DATA counts gaps between them."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
+    """Run `prune` in a new process."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # large tensors have no gaps between them, which RLIMIT_DATA would count
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(prune, *arguments).result()
 
