@@ -21,6 +21,7 @@ from callbacks.base.model_card import CardContent, card_of, check_place, last_me
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.causal_lm import CausalLM
 from lightning_modules.image_classifier import ImageClassifier
+from lightning_modules.parts.experts import experts_of
 from utilities.digest import digest
 from utilities.distributed import need_whole_weights
 from utilities.extras import require
@@ -118,6 +119,11 @@ def export_onnx(module: PrunableModule, path: Path) -> float:
         ValueError: If the model cannot be exported.
         RuntimeError: If the file gives other logits, or does not hold the weights of every prunable linear, zeros included.
     """
+    if routed := list(experts_of(module.model)):
+        raise ValueError(
+            f"ExportOnnx cannot export the experts of a {type(module.model).__name__} ({routed[0]}): which of them run depends "
+            "on the input. Leave the callback out."
+        )
     model = _Logits(copy.deepcopy(module.model).cpu().float().eval(), type(module).forward)
     names, example, free = _inputs(module, samples=2, tokens=8)
     with warnings.catch_warnings():

@@ -104,9 +104,13 @@ class CalibrationStream:
         self._dense.replace(key, hidden)
 
     def has_room_for(self, num_bytes: int, device: torch.device) -> bool:
-        """Return whether so much can be kept of every batch beside the hidden states; answered once, for all blocks."""
+        """Return whether so much can be kept of every batch beside the hidden states; answered once, for all blocks.
+
+        A streamed run saves host memory in any case.
+        """
         if self._has_room is None:
-            self._has_room = has_spare(num_bytes * self._num_batches, device)
+            saves = self._spill is not None and device.type == "cpu"
+            self._has_room = not saves and has_spare(num_bytes * self._num_batches, device)
         return self._has_room
 
     def positions(self, key: int) -> Tensor:

@@ -18,7 +18,7 @@ from callbacks.export_onnx import check_logits, check_weights, export_onnx
 from datamodules import ImageDataModule
 from lightning_modules import CausalLM, ImageClassifier
 from tests.helpers.recovery_runs import short_windows
-from tests.helpers.tiny import VOCABULARY, quiet, tiny_vit
+from tests.helpers.tiny import VOCABULARY, make_mixture, quiet, tiny_vit
 
 DEIT = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 10}
 
@@ -133,3 +133,8 @@ def test_what_a_user_is_told(pruned, text, tmp_path, monkeypatch):
     monkeypatch.setattr("utilities.extras.find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
     with pytest.raises(ModuleNotFoundError, match=r"onnxscript is not installed\. Run `pip install --editable '\.\[export\]'`"):
         quiet(tmp_path, ExportOnnx()).validate(CausalLM(pruned), text)
+
+
+def test_experts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot export the experts of a MixtralForCausalLM \(model.layers.0.mlp.experts\)"):
+        export_onnx(CausalLM(make_mixture("mixtral")), tmp_path / "model.onnx")
