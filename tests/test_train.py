@@ -56,7 +56,7 @@ def test_every_config_is_instantiated(config, tmp_path, monkeypatch):
     else:
         assert cli.model.model is None  # made when the run starts
         expected = {"smollm2_lora": "LoRA", "smollm2_full": "KeepSparsity"}
-        expected |= {"paper_tasks": "EvaluateTasks", "export_onnx": "ExportOnnx"}
+        expected |= {"paper_tasks": "EvaluateTasks", "export_onnx": "ExportOnnx", "drop_olmoe": "DropExperts"}
         assert type(cli.model).__name__ == "CausalLM" and expected.get(config.stem, "BlockwisePruning") in callbacks
         assert cli.datamodule.hparams.tokenizer is None  # the model's
     commands = re.findall(r"--config (\S+\.yaml)", config.read_text())

@@ -39,7 +39,7 @@ def collected(x, lacks, class_tokens, weight):
     with torch.no_grad():
         for chosen in (slice(0, 2), slice(2, None)):
             part, missing = x[chosen], {name: lack[chosen] for name, lack in lacks.items()}
-            with collector.collecting(torch.arange(SAMPLES)[chosen], missing.get):
+            with collector.collecting(torch.arange(SAMPLES)[chosen], lambda name, *_, missing=missing: missing[name]):
                 modules["a"](part)
                 modules["b"](part.flatten(0, 1))
     return collector, modules

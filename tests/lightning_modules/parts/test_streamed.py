@@ -13,7 +13,7 @@ from lightning_modules.parts.block_stream import BlockStream
 from lightning_modules.parts.host_memory import FileMemory, free_memory
 from lightning_modules.parts.load_streamed import load_streamed
 from lightning_modules.parts.shards import INDEX, SINGLE, Shards, digest_of_file, find_shards, give_second_name, write_shard
-from tests.helpers.tiny import FAMILIES, FURTHER_FAMILIES, make_experts, make_model
+from tests.helpers.tiny import FAMILIES, FURTHER_FAMILIES, make_mixture, make_model
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_what_cannot_be_streamed_is_refused_before_a_weight_is_read(damage, mess
 
 def test_other_sources_are_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"")
-    make_experts().save_pretrained(tmp_path / "experts")
+    make_mixture("mixtral").save_pretrained(tmp_path / "experts")
     for path, message in (("model.gguf", "GGUF file"), ("experts", "is a mixtral")):
         with pytest.raises(ValueError, match=message) as caught:
             load_streamed(str(tmp_path / path), "auto", None)
