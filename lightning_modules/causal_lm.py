@@ -18,8 +18,7 @@ from torchmetrics import MeanMetric
 
 from functional.sparse24 import DTYPES
 from lightning_modules.base.prunable import PrunableModule
-from lightning_modules.parts.architectures import ARCHITECTURES, Architecture
-from lightning_modules.parts.discovery import discover
+from lightning_modules.parts.discovery import Discovery, discover
 from lightning_modules.parts.language_models import load_model, load_tokenizer, read_config
 from lightning_modules.parts.linear24 import compress_linears, try_kernels
 from lightning_modules.parts.load_streamed import check_stage, load_streamed
@@ -95,8 +94,6 @@ class CausalLM(PrunableModule, WritesText):
         self.metrics = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         self._predictions = Predictions()
         self._ready = False
-        self.discovered = ""
-        """What was discovered of a model that is in no table."""
 
     @property
     def family(self) -> str:
@@ -127,26 +124,10 @@ class CausalLM(PrunableModule, WritesText):
             self._compress()
         self._ready = True
 
-    @torch.no_grad()
-    def find_architecture(self) -> Architecture:
-        """Look the family up in ARCHITECTURES, or discover blocks and linears by running the model on one window.
-
-        Raises:
-            ValueError: If neither works.
-        """
-        if self.family in ARCHITECTURES:
-            return super().find_architecture()
+    def discover(self) -> Discovery:
+        """Find blocks and linears by running the model on one window."""
         ids = torch.arange(DISCOVERY_TOKENS, device=self.model.device)[None] % self.model.config.get_text_config().vocab_size
-        training = self.model.training
-        self.model.eval()
-        try:
-            found = discover(self.model, lambda: self.model(input_ids=ids, use_cache=False).logits, self.family)
-        finally:
-            self.model.train(training)
-        blocks = len(self.model.get_submodule(found.architecture.blocks))
-        self.discovered = found.summary(blocks)
-        rank_zero_info(f"{self.family} is not in the table of families. Discovered: {self.discovered}")
-        return found.architecture
+        return discover(self.model, lambda: self.model(input_ids=ids, use_cache=False).logits, self.family)
 
     def model_facts(self) -> ModelFacts:
         """Return facts with the tokenizer, or with the path that one can be loaded from."""
@@ -154,8 +135,7 @@ class CausalLM(PrunableModule, WritesText):
 
     def described(self) -> dict[str, Any]:
         """Return the hyperparameters, and the class of a model in memory."""
-        found = {"discovered": self.discovered} if self.discovered else {}
-        return {"model_name_or_path": self.path or type(self.model).__name__, **super().described(), **found}
+        return {"model_name_or_path": self.path or type(self.model).__name__, **super().described()}
 
     def _check_sparse24(self) -> None:
         """Refuse `fit` with `sparse24` before weights are read."""

@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts import vision_models
 from lightning_modules.parts.adapters import add_adapters, has_adapters
-from lightning_modules.parts.architectures import ARCHITECTURES, Architecture, find_blocks
+from lightning_modules.parts.discovery import Discovery
 from lightning_modules.parts.predictions import Predictions
 from lightning_modules.parts.vision_discovery import discover_vision
 from utilities.contract import ModelFacts, data_of
@@ -81,8 +81,6 @@ class ImageClassifier(PrunableModule):
         self._mixup: Any = None
         self._skipped: dict[str, int] = {}
         self._predictions = Predictions()
-        self.discovered = ""
-        """What was discovered of a model that is in no table."""
 
     @property
     def family(self) -> str:
@@ -115,27 +113,10 @@ class ImageClassifier(PrunableModule):
                 options.mixup, options.cutmix, label_smoothing=options.label_smoothing, num_classes=self.num_classes
             )
 
-    @torch.inference_mode(False)  # whose tensors do not say whether they were changed in place
-    @torch.no_grad()
-    def find_architecture(self) -> Architecture:
-        """Look the family up in ARCHITECTURES, or discover blocks and linears by running the model on two images.
-
-        Raises:
-            ValueError: If neither works.
-        """
-        if self.family in ARCHITECTURES:
-            return super().find_architecture()
+    def discover(self) -> Discovery:
+        """Find blocks and linears by running the model on two images."""
         vision_models.call_fused_projections(self.model)
-        modes = {part: part.training for part in self.model.modules()}
-        self.model.eval()
-        try:
-            found = discover_vision(self.model, self.forward, vision_models.two_images(self.model), self.family)
-        finally:
-            for part, training in modes.items():
-                part.training = training
-        self.discovered = found.summary(len(find_blocks(self.model, found.architecture)))
-        rank_zero_info(f"{self.family} is not in the table of families. Discovered: {self.discovered}")
-        return found.architecture
+        return discover_vision(self.model, self.forward, vision_models.two_images(self.model), self.family)
 
     def _check_size(self, model: nn.Module) -> None:
         """Check the image size, which positions are tied to unless the model was made for any size."""
@@ -158,8 +139,7 @@ class ImageClassifier(PrunableModule):
 
     def described(self) -> dict[str, Any]:
         """Return the hyperparameters, the class of a model in memory, and what was discovered."""
-        found = {"discovered": self.discovered} if self.discovered else {}
-        return {"model_name_or_path": self.path or type(self.model).__name__, **super().described(), **found}
+        return {"model_name_or_path": self.path or type(self.model).__name__, **super().described()}
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, (samples, classes)."""

@@ -5,7 +5,6 @@ them are on the device. A pass of the whole model (validation) moves every block
 streamed wait in their files, and are read in place of being moved.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -124,9 +123,7 @@ def room(device: torch.device) -> int:
     """Return the free memory of a GPU, or of the host for a CPU, in bytes; 0 if it is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 0
+    return free_memory() if device.type == "cpu" else 0
 
 
 def windows_at_a_time(module: PrunableModule, seq_len: int, num_windows: int, device: torch.device) -> int:

@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_modules.base.resumable import ResumableModule
-from lightning_modules.parts.architectures import Architecture, PrunableLinear, find_architecture, find_blocks, find_linears
+from lightning_modules.parts.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    PrunableLinear,
+    find_blocks,
+    find_linears,
+    without_entry,
+)
 from lightning_modules.parts.block_stream import BlockStream
+from lightning_modules.parts.discovery import Discovery
 from lightning_modules.parts.streamed import StreamedBlocks
 from utilities.contract import ModelFacts, TellsModelFacts
 from utilities.digest import digest
@@ -36,6 +45,8 @@ class PrunableModule(ResumableModule, TellsModelFacts):
         self.calibration_step: CalibrationStep | None = None
         self.streamed: StreamedBlocks | None = None
         """Reads the blocks of a model that is larger than memory; None if the whole model is loaded."""
+        self.discovered = ""
+        """What was discovered of a model that is in no table."""
         self._architecture: Architecture | None = None
 
     @property
@@ -59,13 +70,34 @@ class PrunableModule(ResumableModule, TellsModelFacts):
             self._architecture = self.find_architecture()
         return self._architecture
 
+    @torch.inference_mode(False)  # whose tensors do not say whether they were changed in place
+    @torch.no_grad()
     def find_architecture(self) -> Architecture:
-        """Look the family up in ARCHITECTURES.
+        """Look the family up in ARCHITECTURES, or discover blocks and linears by running the model.
 
         Raises:
-            ValueError: If it has no entry.
+            ValueError: If neither works.
         """
-        return find_architecture(self.family)
+        if self.family in ARCHITECTURES:
+            return ARCHITECTURES[self.family]
+        modes = {part: part.training for part in self.model.modules()}
+        self.model.eval()
+        try:
+            found = self.discover()
+        finally:
+            for part, training in modes.items():
+                part.training = training
+        self.discovered = found.summary(len(find_blocks(self.model, found.architecture)))
+        rank_zero_info(f"{self.family} is not in the table of families. Discovered: {self.discovered}")
+        return found.architecture
+
+    def discover(self) -> Discovery:
+        """Find blocks and linears of a family without an entry by running the model, which is in eval mode.
+
+        Raises:
+            ValueError: If they are not found; always, unless a subclass knows what to run the model on.
+        """
+        raise without_entry(self.family)
 
     @property
     def metric_dtype(self) -> torch.dtype:
@@ -137,8 +169,8 @@ class PrunableModule(ResumableModule, TellsModelFacts):
         return ModelFacts()
 
     def described(self) -> dict[str, Any]:
-        """Return hyperparameters by name, for reports."""
-        return dict(self.hparams)
+        """Return hyperparameters by name, and what was discovered, for reports."""
+        return dict(self.hparams) | ({"discovered": self.discovered} if self.discovered else {})
 
     def identity(self) -> dict[str, str]:
         """Return digests, by name, of all that a pruning run starts from; a resumed run has to start from the same."""

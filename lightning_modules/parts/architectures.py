@@ -266,12 +266,17 @@ def find_architecture(model_type: str) -> Architecture:
         ValueError: If there is none.
     """
     if model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"Model type {model_type!r} is not in ARCHITECTURES, which has {', '.join(sorted(ARCHITECTURES))}. Add an entry to "
-            "lightning_modules/parts/architectures.py: the path of its list of blocks, the paths of the linears of a block, "
-            "and which of these are the q, k, v and o projections."
-        )
+        raise without_entry(model_type)
     return ARCHITECTURES[model_type]
+
+
+def without_entry(model_type: str) -> ValueError:
+    """Return the error about a model family that has no entry."""
+    return ValueError(
+        f"Model type {model_type!r} is not in ARCHITECTURES, which has {', '.join(sorted(ARCHITECTURES))}. Add an entry to "
+        "lightning_modules/parts/architectures.py: the path of its list of blocks, the paths of the linears of a block, and "
+        "which of these are the q, k, v and o projections."
+    )
 
 
 def find_blocks(model: nn.Module, architecture: Architecture) -> dict[str, nn.Module]:
