@@ -4,24 +4,27 @@ For every row w of a target W⁺ (functional.pruning.perturbation) the problem i
 enough weights that are not 0. OBS chooses the mask before it knows the weights; here both change until they fit. In the
 coordinates of :mod:`functional.pruning.admm` (D = diag(H)^−½, G = D H D) with B₀ = W⁺ D⁻¹, from Z = B₀, U = 0:
 
-    B ← B₀ − ρ (B₀ − Z + U) Q     Q = (G + ρ I)⁻¹
-    M ← the weights with the largest scores of (B + U) D
-    Z ← M ⊙ (B + U)               the projection on the best mask
-    U ← U + B − Z
+    F ← B₀ + U + ρ (Z − U − B₀) Q     F = B + U,  Q = (G + ρ I)⁻¹
+    M ← the weights with the largest scores of F D
+    Z ← M ⊙ F                         the projection on the mask
+    U ← F − Z
 
-While ρ is small, B stays near the least squares solution and M moves freely; as it rises, M settles. Conjugate gradients then
-lead to the least squares of the last mask. The score is D²Prune's with S_W = W² / D², which is |B + U|²; the first-order term
+While ρ is small, B stays near the least squares solution and M moves freely; as it rises, M settles. Until the last iteration
+the limit between kept and dropped weights is that of a sample, so M has nearly its share of zeros; the last M has exactly that.
+Conjugate gradients then lead to its least squares. The score is D²Prune's with S_W = W² / D², which is F²; the first-order term
 favours weights between active inputs and outputs. Sources: rising penalties and conjugate gradients from ALPS (arXiv
 2406.07831), masks inside the iteration also in "Fast and Effective Weight Update for Pruned LLMs" (arXiv 2401.02938).
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from functional.pruning.admm import Preconditioned, penalised_inverse
+from functional.pruning.joint_split import Limits, split
 from functional.pruning.masks import Pattern, mask_by_rows_or_matrix
 from functional.pruning.precision import float32_matmul
 from functional.pruning.scores import ScoreTerms
@@ -74,25 +77,19 @@ def joint_prune(
     gram, scale, dead = preconditioned.gram, preconditioned.scale, preconditioned.dead
     live = ~dead | dead.all()  # without any live input all count alike
     dense = (target / scale).mul_(live)
-    mask, scores = torch.ones_like(dense, dtype=torch.bool), dense
-    mixed, multipliers = dense, torch.zeros_like(dense)  # Z − U, and U
     terms = terms.rescaled(scale)
-    for index, penalty in enumerate(PENALTIES):
-        with float32_matmul("high", dense.device):  # the last steps have the caller's precision
-            inverse = penalised_inverse(gram, penalty)
-            shifted = torch.addmm(dense, dense, inverse, alpha=-penalty)  # B = this + ρ (Z − U) Q
-            for iteration in range(ITERATIONS):
-                free = multipliers.add_(shifted).addmm_(mixed, inverse, alpha=penalty)  # B + U
-                scores = terms(free)
-                mask = mask_by_rows_or_matrix(scores, shares, pattern, parts, by_rows)
-                # U is in units of 1 / ρ.
-                last = iteration == ITERATIONS - 1 and penalty != PENALTIES[-1]
-                ratio = penalty / PENALTIES[index + 1] if last else 1.0
-                multipliers = free.masked_fill(mask, 0)
-                mixed = torch.sub(free, multipliers, alpha=1 + ratio)
-                if last:
-                    multipliers *= ratio
-    kept = mixed.masked_fill_(~mask, 0)
+    limits = Limits(terms, shares, pattern, parts, by_rows, dense)
+    free, base, change = dense.clone(), torch.empty_like(dense), torch.empty_like(dense)  # F of Z = B₀ is B₀
+    with float32_matmul("high", dense.device):  # the last steps have the caller's precision
+        inverse = penalised_inverse(gram, PENALTIES[0])
+        for before, penalty in pairwise(penalty for penalty in PENALTIES for _ in range(ITERATIONS)):
+            if penalty != before:
+                inverse = penalised_inverse(gram, penalty)
+            split(free, dense, terms, limits.of(free), pattern, before / penalty, base, change)
+            free, base = base.addmm_(change, inverse, alpha=penalty), free
+    scores = terms(free)
+    mask = mask_by_rows_or_matrix(scores, shares, pattern, parts, by_rows)
+    kept = free.masked_fill_(~mask, 0)
     return least_squares(dense, kept, mask & live, gram).mul_(scale), mask, scores
 
 

@@ -50,6 +50,10 @@ class ScoreTerms:
         linear = None if self.linear is None else self.linear * scale
         return ScoreTerms(self.square * scale.square(), linear, self.rows)
 
+    def of_rows(self, rows: slice) -> "ScoreTerms":
+        """Return the score of some rows alone."""
+        return self if self.rows is None else ScoreTerms(self.square, self.linear, self.rows[rows])
+
     def coefficients(self, columns: slice, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return a and c of some columns, and r; zeros without these terms."""
         square = self.square[columns]
