@@ -1,7 +1,8 @@
 """Prune a model whose checkpoint is larger than the memory that the process may take -> results/streaming.csv.
 
     python -m benchmarks.larger_than_memory --shape llama-4gb --limit-gib 2
-    python -m benchmarks.larger_than_memory --shape llama-2-70b --scratch /data --limit-gib 24 --streamed-only
+    python -m benchmarks.larger_than_memory --shape llama-2-13b --limit-gib 12 --method d2_sparsegpt --samples 32 \\
+        --seq-len 2048 --streamed-only                                                  on a GPU
 
 The checkpoint is random and written block by block. It is pruned with `stream` in a new process, which may allocate so much on
 top of what it has once everything is imported (RLIMIT_DATA), and without `stream` and limit in another one. `peak_rss_gib` is
@@ -35,14 +36,16 @@ SHAPES = {
                              num_key_value_heads=8, vocab_size=32000),  # deep and narrow, so that two cores are enough
     "llama-2-7b": LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                               vocab_size=32000),
+    "llama-2-13b": LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
+                               vocab_size=32000),
     "llama-2-70b": LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
                                num_key_value_heads=8, vocab_size=32000),
 }  # fmt: skip
 DTYPE = torch.bfloat16
 GIB = 2**30
 COLUMNS = ("shape", "blocks", "parameters", "dtype", "checkpoint_gib", "method", "seq_len", "samples", "limit_gib",
-           "peak_rss_gib", "imported_gib", "seconds", "in_memory_peak_rss_gib", "in_memory_seconds", "same_weights", "threads",
-           *ENVIRONMENT)  # fmt: skip
+           "peak_rss_gib", "imported_gib", "seconds", "peak_gpu_gib", "in_memory_peak_rss_gib", "in_memory_seconds",
+           "in_memory_peak_gpu_gib", "same_weights", "threads", *ENVIRONMENT)  # fmt: skip
 
 
 def write_random(config: LlamaConfig, directory: Path) -> tuple[int, int]:
@@ -71,9 +74,11 @@ def write_random(config: LlamaConfig, directory: Path) -> tuple[int, int]:
 
 
 def random_like(parameter: torch.Tensor) -> torch.Tensor:
-    """Return ones for a norm, and else small random weights."""
-    shape = parameter.shape
-    return torch.ones(shape, dtype=DTYPE) if len(shape) == 1 else torch.randn(shape, dtype=DTYPE).mul_(0.02)
+    """Return ones for a norm, and else small random weights; a GPU makes them sooner."""
+    shape, device = parameter.shape, "cuda" if torch.cuda.is_available() else "cpu"
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=DTYPE)
+    return torch.randn(shape, dtype=DTYPE, device=device).mul_(0.02).cpu()
 
 
 def prune(
@@ -90,7 +95,7 @@ def prune(
         limit: GiB that this process may allocate on top of what it has by now; None for no limit.
 
     Returns:
-        Seconds, and GiB of memory before and at the peak.
+        Seconds, and GiB of memory before and at the peak, and of a GPU's at the peak.
     """
     imported = status("VmRSS")
     if limit is not None:
@@ -106,8 +111,9 @@ def prune(
     )
     start = time.perf_counter()
     trainer.fit(module, DataLoader(Windows(tokens), batch_size=4))
-    peak = max(status("VmHWM"), imported)  # the kernel may be a little late with the former
-    return {"seconds": time.perf_counter() - start, "peak_rss_gib": peak, "imported_gib": imported}
+    found = {"seconds": time.perf_counter() - start, "imported_gib": imported}
+    found["peak_rss_gib"] = max(status("VmHWM"), imported)  # the kernel may be a little late with the former
+    return found | ({"peak_gpu_gib": torch.cuda.max_memory_allocated() / GIB} if torch.cuda.is_available() else {})
 
 
 def status(name: str) -> float:
@@ -142,7 +148,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
     row |= {"seq_len": options.seq_len, "samples": options.samples, "limit_gib": options.limit_gib} | streamed
     if not options.streamed_only:
         whole = in_a_process(str(scratch / "dense"), str(scratch / "in memory"), False, *given, None)
-        row |= {f"in_memory_{name}": whole[name] for name in ("seconds", "peak_rss_gib")}
+        row |= {f"in_memory_{name}": whole[name] for name in whole if name != "imported_gib"}
         row["same_weights"] = digest_of(scratch / "streamed") == digest_of(scratch / "in memory")
     return row
 

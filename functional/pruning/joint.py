@@ -85,7 +85,7 @@ def joint_prune(
         for before, penalty in pairwise(penalty for penalty in PENALTIES for _ in range(ITERATIONS)):
             if penalty != before:
                 inverse = penalised_inverse(gram, penalty)
-            split(free, dense, terms, limits.of(free), pattern, before / penalty, base, change)
+            split(free, dense, terms, limits.of(free), before / penalty, base, change)
             free, base = base.addmm_(change, inverse, alpha=penalty), free
     scores = terms(free)
     mask = mask_by_rows_or_matrix(scores, shares, pattern, parts, by_rows)

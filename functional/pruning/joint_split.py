@@ -1,7 +1,7 @@
 """Half a step of the joint solver: from F = B + U to what the next product needs (functional.pruning.joint).
 
 With the mask M that a limit gives, Z = M ⊙ F and U = F − Z. The next iteration multiplies Z − U − B₀ and adds B₀ + U. U is in
-units of 1 / ρ, so it shrinks by ρ / ρ' when the penalty rises to ρ'. A GPU does this in one launch, which reads and writes every
+units of 1 / ρ, so it shrinks by ρ / ρ' when the penalty rises to ρ'. A GPU does this in one launch, which reads every
 matrix once; a CPU takes as many rows at a time as its cache holds.
 """
 
@@ -56,8 +56,8 @@ class Limits:
                 self._samples.append((step, square[column], linear[column] * rows[row]))
                 first += part
 
-    def of(self, free: Tensor) -> Tensor | None:
-        """Return the limit of every row, (ΣO, 1): weights with a smaller score are dropped; None with a pattern.
+    def of(self, free: Tensor) -> Tensor | Pattern:
+        """Return the limit of every row, (ΣO, 1): weights with a smaller score are dropped; or the pattern.
 
         That of a matrix, unless it is small, is the limit of a sample: the share is met within some tenths of a percent.
 
@@ -65,7 +65,7 @@ class Limits:
             free: F, (ΣO, I), contiguous.
         """
         if self._pattern is not None:
-            return None
+            return self._pattern
         if self._by_rows:
             return self._of_rows(self._terms(free))
         found = []
@@ -104,8 +104,7 @@ def split(
     free: Tensor,
     dense: Tensor,
     terms: ScoreTerms,
-    limits: Tensor | None,
-    pattern: Pattern | None,
+    limits: Tensor | Pattern,
     ratio: float,
     base: Tensor,
     change: Tensor,
@@ -116,8 +115,7 @@ def split(
         free: F, (ΣO, I), contiguous; not modified.
         dense: B₀, (ΣO, I).
         terms: Score of a weight.
-        limits: Smallest score that each row keeps, (ΣO, 1); not used with a pattern.
-        pattern: N:M, or None.
+        limits: Smallest score that each row keeps, (ΣO, 1), or N:M.
         ratio: r, the penalty before divided by the next one.
         base: (ΣO, I), receives the first result.
         change: (ΣO, I), receives the second result.
@@ -126,7 +124,7 @@ def split(
     def kernels() -> None:
         from functional.pruning.joint_triton import split_by_kernel
 
-        split_by_kernel(free, dense, terms, limits, pattern, ratio, base, change)
+        split_by_kernel(free, dense, terms, limits, ratio, base, change)
 
     def plain() -> None:
         at_a_time = len(free) if free.is_cuda else max(1, CACHED // free.shape[1])
@@ -134,7 +132,7 @@ def split(
             rows = slice(start, start + at_a_time)
             part, target = free[rows], dense[rows]
             scores = terms.of_rows(rows)(part)
-            kept = scores >= limits[rows] if pattern is None else keep_largest_of_groups(scores, pattern)
+            kept = keep_largest_of_groups(scores, limits) if isinstance(limits, Pattern) else scores >= limits[rows]
             multipliers = part.masked_fill(kept, 0)
             torch.add(target, multipliers, alpha=ratio, out=base[rows])
             torch.sub(part, target, out=change[rows]).sub_(multipliers, alpha=1 + ratio)

@@ -57,8 +57,7 @@ def split_by_kernel(
     free: Tensor,
     dense: Tensor,
     terms: ScoreTerms,
-    limits: Tensor | None,
-    pattern: Pattern | None,
+    limits: Tensor | Pattern,
     ratio: float,
     base: Tensor,
     change: Tensor,
@@ -66,8 +65,8 @@ def split_by_kernel(
     """Do what :func:`functional.pruning.joint_split.split` does; all matrices are contiguous and float32."""
     rows, columns = free.shape
     coefficients = (term.contiguous() for term in terms.coefficients(slice(None), rows))
-    zeros, group = (0, 0) if pattern is None else (pattern.zeros, pattern.group)
+    zeros, group, limit = (limits.zeros, limits.group, free) if isinstance(limits, Pattern) else (0, 0, limits.contiguous())
     _split_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))](
-        free, dense, *coefficients, free if limits is None else limits.contiguous(), base, change, rows, columns, ratio,
+        free, dense, *coefficients, limit, base, change, rows, columns, ratio,
         ZEROS=zeros, GROUP=group, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip

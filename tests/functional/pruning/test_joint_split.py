@@ -46,7 +46,7 @@ def test_equals_the_definitions(function, ratio, with_terms, monkeypatch):
     free, dense, terms = problem(7, 45, with_terms, DEVICE)
     limits = torch.linspace(0.1, 0.9, 7, device=DEVICE)[:, None]
     base, change = torch.full((2, 7, 45), torch.nan, device=DEVICE)
-    function(free, dense, terms, limits, None, ratio, base, change)
+    function(free, dense, terms, limits, ratio, base, change)
     host = ScoreTerms(*(None if term is None else term.cpu() for term in (terms.square, terms.linear, terms.rows)))
     expected = naive(free.cpu(), dense.cpu(), scores_of(free.cpu(), host) < limits.cpu(), ratio)
     torch.testing.assert_close(base.cpu().double(), expected[0], rtol=1e-5, atol=1e-6)
@@ -59,7 +59,7 @@ def test_patterns(function, pattern):
     groups = parse_pattern(pattern)
     free, dense, terms = problem(6, 48, device=DEVICE)
     base, change = torch.full((2, 6, 48), torch.nan, device=DEVICE)
-    function(free, dense, terms, None, groups, 1.0, base, change)
+    function(free, dense, terms, groups, 1.0, base, change)
     host = ScoreTerms(terms.square.cpu(), terms.linear.cpu(), terms.rows.cpu())
     order = scores_of(free.cpu(), host).view(6, -1, groups.group).argsort(-1)
     dropped = torch.zeros(order.shape, dtype=torch.bool).scatter(-1, order[..., : groups.zeros], True).view(6, 48)
@@ -73,7 +73,7 @@ def test_ties_of_a_group_lose_from_the_left(function):
     free = torch.ones(1, 8, device=DEVICE)
     base, change = torch.empty(2, 1, 8, device=DEVICE)
     terms = ScoreTerms(torch.ones(8, device=DEVICE))
-    function(free, torch.zeros_like(free), terms, None, parse_pattern("2:4"), 1.0, base, change)
+    function(free, torch.zeros_like(free), terms, parse_pattern("2:4"), 1.0, base, change)
     assert base[0].tolist() == [1, 1, 0, 0] * 2 and change[0].tolist() == [-1, -1, 1, 1] * 2
 
 
@@ -81,10 +81,10 @@ def test_a_large_matrix_of_several_tiles():
     free, dense, terms = problem(9, 1100, device=DEVICE)
     limits = torch.full((9, 1), 0.3, device=DEVICE)
     found, expected = torch.empty(2, 9, 1100, device=DEVICE), torch.empty(2, 9, 1100, device=DEVICE)
-    split_by_kernel(free, dense, terms, limits, None, 0.5, *found)
+    split_by_kernel(free, dense, terms, limits, 0.5, *found)
     for rows in range(9):  # row by row
         one = slice(rows, rows + 1)
-        split(free[one], dense[one], terms.of_rows(one), limits[one], None, 0.5, *expected[:, one])
+        split(free[one], dense[one], terms.of_rows(one), limits[one], 0.5, *expected[:, one])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -112,4 +112,5 @@ def test_limits_of_a_sample_are_near(share):
 
 def test_patterns_have_no_limits():
     free, _, terms = problem(4, 8)
-    assert Limits(terms, [0.5], parse_pattern("2:4"), [4], False, free).of(free) is None
+    pattern = parse_pattern("2:4")
+    assert Limits(terms, [0.5], pattern, [4], False, free).of(free) == pattern
