@@ -4,8 +4,8 @@ A change of structure must leave these files alone. A change of numbers that is 
 
     python -m tests.test_golden          rewrites tests/golden/*, to be committed with the reason
 
-Masks are stored bit by bit and weights as a few projections of each linear, so that another CPU's rounding passes (`AGREEMENT`,
-`TOLERANCE`) and another formula does not. All starting weights are drawn here, not by a library's initialisation.
+Masks are stored bit by bit and weights as a few projections of each linear, so that another CPU's rounding passes (`CLOSE`,
+`JOINT`) and another formula does not. All starting weights are drawn here, not by a library's initialisation.
 """
 
 import json
@@ -23,10 +23,11 @@ from tests.helpers.tiny import VOCABULARY, make_tokenizer, tiny_config
 
 ROOT = Path(__file__).parents[1]
 MASKS, NUMBERS = ROOT / "tests/golden/masks.safetensors", ROOT / "tests/golden/numbers.json"
-AGREEMENT = 0.999
-"""Share of mask entries that must be as on file."""
-TOLERANCE = 2e-3
-"""Relative, of metrics and of projections of weights."""
+CLOSE = 0.999, 2e-3, 2e-3
+"""Share of mask entries that must be as on file; relative tolerance of metrics, and of projections of weights."""
+JOINT = dict.fromkeys(("quickstart.yaml", "best.yaml"), (0.95, 0.03, 0.1))
+"""The same for configs whose masks settle step by step, which rounding leads elsewhere: another number of threads moves 3 to
+4 % of the mask of these tiny models; another target share, target, score, solver or order of the linears at least 6.5 %."""
 
 PRUNE = "--trainer.callbacks."
 TEXT = {"data.seq_len": 24, "data.num_calibration": 12, "data.num_heldout": 4, "data.batch_size": 3, "model.dtype": "float32"}
@@ -64,7 +65,7 @@ VARIANTS: dict[str, list[str]] = {
     "error and admm": ["sparsity", "0.7", "allocation", "error", "solver", "admm"],
     "ignored": ["ignore", "['*.down_proj']", "solver", "admm"],
 }
-"""Name -> settings of the callback of configs/quickstart.yaml, beside those that it has."""
+"""Name -> settings of the callback of configs/published.yaml, beside those that it has."""
 
 
 def _arguments() -> dict[str, list[str]]:
@@ -72,15 +73,17 @@ def _arguments() -> dict[str, list[str]]:
     cases = {}
     for config in [
         ROOT / "configs/quickstart.yaml",
+        ROOT / "configs/published.yaml",
+        ROOT / "configs/best.yaml",
         *(ROOT / "configs/d2prune").glob("*"),
     ]:
         options = TEXT | {"model.model_name_or_path": FAMILY.get(config.stem, "llama"), "data.source": "words.jsonl"}
         cases[f"{config.relative_to(ROOT / 'configs')}"] = _command(config, options)
-    quickstart = cases["quickstart.yaml"]
+    published = cases["published.yaml"]
     for name, settings in VARIANTS.items():
         options = [part for key, value in zip(settings[::2], settings[1::2], strict=True) for part in (PRUNE + key, value)]
-        cases[f"quickstart.yaml, {name}"] = [*quickstart, *options]
-    cases["quickstart.yaml, 2:4"] = [*quickstart, PRUNE + "sparsity", "null", PRUNE + "pattern", "2:4"]
+        cases[f"published.yaml, {name}"] = [*published, *options]
+    cases["published.yaml, 2:4"] = [*published, PRUNE + "sparsity", "null", PRUNE + "pattern", "2:4"]
     for config in (ROOT / "configs/deit").glob("[ip]*.yaml"):
         cases[f"{config.relative_to(ROOT / 'configs')}"] = _command(config, IMAGES)
     for config in (ROOT / "configs/csg2l").glob("*.yaml"):
@@ -201,15 +204,16 @@ def test_as_on_file(case, folder):
     weights, metrics = _run(case, folder)
     expected = json.loads(NUMBERS.read_text())[case]
     bits = load_file(MASKS)[case]
+    agreement, of_metrics, of_weights = JOINT.get(case, CLOSE)
     differing = int(np.unpackbits((bits ^ _bits(weights)).numpy()).sum())
-    assert differing <= (1 - AGREEMENT) * 8 * len(bits), f"{differing} of {8 * len(bits)} mask entries differ"
+    assert differing <= (1 - agreement) * 8 * len(bits), f"{differing} of {8 * len(bits)} mask entries differ"
     assert metrics.keys() == expected["metrics"].keys()
     for state, values in expected["metrics"].items():
-        assert metrics[state] == pytest.approx(values, rel=TOLERANCE), state
+        assert metrics[state] == pytest.approx(values, rel=of_metrics), state
     for name, values in _projections(weights).items():
         scale = expected["weights"][name][0]
-        assert values[0] == pytest.approx(scale, rel=TOLERANCE), name
-        assert values[1:] == pytest.approx(expected["weights"][name][1:], abs=TOLERANCE * scale), name
+        assert values[0] == pytest.approx(scale, rel=of_weights), name
+        assert values[1:] == pytest.approx(expected["weights"][name][1:], abs=of_weights * scale), name
 
 
 def test_every_case_is_on_file():
