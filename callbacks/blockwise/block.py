@@ -27,7 +27,16 @@ from callbacks.blockwise.endings import Ending
 from callbacks.blockwise.experts import counting, end_borrowing, in_groups, let_borrow
 from callbacks.blockwise.records import BlockRecord
 from callbacks.blockwise.settings import PruningSettings
-from callbacks.blockwise.stages import BlockStages, Trace, difference, leaving_after, stages_of, tracing, weights_in_place
+from callbacks.blockwise.stages import (
+    BlockStages,
+    Trace,
+    difference,
+    leaving_after,
+    leaving_before,
+    stages_of,
+    tracing,
+    weights_in_place,
+)
 from callbacks.blockwise.statistics import StatisticsCollector
 from callbacks.blockwise.update_rules.monitor import AttentionMonitor
 from lightning_modules.parts.architectures import PrunableLinear
@@ -186,7 +195,9 @@ class BlockStep:
             channels |= dict.fromkeys(self._readers(stage), 0) if perturbed else {}
             linears = {name: self._linears[name] for name in stage}
             weights = self._stream.class_tokens, settings.class_token_weight
-            self._collectors.append(StatisticsCollector(linears, settings.precision, settings.updates, channels, *weights))
+            alone = settings.stages and stage in found.names and not any(channels.values()) and self._derives_outputs(stage)
+            given = linears, settings.precision, settings.updates, channels, *weights, alone
+            self._collectors.append(StatisticsCollector(*given))
         if len(stages) > 1:
             self._has_room = self._stream.has_room_for(self._bytes_of_a_batch(hidden, found), hidden.device)
             self._endings = found.endings if self._has_room and settings.stages else {}
@@ -237,6 +248,12 @@ class BlockStep:
         modules = {self._linears[name].module: name for name in reversed(stage) if self._linears[name].is_routed}
         return [name for module, name in modules.items() if module.reads_hidden]
 
+    def _derives_outputs(self, stage: list[str]) -> bool:
+        """Return whether all that scores need of these linears' outputs follows from their inputs."""
+        linears = [self._linears[name] for name in stage]
+        unbiased = all(getattr(linear.module, "bias", None) is None for linear in linears) or not self._settings.reads_outputs
+        return self._settings.derives_outputs and unbiased and not any(linear.is_routed for linear in linears)
+
     def _channels(self, siblings: list[str]) -> int:
         """Return the number of channels of the hidden states that a linear adds to, 0 if it does not or has siblings."""
         return self._linears[siblings[0]].out_features if len(siblings) == 1 and siblings[0] in self._writers else 0
@@ -257,13 +274,18 @@ class BlockStep:
             self._own_weights(),
             tracing(own, self._traced, inputs=endings, outputs=self._writers if collector.perturbations else ()),
             collector.collecting(self._stream.positions(key), lacks),
-            leaving_after(collector.linears.values()),
+            self._leaving(collector),
         ):
             self._stream.run(key, self.index)
         block = self._stream.block(self.index)
         for name in endings:
             ending, module = self._endings[name], self._linears[name].module
             self._stream.shorten(key, block.get_submodule(ending.submodule), ending.forward(module, own.inputs[name]))
+
+    def _leaving(self, collector: StatisticsCollector) -> AbstractContextManager:
+        """Leave a pass where nothing more of it is measured."""
+        linears = list(collector.linears.values())
+        return leaving_before(linears[0]) if collector.inputs_only else leaving_after(linears)
 
     def _trace_dense(self, key: int, number: int) -> Trace:
         """Return what linears of a stage read and write in the dense model; after the last stage its hidden states move on.

@@ -76,7 +76,7 @@ def sum_statistics(processes: Processes, collector: StatisticsCollector, owners:
         return
     parts = [(collector.inputs(leader), owners[leader]) for leader in collector.siblings()]
     parts += [(perturbation, owners[leader]) for leader, perturbation in collector.perturbations.items()]
-    parts += [(collector.outputs[name], owner) for name, owner in owners.items()]
+    parts += [(outputs, owners[name]) for name, outputs in collector.outputs.items()]
     if not parts:
         return
     sums = [(value, owner) for statistics, owner in parts for value in statistics.sums().values()]

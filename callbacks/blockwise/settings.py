@@ -167,6 +167,16 @@ class PruningSettings:
         return self.method in WITH_UPDATE
 
     @property
+    def reads_outputs(self) -> bool:
+        """Whether scores depend on the linears' outputs."""
+        return self.method in DUAL
+
+    @property
+    def derives_outputs(self) -> bool:
+        """Whether statistics of a map's outputs that follow from those of its inputs are enough."""
+        return self.updates and not (self.reads_outputs and self.score.activation_norm == "official")
+
+    @property
     def dense_share(self) -> float:
         """α, the share of `target` as a number: 0 for the outputs that the pruned model's inputs give."""
         return 0.0 if self.target == "pruned" else self.target

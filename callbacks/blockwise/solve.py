@@ -46,7 +46,8 @@ def solve(
         ValueError: As `prune_linears` and `StatisticsCollector.check`, naming block and linear.
     """
     collector.check(block)
-    inputs, outputs = collector.inputs(names[0]), [collector.outputs[name] for name in names]
+    inputs = collector.inputs(names[0])
+    outputs = [collector.outputs_of(name) if settings.reads_outputs else None for name in names]
     arguments = settings.arguments()
     weights = [collector.linears[name].weight for name in names]
     if method in UPDATED:

@@ -187,6 +187,22 @@ def leaving_after(linears: Iterable[PrunableLinear]) -> Iterator[None]:
 
 
 @contextmanager
+def leaving_before(linear: PrunableLinear) -> Iterator[None]:
+    """Leave the body, as if it had ended, once this linear is to run."""
+
+    def leave(module: nn.Module, args: Any) -> None:
+        raise _StageSeen
+
+    handle = linear.module.register_forward_pre_hook(leave)
+    try:
+        yield
+    except _StageSeen:
+        pass
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def weights_in_place(weights: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """Let parameters have these values within the context, and their own again afterwards. Nothing is copied."""
     own = {parameter: parameter.data for parameter in weights}

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from functional.pruning import InputStatistics, OutputStatistics
+from functional.pruning import InputStatistics, OutputStatistics, derived_outputs
 from functional.pruning.batches import LARGEST, too_large, weighted_class_tokens
 from functional.pruning.perturbation import Perturbation
 from functional.pruning.precision import Precision
@@ -40,6 +40,7 @@ class StatisticsCollector:
             perturbation is measured as well.
         class_tokens: Number of leading tokens of a sample that are class tokens.
         class_token_weight: How many times a class token counts in all sums.
+        inputs_only: Whether the linears, which all read the same tensor, need not run: nothing is measured of their outputs.
     """
 
     def __init__(
@@ -50,14 +51,18 @@ class StatisticsCollector:
         perturbed: Mapping[str, int] | None = None,
         class_tokens: int = 0,
         class_token_weight: float = 1.0,
+        inputs_only: bool = False,
     ) -> None:
         self.linears = dict(linears)
+        self.inputs_only = inputs_only
         self._precision, self._updates = precision, updates
         self._class_tokens = class_tokens, class_token_weight
         self._modules: dict[nn.Module, list[str]] = {}
         for name, linear in self.linears.items():
             self._modules.setdefault(linear.module, []).append(name)
-        self.outputs = {name: OutputStatistics(linear.out_features) for name, linear in self.linears.items()}
+        measured = {} if inputs_only else self.linears
+        self.outputs = {name: OutputStatistics(linear.out_features) for name, linear in measured.items()}
+        """Linear -> statistics of its outputs, where they are measured."""
         self.perturbations = {
             name: Perturbation(self.linears[name].in_features, channels, precision)
             for name, channels in (perturbed or {}).items()
@@ -78,6 +83,12 @@ class StatisticsCollector:
             RuntimeError: If the linear was never called.
         """
         return self._inputs[self.leader(name)]
+
+    def outputs_of(self, name: str) -> OutputStatistics:
+        """Return the statistics of the outputs of a linear, derived from those of its inputs if they were not measured."""
+        if name in self.outputs:
+            return self.outputs[name]
+        return derived_outputs(self.linears[name].weight, self.inputs(name))
 
     def leader(self, name: str) -> str:
         """Return the first of the siblings of a linear, itself included.
@@ -130,7 +141,8 @@ class StatisticsCollector:
         seen = [
             (batch, order, argument, name, peak)
             for order, name in enumerate((*self._leaders, *(name for name in self.linears if name not in self._leaders)))
-            for argument, statistics in (("inputs", self.inputs(name)), ("outputs", self.outputs[name]))
+            for argument, statistics in (("inputs", self.inputs(name)), ("outputs", self.outputs.get(name)))
+            if statistics is not None
             for batch, peak in zip(self._called[name], statistics.peaks, strict=True)
         ]
         peaks = torch.stack([peak for *_, peak in seen]).tolist()  # waits for the GPU
@@ -164,7 +176,7 @@ class StatisticsCollector:
                 return routing.by_sample(tokens, len(positions))
             return weighted_class_tokens(by_sample(tokens, positions), *self._class_tokens), None
 
-        def add(name: str, x: Tensor, y: Tensor, routing: Routing | None) -> None:
+        def add(name: str, x: Tensor, y: Tensor | None, routing: Routing | None) -> None:
             linear = self.linears[name]
             if name in seen:
                 raise RuntimeError(f"The linear {name!r} is called more than once a forward pass; it cannot be pruned.")
@@ -182,15 +194,23 @@ class StatisticsCollector:
                 if missing is not None:
                     as_read = linear.tokens_out if self.perturbations[name].out_features else linear.tokens_in
                     self.perturbations[name].update(x, samples(as_read(missing), routing)[0], lengths)
-            y, lengths = samples(linear.tokens_out(y), routing)
-            self.outputs[name].update(y, positions, lengths)
+            if y is not None:
+                y, lengths = samples(linear.tokens_out(y), routing)
+                self.outputs[name].update(y, positions, lengths)
             self._called[name].append(len(self._positions) - 1)
+
+        def before(module: nn.Module, args: tuple[Tensor]) -> None:
+            for name in self.linears:
+                add(name, args[0], None, None)
 
         def hook(module: nn.Module, args: tuple[Tensor] | tuple[Tensor, Routing], output: Tensor) -> None:
             for name in self._modules[module]:
                 add(name, args[0], output[..., self.linears[name].rows], args[1] if len(args) > 1 else None)
 
-        handles = [module.register_forward_hook(hook) for module in self._modules]
+        if self.inputs_only:
+            handles = [next(iter(self._modules)).register_forward_pre_hook(before)]
+        else:
+            handles = [module.register_forward_hook(hook) for module in self._modules]
         try:
             yield
         finally:

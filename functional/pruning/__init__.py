@@ -17,6 +17,7 @@ from functional.pruning.prune import (
     target_of,
 )
 from functional.pruning.solver import NotPositiveDefiniteError
+from functional.pruning.stack import derived_outputs
 from functional.pruning.statistics import ActivationNorm, InputStatistics, OutputStatistics
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Pattern",
     "Perturbation",
     "PruneResult",
+    "derived_outputs",
     "measured_against",
     "parse_pattern",
     "partial_update",

@@ -22,7 +22,7 @@ CACHED = 2**16
 
 
 class Limits:
-    """Finds the smallest score that is kept, of matrices that lie one below the other.
+    """Finds the limit between scores that are dropped and kept, of matrices that lie one below the other.
 
     Args:
         terms: Score of a weight.
@@ -73,31 +73,36 @@ class Limits:
             size = part.view(-1)[::step].abs()
             scores = (square * size).add_(linear).mul_(size)
             zeros = zeros_wanted(part.numel(), share) * len(scores) // part.numel()
-            found.append(nth_smallest(scores, zeros).expand(len(part), 1))
+            found.append(limit_after(scores, zeros).expand(len(part), 1))
         return torch.cat(found)
 
     def _of_rows(self, scores: Tensor) -> Tensor:
         zeros = [zeros_wanted(scores.shape[1], share) for share in self._shares]
         pairs = zip(scores.split(self._parts), zeros, strict=True)
-        return torch.cat([nth_smallest(part, number) for part, number in pairs])
+        return torch.cat([limit_after(part, number) for part, number in pairs])
 
 
-def nth_smallest(scores: Tensor, number: int) -> Tensor:
-    """Return the score of every row that `number` others are not above, (..., 1); −inf for none, so that ties at 0 stay.
+def limit_after(scores: Tensor, number: int) -> Tensor:
+    """Return the middle between the `number` smallest scores of every row and the others, (..., 1); −inf for none.
+
+    Between two scores no rounding of them decides.
 
     Args:
         scores: (..., N), float32.
         number: Less than N.
 
     Examples:
-        >>> nth_smallest(torch.tensor([4.0, 1.0, 2.0, 3.0]), 2)
-        tensor([3.])
+        >>> limit_after(torch.tensor([4.0, 1.0, 2.0, 3.0]), 2)
+        tensor([2.5000])
     """
     if not number:
         return scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+    around = slice(number - 1, number + 1)
     if scores.device.type == "cpu":
-        return torch.from_numpy(np.partition(scores.numpy(), number, axis=-1)[..., number : number + 1])
-    return scores.sort(-1).values[..., number : number + 1]
+        ordered = torch.from_numpy(np.partition(scores.numpy(), (number - 1, number), axis=-1)[..., around])
+    else:
+        ordered = scores.sort(-1).values[..., around]
+    return ordered.mean(-1, keepdim=True)
 
 
 def split(
@@ -115,7 +120,7 @@ def split(
         free: F, (ΣO, I), contiguous; not modified.
         dense: B₀, (ΣO, I).
         terms: Score of a weight.
-        limits: Smallest score that each row keeps, (ΣO, 1), or N:M.
+        limits: Scores below which weights of each row are dropped, (ΣO, 1), or N:M.
         ratio: r, the penalty before divided by the next one.
         base: (ΣO, I), receives the first result.
         change: (ΣO, I), receives the second result.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from functional.pruning.hessian import safe_unit, unit
 from functional.pruning.precision import float32_matmul
-from functional.pruning.statistics import InputStatistics
+from functional.pruning.statistics import DerivedOutputStatistics, InputStatistics
 
 FREE = 16
 """Distance of the largest weight from 1, in powers of two, up to which no units are needed."""
@@ -97,6 +97,18 @@ def energies_of(weights: Sequence[Tensor], inputs: InputStatistics) -> list[Tens
     rows = torch.cat(found).cpu().double().clamp_min(0).split([len(weight) for weight in weights])
     share = inputs.gram_tokens / inputs.num_tokens
     return [energies / ((w_unit * x_unit) ** 2 * share) for energies, w_unit in zip(rows, units, strict=True)]
+
+
+def derived_outputs(weight: Tensor, inputs: InputStatistics) -> DerivedOutputStatistics:
+    """Return the statistics of y = W x, for a map without bias whose outputs were not measured.
+
+    Args:
+        weight: W, (O, I), any floating dtype.
+        inputs: Statistics of x, with all tokens in the Gram matrix.
+    """
+    inputs.check_whole()
+    (energies,) = energies_of([weight.to(inputs.square_norm.device, torch.float32)], inputs)
+    return DerivedOutputStatistics(energies, inputs)
 
 
 def _largest(weights: Sequence[Tensor]) -> list[float]:

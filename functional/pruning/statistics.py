@@ -213,6 +213,31 @@ class OutputStatistics(_Statistics):
         super().__init__(out_features)
 
 
+class DerivedOutputStatistics(OutputStatistics):
+    """Statistics of y = W x as they follow from those of x: ‖Y_i‖² = w_i (Σ x xᵀ) w_iᵀ. They have `rms` norms only.
+
+    Args:
+        square_norm: Σ_n ‖Y_n,i‖², (O,).
+        inputs: Statistics of x.
+    """
+
+    def __init__(self, square_norm: Tensor, inputs: InputStatistics) -> None:
+        super().__init__(len(square_norm))
+        self._device = inputs.square_norm.device
+        self._sum("square_norm").copy_(square_norm)
+        self.num_samples, self.num_tokens = inputs.num_samples, inputs.num_tokens
+
+    def activation_norm(self, mode: ActivationNorm, scale: float) -> Tensor:
+        """Return ŷ: float32, (features,).
+
+        Raises:
+            ValueError: If `mode` is not rms, which norms of single samples are needed for.
+        """
+        if mode != "rms":
+            raise ValueError(f"Argument `activation_norm` expected to be rms where outputs are not measured but got {mode!r}.")
+        return super().activation_norm(mode, scale)
+
+
 def check_activation_norm(mode: str, scale: float | str) -> None:
     """Check the arguments of activation norms.
 

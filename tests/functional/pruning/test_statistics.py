@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from functional.pruning import InputStatistics, OutputStatistics, prune_linear
+from functional.pruning import InputStatistics, OutputStatistics, derived_outputs, prune_linear
 from functional.pruning.gram import in_half
+from tests.helpers.problems import KINDS, collect, problem
 
 SAMPLES, TOKENS, FEATURES = 6, 5, 4
 X = torch.randn(SAMPLES, TOKENS, FEATURES, generator=torch.Generator().manual_seed(1))
@@ -179,3 +180,24 @@ def test_zeros_stay_zeros_in_half_precision():
     for dtype in (torch.float16, torch.bfloat16):
         rounded, unit = in_half(torch.zeros(3), dtype)
         assert rounded.tolist() == [0.0] * 3 and unit > torch.finfo(torch.float32).tiny
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_that_follow_from_the_inputs(kind):
+    """Norms of y = W x from W and the Gram matrix of x are those of y itself."""
+    weight, x = problem(kind, rows=7, columns=12, samples=3, tokens=20, seed=4)
+    inputs, outputs = collect(weight, x)
+    found = derived_outputs(weight, inputs)
+    expected = (x.double() @ weight.double().T).square().sum((0, 1)) / (3 * 20)
+    torch.testing.assert_close(found.activation_norm("rms", 20.0).double(), expected.sqrt(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found.activation_norm("rms", 20.0), outputs.activation_norm("rms", 20.0), rtol=1e-3, atol=1e-5)
+    assert (found.num_samples, found.num_tokens) == (3, 60)
+
+
+def test_outputs_that_follow_from_the_inputs_have_no_norms_of_samples():
+    weight, x = problem("independent", rows=3, columns=4, samples=2, tokens=5, seed=0)
+    found = derived_outputs(weight, InputStatistics(4).update(x, 0))
+    with pytest.raises(ValueError, match=r"`activation_norm` expected to be rms where outputs are not measured but got 'official'"):
+        found.activation_norm("official", 5.0)
+    with pytest.raises(ValueError, match=r"holds 5 of 10 tokens, but a weight update needs all"):
+        derived_outputs(weight, InputStatistics(4, gram_samples=1).update(x, 0))
