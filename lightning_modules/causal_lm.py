@@ -24,6 +24,7 @@ from lightning_modules.parts.linear24 import compress_linears, try_kernels
 from lightning_modules.parts.load_streamed import check_stage, load_streamed
 from lightning_modules.parts.predictions import Predictions
 from lightning_modules.parts.self_text import sample_batch, start_token
+from lightning_modules.parts.streamed_passes import StreamedPasses
 from lightning_modules.parts.vision_language import copy_processor
 from utilities.contract import ModelFacts, WritesText, data_of
 
@@ -93,6 +94,8 @@ class CausalLM(PrunableModule, WritesText):
         self.tokenizer: Any = None
         self.metrics = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         self._predictions = Predictions()
+        self._passes: StreamedPasses | None = None
+        """Batches of a streamed model in validation or test."""
         self._ready = False
 
     @property
@@ -194,11 +197,7 @@ class CausalLM(PrunableModule, WritesText):
 
     def window_losses(self, input_ids: Tensor) -> Tensor:
         """Return the mean next-token loss of each window in nats, float32, (samples,)."""
-        losses = [
-            nn.functional.cross_entropy(logits[:-1].float(), ids[1:])  # window by window: float32 logits are large
-            for logits, ids in zip(self(input_ids), input_ids, strict=True)
-        ]
-        return torch.stack(losses)
+        return _losses_of(self(input_ids), input_ids)
 
     def training_loss(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return and log the mean next-token loss of a batch."""
@@ -233,11 +232,11 @@ class CausalLM(PrunableModule, WritesText):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add the losses of held-out windows."""
-        self.metrics["val"].update(self.window_losses(batch["input_ids"]))
+        self._add_losses("val", batch["input_ids"])
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add the losses of windows of the test text."""
-        self.metrics["test"].update(self.window_losses(batch["input_ids"]))
+        self._add_losses("test", batch["input_ids"])
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metric. Done here, since a later `fit` could not use a state that was made in inference mode."""
@@ -305,13 +304,33 @@ class CausalLM(PrunableModule, WritesText):
     def _reset(self, split: str) -> None:
         self.metrics[split].reset()
         self.metrics[split].set_dtype(self.metric_dtype)  # a trainer with precision bf16-true has changed it
+        if self.streamed is not None:
+            self._passes = StreamedPasses(self.streamed, self.trainer.world_size // self.trainer.num_nodes)
+
+    def _add_losses(self, split: str, input_ids: Tensor) -> None:
+        """Add the losses of windows; of a streamed model later, with other batches."""
+        metric = self.metrics[split]
+        if self._passes is None:
+            metric.update(self.window_losses(input_ids))
+        else:
+            self._passes.add(lambda: self(input_ids), lambda logits: metric.update(_losses_of(logits, input_ids)))
 
     def _log_perplexity(self, split: str) -> None:
+        if self._passes is not None:
+            with self.trainer.precision_plugin.forward_context():
+                self._passes.finish()
+            self._passes = None
         loss = self.metrics[split].compute()
         perplexity = math.exp(min(loss.item(), LARGEST_LOSS))
         # A pruning run logs by block; the trainer's step would be the number of calibration batches.
         values = {f"{split}/loss": loss, f"{split}/perplexity": perplexity}
         self.log_dict(values, prog_bar=False, logger=self.calibration_step is None)
+
+
+def _losses_of(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Return the mean next-token loss of each window, window by window, since float32 logits are large."""
+    pairs = zip(logits, input_ids, strict=True)
+    return torch.stack([nn.functional.cross_entropy(found[:-1].float(), ids[1:]) for found, ids in pairs])
 
 
 def _check_given(model: nn.Module, dtype: str, attn_implementation: str | None, stream: bool) -> None:

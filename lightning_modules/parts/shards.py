@@ -55,6 +55,12 @@ class Shards:
         """Dtype of the first tensor of floating point numbers, None without one."""
         return next((FLOATING[found] for found in self._dtypes.values() if found in FLOATING), None)
 
+    def heads(self) -> str:
+        """Return names, shapes and dtypes of all tensors, and sizes of the files, as one SHA-256."""
+        tensors = [(name, self._shapes[name], self._dtypes[name]) for name in sorted(self._files)]
+        sizes = sorted((path.name, path.stat().st_size) for path in set(self._files.values()))
+        return hashlib.sha256(repr((tensors, sizes)).encode()).hexdigest()
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
         return self._shapes[name]

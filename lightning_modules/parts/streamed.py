@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_modules.parts.host_memory import return_freed_memory
 from lightning_modules.parts.shards import Shards, find_shards, give_second_name, write_index, write_shard
+from utilities.digest import checksum
 
 META, HOST = torch.device("meta"), torch.device("cpu")
 
@@ -33,18 +34,20 @@ class StreamedBlocks:
     """
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], shards: Shards) -> None:
-        self._model, self._blocks, self._shards = model, dict(blocks), shards
+        self.blocks = dict(blocks)
+        """Full name -> block, in their order."""
+        self._model, self._shards = model, shards
         self._pruned: dict[str, tuple[Path, Shards]] = {}
         """Block -> file of its pruned weights."""
         self._check()
         self._read_others()
-        for name, block in self._blocks.items():
+        for name, block in self.blocks.items():
             block.forward = self._reading_forward(name, block.forward)
 
     def hold(self, names: Iterable[str]) -> None:
         """Free all blocks but these, and then read those of these that are not there."""
         names = list(names)
-        for name in self._blocks:
+        for name in self.blocks:
             if name not in names:
                 self._free(name)
         return_freed_memory()
@@ -67,7 +70,7 @@ class StreamedBlocks:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Take the blocks out of the model within the context; what has no content cannot be moved."""
-        path, _, name = next(iter(self._blocks)).rpartition(".")[0].rpartition(".")
+        path, _, name = next(iter(self.blocks)).rpartition(".")[0].rpartition(".")
         parent = self._model.get_submodule(path)
         blocks = parent._modules[name]
         parent._modules[name] = nn.ModuleList()
@@ -86,11 +89,24 @@ class StreamedBlocks:
         self._pruned[name] = path, Shards([path])
         return found
 
-    def replace(self, name: str, path: Path) -> None:
-        """Read a block from the file that `write` has written, now and from now on."""
+    def replace(self, name: str, path: Path, read: bool) -> None:
+        """Read a block from the file that `write` has written, here or in another process.
+
+        Args:
+            name: Full name of the block.
+            path: The file.
+            read: Whether it is read at once; if not, the block holds the same weights already.
+        """
         self._pruned[name] = path, Shards([path])
-        self._free(name)
-        self._read(name)
+        if read:
+            self._free(name)
+            self._read(name)
+
+    def checksum(self, name: str | None = None) -> str:
+        """Return a checksum of the present weights of a block; without a name of all that is there, and of the files' heads."""
+        if name is not None:
+            return checksum(self._tensors(name).values())
+        return f"{self._shards.heads()} {checksum(self._others().values())}"
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and content of all tensors of the checkpoint, read one by one, in the dtype of the model."""
@@ -102,7 +118,7 @@ class StreamedBlocks:
         """Write config and shards: a file for each block, and one for the rest. Those of pruned blocks are not copied."""
         _save_config(self._model, directory)
         files: dict[str, str] = {}
-        size, names = 0, [*self._blocks, ""]
+        size, names = 0, [*self.blocks, ""]
         for number, name in enumerate(names, 1):
             file = directory / f"model-{number:05d}-of-{len(names):05d}.safetensors"
             tensors = self._tensors(name) if name else self._others()
@@ -137,29 +153,29 @@ class StreamedBlocks:
         return read_and_run
 
     def _is_there(self, name: str) -> bool:
-        return not any(parameter.is_meta for parameter in self._blocks[name].parameters())
+        return not any(parameter.is_meta for parameter in self.blocks[name].parameters())
 
     def _read(self, name: str) -> None:
         device = self._model.get_input_embeddings().weight.device
         shards = self._pruned[name][1] if name in self._pruned else self._shards
-        for owner, key, full in _places(self._blocks[name], name):
+        for owner, key, full in _places(self.blocks[name], name):
             if key in owner._parameters:
                 found = shards.read(self._stored(full, shards), owner._parameters[key].dtype, device)
                 owner._parameters[key] = nn.Parameter(found, requires_grad=False)
             elif self._stored(full, shards) in shards:
                 owner._buffers[key] = shards.read(self._stored(full, shards), owner._buffers[key].dtype, device)
-        for module in self._blocks[name].modules():
+        for module in self.blocks[name].modules():
             module._buffers.update({key: buffer.to(device) for key, buffer in module._buffers.items() if buffer is not None})
 
     def _free(self, name: str) -> None:
-        for module in self._blocks[name].modules():
+        for module in self.blocks[name].modules():
             for key, parameter in module._parameters.items():
                 if parameter is not None and not parameter.is_meta:
                     module._parameters[key] = nn.Parameter(torch.empty_like(parameter, device=META), requires_grad=False)
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         """Return full name -> present tensor of a block."""
-        return {full: _value(owner, key) for owner, key, full in _places(self._blocks[name], name)}
+        return {full: _value(owner, key) for owner, key, full in _places(self.blocks[name], name)}
 
     def _others(self) -> dict[str, Tensor]:
         """Return what is outside the blocks; of tied weights the first, as transformers does."""

@@ -34,7 +34,7 @@ def there(blocks):
 
 
 def blocks_of(streamed):
-    return list(streamed._blocks.values())
+    return list(streamed.blocks.values())
 
 
 RENAMED = {"gpt_neox": "lm_head.weight"}
@@ -49,7 +49,7 @@ def test_every_family_has_the_bits_of_the_whole_model(family, checkpoint):
     assert there(blocks_of(streamed)) == [] and not model.training
     for (name, tensor), expected in zip(streamed.tensors(), whole.state_dict().values(), strict=True):
         assert torch.equal(tensor, expected) and tensor.dtype == expected.dtype, name
-    streamed.hold(streamed._blocks)
+    streamed.hold(streamed.blocks)
     for kind in ("named_parameters", "named_buffers"):
         found, expected = (dict(getattr(each, kind)()) for each in (model, whole))
         assert found.keys() == expected.keys()
@@ -60,7 +60,7 @@ def test_every_family_has_the_bits_of_the_whole_model(family, checkpoint):
 
 def test_blocks_are_held_and_freed(checkpoint):
     model, streamed = load_streamed(str(checkpoint()), "float32", None)
-    blocks, (first, second, third) = blocks_of(streamed), streamed._blocks
+    blocks, (first, second, third) = blocks_of(streamed), streamed.blocks
     for names, expected in (([first], [0]), ([first, second], [0, 1]), ([second, third], [1, 2]), ([], [])):
         streamed.hold(names)
         assert there(blocks) == expected
@@ -99,7 +99,7 @@ def test_a_block_reads_itself_when_it_runs_and_not_when_it_is_recorded(checkpoin
 def test_pruned_blocks_come_from_their_own_files(checkpoint, tmp_path):
     directory = checkpoint()
     model, streamed = load_streamed(str(directory), "auto", None)
-    name = list(streamed._blocks)[1]
+    name = list(streamed.blocks)[1]
     streamed.hold([name])
     weight = model.get_submodule(name).mlp.up_proj.weight
     with torch.no_grad():
