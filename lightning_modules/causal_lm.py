@@ -130,7 +130,8 @@ class CausalLM(PrunableModule, WritesText):
     def discover(self) -> Discovery:
         """Find blocks and linears by running the model on one window."""
         ids = torch.arange(DISCOVERY_TOKENS, device=self.model.device)[None] % self.model.config.get_text_config().vocab_size
-        return discover(self.model, lambda: self.model(input_ids=ids, use_cache=False).logits, self.family)
+        streamed = self.streamed is not None
+        return discover(self.model, lambda: self.model(input_ids=ids, use_cache=False).logits, self.family, streamed)
 
     def model_facts(self) -> ModelFacts:
         """Return facts with the tokenizer, or with the path that one can be loaded from."""
@@ -305,6 +306,7 @@ class CausalLM(PrunableModule, WritesText):
         self.metrics[split].reset()
         self.metrics[split].set_dtype(self.metric_dtype)  # a trainer with precision bf16-true has changed it
         if self.streamed is not None:
+            _ = self.architecture  # which verifies blocks that were discovered
             self._passes = StreamedPasses(self.streamed, self.trainer.world_size // self.trainer.num_nodes)
 
     def _add_losses(self, split: str, input_ids: Tensor) -> None:
