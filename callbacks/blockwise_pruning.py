@@ -29,7 +29,7 @@ from callbacks.blockwise.result import check_output, print_summary
 from callbacks.blockwise.run import Diagnostics, PruningRun
 from callbacks.blockwise.settings import Method, PruningSettings, Score, Target
 from callbacks.blockwise.solvers import Solver
-from callbacks.blockwise.streaming import can_share, check_shared, check_streaming, size_of
+from callbacks.blockwise.streaming import can_share, check_shared, check_streaming, size_of, spilled_bytes
 from callbacks.blockwise.update_rules import UpdateRule, UpdateRuleName
 from functional.pruning.checks import SolverName
 from functional.pruning.precision import Precision
@@ -198,8 +198,10 @@ class BlockwisePruning(Callback):
         try:
             state = self._state_directory(trainer, output)
             kept = state is not None and not (module.streams and can_share(state, output.path.parent))  # less than the model
+            hidden = spilled_bytes(trainer, module, self.settings)
             what = "The pruned model" + (" with its finished blocks" if kept else "")
-            check_space(output.path.parent, (1 + kept) * size_of(module), what)
+            what += " with hidden states that host memory has no room for" if hidden else ""
+            check_space(output.path.parent, (1 + kept) * size_of(module) + hidden, what)
         except ValueError:
             output.close()
             raise

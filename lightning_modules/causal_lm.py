@@ -19,9 +19,9 @@ from torchmetrics import MeanMetric
 from functional.sparse24 import DTYPES
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts.discovery import Discovery, discover
-from lightning_modules.parts.language_models import load_model, load_tokenizer, read_config
+from lightning_modules.parts.language_models import check_given, load_model, load_tokenizer, read_config
 from lightning_modules.parts.linear24 import compress_linears, try_kernels
-from lightning_modules.parts.load_streamed import check_stage, load_streamed
+from lightning_modules.parts.load_streamed import check_stage, discover_streamed, load_streamed
 from lightning_modules.parts.predictions import Predictions
 from lightning_modules.parts.self_text import sample_batch, start_token
 from lightning_modules.parts.streamed_passes import StreamedPasses
@@ -86,7 +86,7 @@ class CausalLM(PrunableModule, WritesText):
                 raise ValueError(f"Argument `{name}` expected to be at least {least} but got {value}.")
         given = model_name_or_path if isinstance(model_name_or_path, nn.Module) else None
         if given is not None:
-            _check_given(given, dtype, attn_implementation, stream)
+            check_given(given, dtype, attn_implementation, stream)
         self.save_hyperparameters(ignore=["model_name_or_path"] if given is not None else [])
         self.path = given.name_or_path if given is not None else str(model_name_or_path)
         """Path or hub id that the model was loaded from; empty for a model that was made in memory."""
@@ -128,10 +128,14 @@ class CausalLM(PrunableModule, WritesText):
         self._ready = True
 
     def discover(self) -> Discovery:
-        """Find blocks and linears by running the model on one window."""
+        """Find blocks and linears by running the model on one window.
+
+        Raises:
+            ValueError: If they cannot be verified.
+        """
         ids = torch.arange(DISCOVERY_TOKENS, device=self.model.device)[None] % self.model.config.get_text_config().vocab_size
-        streamed = self.streamed is not None
-        return discover(self.model, lambda: self.model(input_ids=ids, use_cache=False).logits, self.family, streamed)
+        given = self.model, lambda: self.model(input_ids=ids, use_cache=False).logits, self.family
+        return discover(*given) if self.streamed is None else discover_streamed(*given)
 
     def model_facts(self) -> ModelFacts:
         """Return facts with the tokenizer, or with the path that one can be loaded from."""
@@ -333,19 +337,3 @@ def _losses_of(logits: Tensor, input_ids: Tensor) -> Tensor:
     """Return the mean next-token loss of each window, window by window, since float32 logits are large."""
     pairs = zip(logits, input_ids, strict=True)
     return torch.stack([nn.functional.cross_entropy(found[:-1].float(), ids[1:]) for found, ids in pairs])
-
-
-def _check_given(model: nn.Module, dtype: str, attn_implementation: str | None, stream: bool) -> None:
-    """Check that a model in memory is one of transformers, and that no argument says how to load it."""
-    if not hasattr(model, "generate") or not hasattr(getattr(model, "config", None), "model_type"):
-        raise ValueError(
-            f"Argument `model_name_or_path` expected a path, or a causal language model of transformers, but got a "
-            f"{type(model).__name__}."
-        )
-    arguments = ("dtype", dtype, "auto"), ("attn_implementation", attn_implementation, None), ("stream", stream, False)
-    for name, value, default in arguments:
-        if value != default:
-            raise ValueError(
-                f"Argument `{name}` = {value!r} says how a model is loaded, but `model_name_or_path` is a model in memory. "
-                "Leave it out."
-            )

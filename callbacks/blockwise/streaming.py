@@ -11,13 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from safetensors import SafetensorError
 
+from callbacks.blockwise.placement import HOST_SHARE
 from callbacks.blockwise.settings import PruningSettings
 from callbacks.blockwise.update_rules import PerplexityRule
 from lightning_modules.base.prunable import PrunableModule
+from lightning_modules.parts.host_memory import free_memory
 from lightning_modules.parts.shards import digest_of_file
 from lightning_modules.parts.streamed import StreamedBlocks
+from utilities.contract import data_of
 from utilities.distributed import Processes
 
 SHARD = "shard"
@@ -147,6 +151,28 @@ def _mark(directory: Path) -> str:
 def size_of(module: PrunableModule) -> int:
     """Return the bytes of all weights of a model, whether they are there or not."""
     return sum(tensor.nbytes for tensor in module.model.state_dict().values())
+
+
+def spilled_bytes(trainer: Trainer, module: PrunableModule, settings: PruningSettings) -> int:
+    """Return the bytes of hidden states of all processes that will go into files, if sizes are known before the first batch.
+
+    Args:
+        trainer: Trainer of the run.
+        module: Module of the run; its model is loaded.
+        settings: Settings of the run.
+
+    Returns:
+        0 as well if the hidden states fit into host memory, are kept by a GPU, or the module does not stream.
+    """
+    facts, device = data_of(trainer).facts(), trainer.strategy.root_device
+    if not module.streams or device.type != "cpu" or trainer.limit_train_batches != 1.0:
+        return 0
+    width = getattr(module.model.config.get_text_config(), "hidden_size", None)
+    if facts.num_calibration is None or facts.tokens is None or width is None:
+        return 0
+    copies = 2 if settings.dense_share > 0 else 1
+    total = copies * facts.num_calibration * facts.tokens * width * module.model.dtype.itemsize
+    return total if total / trainer.num_nodes > HOST_SHARE * free_memory() else 0
 
 
 def can_share(directory: Path, other: Path) -> bool:

@@ -2,21 +2,23 @@
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_modules.parts.adapters import CONFIG
 from lightning_modules.parts.architectures import ARCHITECTURES, find_blocks
-from lightning_modules.parts.discovery import chain_of
+from lightning_modules.parts.discovery import Discovery, chain_of, discover
 from lightning_modules.parts.language_models import keep_soft_cap, loading, read_config
 from lightning_modules.parts.shards import Shards, find_shards
 from lightning_modules.parts.streamed import HOST, META, StreamedBlocks, places
 from lightning_modules.parts.vision_language import auto_class
 from utilities.contract import data_of
+from utilities.distributed import need_whole_weights
 from utilities.hub import resolve_model_path
 
 FILES = ["config.json", "generation_config.json", CONFIG, "model*.safetensors", "model.safetensors.index.json"]
@@ -68,6 +70,7 @@ def check_stage(trainer: Any, prunes: bool) -> None:
     """
     if trainer is None:
         return
+    need_whole_weights(trainer, "`model.stream` = True")
     stage, settings = trainer.state.fn, data_of(trainer).facts().settings
     if stage == TrainerFn.PREDICTING:
         raise ValueError(
@@ -90,6 +93,26 @@ def check_stage(trainer: Any, prunes: bool) -> None:
             "Argument `source` expected a text, or self with a `self_file` that is there, with `stream` = True, but got self: "
             "to write, the model would be read once for every token. Give a text, or windows that were written elsewhere."
         )
+
+
+def discover_streamed(model: nn.Module, run_model: Callable[[], Tensor], model_type: str) -> Discovery:
+    """Find the blocks and linears of a model whose blocks are read when they run.
+
+    Args:
+        model: The model.
+        run_model: Runs it on one window and returns its logits, (1, tokens, vocabulary).
+        model_type: Its name, for errors.
+
+    Raises:
+        ValueError: If they cannot be verified.
+    """
+    try:
+        return discover(model, run_model, model_type, streamed=True)
+    except ValueError as error:
+        raise ValueError(
+            f"Argument `stream` = True expected a model whose blocks run one by one. {error} Without `stream` it can be "
+            "evaluated."
+        ) from error
 
 
 def _directory_of(path: str) -> Path:

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from lightning.pytorch.strategies import FSDPStrategy
 
 from callbacks import BlockwisePruning
 from callbacks.blockwise.streaming import can_share
 from datamodules import TextDataModule
 from lightning_modules import CausalLM
+from lightning_modules.parts.block_stream import BlockStream
+from lightning_modules.parts.load_streamed import check_stage
 from lightning_modules.parts.shards import Shards, find_shards
 from lightning_modules.parts.streamed import StreamedBlocks
 from tests.helpers.launchers import Fault, go
@@ -270,6 +273,28 @@ def test_space_on_the_disk_is_checked_before_the_start(resume, kept, split_model
     assert can_share(tmp_path, tmp_path / "missing") and not can_share(tmp_path, Path("/proc"))
 
 
+@pytest.mark.parametrize("settings, copies", [({"method": "wanda"}, 1), (SETTINGS["joint"] | {"resume": False}, 2)])
+def test_space_for_hidden_states_is_checked_before_a_batch(settings, copies, split_model, text_file, tmp_path, monkeypatch):
+    """Six windows of 16 tokens and 32 channels, twice where the dense model is followed; they are files if they do not fit."""
+    model = split_model("llama")
+    size = sum(tensor.nbytes for tensor in tensors_of(model).values())
+    hidden = copies * 6 * 16 * 32 * 4
+    free, usage = [4 * hidden - 1], namedtuple("usage", "free")
+    for place in ("placement", "streaming"):
+        monkeypatch.setattr(f"callbacks.blockwise.{place}.free_memory", lambda: free[0])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size + hidden - 1))
+    capture = BlockStream.capture
+    monkeypatch.setattr(BlockStream, "capture", None)
+    with pytest.raises(ValueError, match="The pruned model with hidden states that host memory has no room for needs 0 MiB in"):
+        prune(model, text_file, tmp_path, True, **settings)
+    monkeypatch.setattr(BlockStream, "capture", capture)
+    free[0] = 4 * hidden
+    prune(model, text_file, tmp_path, True, **settings)
+    free[0] -= 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size + hidden))
+    prune(model, text_file, tmp_path, True, **settings)
+
+
 FIT = {"method": "wanda"}
 
 
@@ -296,6 +321,13 @@ def test_fits_that_cannot_stream_are_refused(settings, data, trainer, message, s
     with pytest.raises(ValueError, match=message) as caught:
         quiet(tmp_path, *callbacks, **trainer).fit(CausalLM(model, stream=True), text)
     assert "\n" not in str(caught.value)
+
+
+def test_strategies_that_split_a_model_are_refused(tmp_path):
+    trainer = quiet(tmp_path)
+    trainer._accelerator_connector.strategy = FSDPStrategy()
+    with pytest.raises(ValueError, match=r"`trainer.strategy` expected auto .one device. or ddp with `model.stream` = True"):
+        check_stage(trainer, prunes=True)
 
 
 def test_prediction_and_models_in_memory_are_refused(split_model, text_file, tmp_path, monkeypatch):
