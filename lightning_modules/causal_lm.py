@@ -311,7 +311,8 @@ class CausalLM(PrunableModule, WritesText):
         self.metrics[split].set_dtype(self.metric_dtype)  # a trainer with precision bf16-true has changed it
         if self.streamed is not None:
             _ = self.architecture  # which verifies blocks that were discovered
-            self._passes = StreamedPasses(self.streamed, self.trainer.world_size // self.trainer.num_nodes)
+            shows = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+            self._passes = StreamedPasses(self.streamed, self.trainer.world_size // self.trainer.num_nodes, shows)
 
     def _add_losses(self, split: str, input_ids: Tensor) -> None:
         """Add the losses of windows; of a streamed model later, with other batches."""

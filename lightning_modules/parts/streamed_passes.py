@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_modules.parts.block_stream import BlockStream
 from lightning_modules.parts.host_memory import free_memory
@@ -19,10 +20,11 @@ class StreamedPasses:
     Args:
         streamed: Reads the blocks of the model.
         processes: Number of processes that share the host's memory.
+        shows: Whether a bar counts the blocks that all waiting batches have passed.
     """
 
-    def __init__(self, streamed: StreamedBlocks, processes: int = 1) -> None:
-        self._streamed, self._processes = streamed, processes
+    def __init__(self, streamed: StreamedBlocks, processes: int = 1, shows: bool = False) -> None:
+        self._streamed, self._processes, self._shows = streamed, processes, shows
         self._stream = BlockStream(list(streamed.blocks.values()), routed=False)
         self._waiting: list[tuple[Callable[[], Any], Callable[[Any], None]]] = []
         self._most_bytes = 0.0
@@ -49,7 +51,8 @@ class StreamedPasses:
         """Send all batches that wait through the blocks, and give their outputs away in the order in which they came."""
         if not self._waiting:
             return
-        for index, name in enumerate(self._streamed.blocks):
+        names = Tqdm(self._streamed.blocks, desc="Blocks", leave=False, disable=not self._shows)
+        for index, name in enumerate(names):
             with self._streamed.reading(name):
                 for key in range(len(self._waiting)):
                     self._stream.advance(key, index)

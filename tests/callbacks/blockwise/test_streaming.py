@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 
 from callbacks import BlockwisePruning
@@ -124,6 +125,13 @@ def test_evaluation_has_the_bits_of_the_whole_model(family, precision, split_mod
         for module in (CausalLM(split_model(family)), CausalLM(split_model(family), stream=True))
     ]
     assert found[0] == found[1]
+
+
+def test_a_bar_counts_the_blocks_of_an_evaluation(split_model, text_file, tmp_path, capfd):
+    data = data_of(split_model("llama"), text_file)
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_model_summary=False)
+    trainer.validate(CausalLM(split_model("llama"), stream=True), data, verbose=False)
+    assert "Blocks:" in (shown := capfd.readouterr().err) and "0/3" in shown
 
 
 def test_the_module_goes_on_with_what_it_has_pruned(split_model, text_file, tmp_path):
