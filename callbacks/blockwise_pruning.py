@@ -210,8 +210,9 @@ class BlockwisePruning(Callback):
     def _check_shared(self, trainer: Trainer) -> None:
         """Check that all processes see the directories that the first one writes shards to."""
         state = self._state_directory(trainer, self._output)
-        for directory in (self._output.path.parent, *(() if state is None else (state.parent,))):
-            check_shared(directory, self._processes)
+        check_shared(self._output.scratch, self._processes)
+        if state is not None and state.parent != self._output.path.parent:
+            check_shared(state.parent, self._processes)
 
     def _batch_size(self, trainer: Trainer, module: PrunableModule) -> int | None:
         """Return the number of windows of a batch if the data module leaves that open, else None."""

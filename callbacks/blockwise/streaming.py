@@ -57,8 +57,8 @@ class PrunedShards:
         if self._processes.size > 1:
             self._processes.check_equal(self._streamed.checksum(block), block)
         found = self._processes.first_of(lambda: self._write(number, block))
-        if not self._processes.is_first:
-            self._streamed.replace(block, self._path(number), read=False)
+        if self._processes.size > 1:
+            self._processes.together(lambda: self._streamed.replace(block, self._path(number), read=False))
         return {SHARD: found}
 
     def restore(self, number: int, block: str) -> None:

@@ -67,6 +67,9 @@ def test_a_streamed_run_has_the_bits_of_one_in_memory(family, settings, split_mo
     folders = [tmp_path / str(stream) / "pruned" for stream in (False, True)]
     assert_same(tensors_of(folders[1]), tensors_of(folders[0]))
     assert runs[0][1].metrics == runs[1][1].metrics and "val/perplexity" in runs[1][1].metrics["pruned"]
+    for file in ("config.json", "generation_config.json", "processor_config.json"):
+        kept = [(folder / file).read_text(encoding="utf-8") for folder in folders if (folder / file).exists()]
+        assert len(kept) in (0, 2) and len(set(kept)) <= 1, file
     reports = [json.loads((folder / "pruning.json").read_text(encoding="utf-8")) for folder in folders]
     discovered = [report["model"]["discovered"] for report in reports]
     assert discovered[0] == discovered[1] and "Run block by block they give the model's own logits" in discovered[1]
