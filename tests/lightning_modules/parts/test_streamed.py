@@ -164,6 +164,14 @@ def test_other_names_and_shapes_are_refused(change, family, message, checkpoint,
     assert "\n" not in str(caught.value)
 
 
+def test_an_expert_that_is_missing_is_named_by_its_layer(checkpoint, monkeypatch):
+    directory = checkpoint("mixtral")
+    rewrite(directory, lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.2.w2.weight"))
+    monkeypatch.setattr(Shards, "read", None)
+    with pytest.raises(ValueError, match=r"lack 1 of its 21 weights, such as model.layers.1.mlp.experts.down_proj. Get the"):
+        load_streamed(str(directory), "auto", None)
+
+
 def test_a_weight_that_is_tied_may_be_there_twice(checkpoint):
     directory = checkpoint("qwen3")
     rewrite(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
