@@ -131,8 +131,8 @@ def in_a_process(*arguments: object) -> dict[str, float]:
 
 def digest_of(directory: Path) -> str:
     """Return the digest of all tensors of a directory, read one by one."""
-    shards, cpu = Shards(find_shards(directory)), torch.device("cpu")
-    return digest((name, shards.read(name, DTYPE, cpu)) for name in sorted(shards.names))
+    shards = Shards(find_shards(directory))
+    return digest((name, shards.read([name], DTYPE)[0]) for name in sorted(shards.names))
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, object]:

@@ -29,7 +29,7 @@ from callbacks.blockwise.result import check_output, print_summary
 from callbacks.blockwise.run import Diagnostics, PruningRun
 from callbacks.blockwise.settings import Method, PruningSettings, Score, Target
 from callbacks.blockwise.solvers import Solver
-from callbacks.blockwise.streaming import can_share, check_streaming, size_of
+from callbacks.blockwise.streaming import can_share, check_shared, check_streaming, size_of, spilled_bytes
 from callbacks.blockwise.update_rules import UpdateRule, UpdateRuleName
 from functional.pruning.checks import SolverName
 from functional.pruning.precision import Precision
@@ -165,7 +165,7 @@ class BlockwisePruning(Callback):
         if not isinstance(pl_module, PrunableModule):
             raise TypeError(f"BlockwisePruning needs a PrunableModule such as CausalLM but got {type(pl_module).__name__}.")
         self._processes = processes_of(trainer)
-        check_streaming(pl_module, self.settings, self.offload, self._processes)
+        check_streaming(pl_module, self.settings, self.offload)
         check_access(trainer, self.push_to_hub)
         if any(isinstance(callback, Checkpoint) for callback in trainer.callbacks):
             log.info("BlockwisePruning writes its own result; checkpoints of every epoch are off.")
@@ -182,6 +182,8 @@ class BlockwisePruning(Callback):
         self.diagnostics.check_maps(len(pl_module.blocks))
         output = Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "pruned")
         self._output = self._processes.in_first(lambda: self._open(output, trainer, pl_module)) or OutputDirectory(output)
+        if pl_module.streams:
+            self._check_shared(trainer)
         rounds = len(self.settings.update_rule.rounds(pruned_roles(pl_module, self._plan)))
         trainer.fit_loop.max_epochs = len(pl_module.blocks) * rounds
         trainer.check_val_every_n_epoch = trainer.fit_loop.max_epochs + 1  # validation is ours: before and after
@@ -196,12 +198,21 @@ class BlockwisePruning(Callback):
         try:
             state = self._state_directory(trainer, output)
             kept = state is not None and not (module.streams and can_share(state, output.path.parent))  # less than the model
+            hidden = spilled_bytes(trainer, module, self.settings)
             what = "The pruned model" + (" with its finished blocks" if kept else "")
-            check_space(output.path.parent, (1 + kept) * size_of(module), what)
+            what += " with hidden states that host memory has no room for" if hidden else ""
+            check_space(output.path.parent, (1 + kept) * size_of(module) + hidden, what)
         except ValueError:
             output.close()
             raise
         return output
+
+    def _check_shared(self, trainer: Trainer) -> None:
+        """Check that all processes see the directories that the first one writes shards to."""
+        state = self._state_directory(trainer, self._output)
+        check_shared(self._output.scratch, self._processes)
+        if state is not None and state.parent != self._output.path.parent:
+            check_shared(state.parent, self._processes)
 
     def _batch_size(self, trainer: Trainer, module: PrunableModule) -> int | None:
         """Return the number of windows of a batch if the data module leaves that open, else None."""

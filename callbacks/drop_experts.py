@@ -65,6 +65,11 @@ class DropExperts(SaveModel):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        if pl_module.streams:
+            raise ValueError(
+                "Argument `stream` = True expected fit with BlockwisePruning but got DropExperts, which scores and cuts the "
+                "experts of all layers in memory. Leave `stream` out, on a machine that holds the model."
+            )
         self._processes = processes_of(trainer)
         trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]
         trainer.num_sanity_val_steps = 0  # the whole model is validated before anything goes

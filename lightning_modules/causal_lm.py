@@ -19,11 +19,12 @@ from torchmetrics import MeanMetric
 from functional.sparse24 import DTYPES
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts.discovery import Discovery, discover
-from lightning_modules.parts.language_models import load_model, load_tokenizer, read_config
+from lightning_modules.parts.language_models import check_given, load_model, load_tokenizer, read_config
 from lightning_modules.parts.linear24 import compress_linears, try_kernels
-from lightning_modules.parts.load_streamed import check_stage, load_streamed
+from lightning_modules.parts.load_streamed import check_stage, discover_streamed, load_streamed
 from lightning_modules.parts.predictions import Predictions
 from lightning_modules.parts.self_text import sample_batch, start_token
+from lightning_modules.parts.streamed_passes import StreamedPasses
 from lightning_modules.parts.vision_language import copy_processor
 from utilities.contract import ModelFacts, WritesText, data_of
 
@@ -85,7 +86,7 @@ class CausalLM(PrunableModule, WritesText):
                 raise ValueError(f"Argument `{name}` expected to be at least {least} but got {value}.")
         given = model_name_or_path if isinstance(model_name_or_path, nn.Module) else None
         if given is not None:
-            _check_given(given, dtype, attn_implementation, stream)
+            check_given(given, dtype, attn_implementation, stream)
         self.save_hyperparameters(ignore=["model_name_or_path"] if given is not None else [])
         self.path = given.name_or_path if given is not None else str(model_name_or_path)
         """Path or hub id that the model was loaded from; empty for a model that was made in memory."""
@@ -93,6 +94,8 @@ class CausalLM(PrunableModule, WritesText):
         self.tokenizer: Any = None
         self.metrics = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         self._predictions = Predictions()
+        self._passes: StreamedPasses | None = None
+        """Batches of a streamed model in validation or test."""
         self._ready = False
 
     @property
@@ -125,9 +128,14 @@ class CausalLM(PrunableModule, WritesText):
         self._ready = True
 
     def discover(self) -> Discovery:
-        """Find blocks and linears by running the model on one window."""
+        """Find blocks and linears by running the model on one window.
+
+        Raises:
+            ValueError: If they cannot be verified.
+        """
         ids = torch.arange(DISCOVERY_TOKENS, device=self.model.device)[None] % self.model.config.get_text_config().vocab_size
-        return discover(self.model, lambda: self.model(input_ids=ids, use_cache=False).logits, self.family)
+        given = self.model, lambda: self.model(input_ids=ids, use_cache=False).logits, self.family
+        return discover(*given) if self.streamed is None else discover_streamed(*given)
 
     def model_facts(self) -> ModelFacts:
         """Return facts with the tokenizer, or with the path that one can be loaded from."""
@@ -194,11 +202,7 @@ class CausalLM(PrunableModule, WritesText):
 
     def window_losses(self, input_ids: Tensor) -> Tensor:
         """Return the mean next-token loss of each window in nats, float32, (samples,)."""
-        losses = [
-            nn.functional.cross_entropy(logits[:-1].float(), ids[1:])  # window by window: float32 logits are large
-            for logits, ids in zip(self(input_ids), input_ids, strict=True)
-        ]
-        return torch.stack(losses)
+        return _losses_of(self(input_ids), input_ids)
 
     def training_loss(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return and log the mean next-token loss of a batch."""
@@ -233,11 +237,11 @@ class CausalLM(PrunableModule, WritesText):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add the losses of held-out windows."""
-        self.metrics["val"].update(self.window_losses(batch["input_ids"]))
+        self._add_losses("val", batch["input_ids"])
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add the losses of windows of the test text."""
-        self.metrics["test"].update(self.window_losses(batch["input_ids"]))
+        self._add_losses("test", batch["input_ids"])
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metric. Done here, since a later `fit` could not use a state that was made in inference mode."""
@@ -305,8 +309,24 @@ class CausalLM(PrunableModule, WritesText):
     def _reset(self, split: str) -> None:
         self.metrics[split].reset()
         self.metrics[split].set_dtype(self.metric_dtype)  # a trainer with precision bf16-true has changed it
+        if self.streamed is not None:
+            _ = self.architecture  # which verifies blocks that were discovered
+            shows = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+            self._passes = StreamedPasses(self.streamed, self.trainer.world_size // self.trainer.num_nodes, shows)
+
+    def _add_losses(self, split: str, input_ids: Tensor) -> None:
+        """Add the losses of windows; of a streamed model later, with other batches."""
+        metric = self.metrics[split]
+        if self._passes is None:
+            metric.update(self.window_losses(input_ids))
+        else:
+            self._passes.add(lambda: self(input_ids), lambda logits: metric.update(_losses_of(logits, input_ids)))
 
     def _log_perplexity(self, split: str) -> None:
+        if self._passes is not None:
+            with self.trainer.precision_plugin.forward_context():
+                self._passes.finish()
+            self._passes = None
         loss = self.metrics[split].compute()
         perplexity = math.exp(min(loss.item(), LARGEST_LOSS))
         # A pruning run logs by block; the trainer's step would be the number of calibration batches.
@@ -314,17 +334,7 @@ class CausalLM(PrunableModule, WritesText):
         self.log_dict(values, prog_bar=False, logger=self.calibration_step is None)
 
 
-def _check_given(model: nn.Module, dtype: str, attn_implementation: str | None, stream: bool) -> None:
-    """Check that a model in memory is one of transformers, and that no argument says how to load it."""
-    if not hasattr(model, "generate") or not hasattr(getattr(model, "config", None), "model_type"):
-        raise ValueError(
-            f"Argument `model_name_or_path` expected a path, or a causal language model of transformers, but got a "
-            f"{type(model).__name__}."
-        )
-    arguments = ("dtype", dtype, "auto"), ("attn_implementation", attn_implementation, None), ("stream", stream, False)
-    for name, value, default in arguments:
-        if value != default:
-            raise ValueError(
-                f"Argument `{name}` = {value!r} says how a model is loaded, but `model_name_or_path` is a model in memory. "
-                "Leave it out."
-            )
+def _losses_of(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Return the mean next-token loss of each window, window by window, since float32 logits are large."""
+    pairs = zip(logits, input_ids, strict=True)
+    return torch.stack([nn.functional.cross_entropy(found[:-1].float(), ids[1:]) for found, ids in pairs])

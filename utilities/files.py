@@ -93,8 +93,7 @@ class OutputDirectory:
         if old.exists() and not self.path.exists():
             os.replace(old, self.path)
             log.warning("A run died while it replaced %s: the earlier directory is back in its place.", self.path)
-        if self._scratch.exists():
-            shutil.rmtree(self._scratch)
+        shutil.rmtree(self._scratch, ignore_errors=True)  # another process may be removing its own files
 
 
 def put_in_place(new: Path, path: Path) -> None:

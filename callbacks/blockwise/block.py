@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from callbacks.blockwise.block_solver import BlockSolver
 from callbacks.blockwise.calibration import CalibrationStream
 from callbacks.blockwise.endings import Ending
-from callbacks.blockwise.experts import counting, end_borrowing, in_groups, let_borrow
+from callbacks.blockwise.experts import counting, end_borrowing, in_groups, let_borrow, not_borrowing
 from callbacks.blockwise.records import BlockRecord
 from callbacks.blockwise.settings import PruningSettings
 from callbacks.blockwise.stages import (
@@ -303,6 +303,7 @@ class BlockStep:
         trace, output = Trace(self._stream.hidden(key, dense=True), self._writers), None
         with (
             weights_in_place(self._dense_weights),
+            not_borrowing(self._linears.values()),
             tracing(trace, self._traced, inputs=perturbed, outputs=self._writers if perturbed else ()),
             ExitStack() as leaving,
         ):

@@ -1,13 +1,12 @@
 """CalibrationStream: hidden states of this process's calibration batches, block by block, and positions of their samples."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from callbacks.blockwise.placement import has_spare, make_room
+from callbacks.blockwise.placement import Spill, has_spare, make_room
 from callbacks.blockwise.update_rules.windows import RuleWindows
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts.block_stream import replaced_forwards
@@ -21,7 +20,7 @@ class CalibrationStream:
         windows: Pass windows of the batches on to the update rule.
         num_batches: Number of batches of this process.
         dense: Whether to follow the hidden states of the dense model beside those of the pruned one.
-        spill: Directory for hidden states that take more than a share of the host's memory; None keeps them there.
+        spill: Files of a streamed run for hidden states that host memory has no room for; None keeps them there.
     """
 
     def __init__(
@@ -30,7 +29,7 @@ class CalibrationStream:
         windows: RuleWindows,
         num_batches: int,
         dense: bool = False,
-        spill: Path | None = None,
+        spill: Spill | None = None,
     ) -> None:
         # Bound here, since DDP may wrap the module before the first calibration step.
         self._forward, self._positions_of = module.calibration_forward, module.sample_positions

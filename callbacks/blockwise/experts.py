@@ -75,6 +75,22 @@ def end_borrowing(linears: Iterable[PrunableLinear]) -> None:
             linear.module.borrowed = 0.0
 
 
+@contextmanager
+def not_borrowing(linears: Iterable[PrunableLinear]) -> Iterator[None]:
+    """Let experts run on their own tokens only, within the context.
+
+    Products of all tokens round otherwise than those of a few, and what needs no statistics must not depend on them.
+    """
+    before = {linear.module: linear.module.borrowed for linear in linears if linear.is_routed}
+    for module in before:
+        module.borrowed = 0.0
+    try:
+        yield
+    finally:
+        for module, borrowed in before.items():
+            module.borrowed = borrowed
+
+
 def in_groups(stage: list[str], linears: Mapping[str, PrunableLinear], device: torch.device) -> list[list[str]]:
     """Split a stage so that the sums of the experts of a group fit into memory; all experts of a group are in one pass.
 

@@ -7,6 +7,7 @@ streamed wait in their files, and are read in place of being moved.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts.block_stream import BlockStream
 from lightning_modules.parts.host_memory import free_memory
+from utilities.distributed import Processes
 from utilities.files import check_space
 
 DEFAULT_WINDOWS = 8
@@ -27,6 +29,37 @@ HIDDEN_SHARE = 0.4
 """Share of the free memory that hidden states, or traces, may take."""
 HOST_SHARE = 0.25
 """Share of the host's free memory that the hidden states of a streamed run may take."""
+
+
+@dataclass(frozen=True)
+class Spill:
+    """Files for hidden states that take more than a share of the host's memory; used without a GPU only.
+
+    Attributes:
+        directory: Directory of this process's files.
+        processes: Number of processes that share memory and disk.
+    """
+
+    directory: Path
+    processes: int = 1
+
+    def is_needed(self, num_bytes: int) -> bool:
+        """Return whether hidden states of this size, in each process, take more than `HOST_SHARE` of the free memory."""
+        return num_bytes * self.processes > HOST_SHARE * free_memory()
+
+    def check_space(self, num_bytes: int) -> None:
+        """Check that the disk has room for hidden states of this size of each process.
+
+        Raises:
+            ValueError: If it has not.
+        """
+        what = "Hidden states that host memory has no room for"
+        check_space(self.directory, num_bytes * self.processes, what)
+
+
+def spill_of(trainer: Trainer, scratch: Path, processes: Processes) -> Spill:
+    """Return the files of this process below the temporary directory of the output."""
+    return Spill(scratch / "hidden" / str(processes.rank), max(trainer.world_size // trainer.num_nodes, 1))
 
 
 class Placement:
@@ -92,14 +125,14 @@ def fits(num_bytes: int, device: torch.device) -> bool:
     return device.type != "cuda" or num_bytes < HIDDEN_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
-def make_room(streams: list[BlockStream], num_batches: int, device: torch.device, spill: Path | None) -> None:
+def make_room(streams: list[BlockStream], num_batches: int, device: torch.device, spill: Spill | None) -> None:
     """Decide, after the first batch, where the hidden states of all batches wait: on the device, on the host or in files.
 
     Args:
         streams: Streams of the run, each with the first batch.
         num_batches: Number of batches.
         device: Device of the run.
-        spill: Directory for files, used without a GPU only; None uses none.
+        spill: Files of a streamed run; None uses none.
 
     Raises:
         ValueError: If the disk has no room for the files.
@@ -108,10 +141,10 @@ def make_room(streams: list[BlockStream], num_batches: int, device: torch.device
     if not fits(num_bytes, device):
         for stream in streams:
             stream.move_to_host()
-    elif spill is not None and device.type == "cpu" and num_bytes > HOST_SHARE * free_memory():
-        check_space(spill, num_bytes, "Hidden states that host memory has no room for")
+    elif spill is not None and device.type == "cpu" and spill.is_needed(num_bytes):
+        spill.check_space(num_bytes)
         for number, stream in enumerate(streams):
-            stream.move_to_files(spill / str(number))
+            stream.move_to_files(spill.directory / str(number))
 
 
 def has_spare(num_bytes: int, device: torch.device) -> bool:

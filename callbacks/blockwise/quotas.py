@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from callbacks.blockwise.allocations import DepthAllocation, ErrorAllocation, OwlAllocation, UniformAllocation
-from callbacks.blockwise.placement import Placement, make_room
+from callbacks.blockwise.placement import Placement, Spill, make_room
 from callbacks.blockwise.plan import Plan, rows_lose_alike
 from callbacks.blockwise.settings import PruningSettings
 from callbacks.blockwise.statistics import by_sample
@@ -88,7 +87,7 @@ def quotas_of(
     plan: Plan,
     placement: Placement,
     processes: Processes,
-    spill: Path | None = None,
+    spill: Spill | None = None,
 ) -> Quotas | None:
     """Compute the quotas of a model that is still dense.
 
@@ -99,7 +98,7 @@ def quotas_of(
         plan: Plan of the first round.
         placement: Placement of the blocks.
         processes: Processes of the run.
-        spill: Directory for hidden states of a streamed run, as in `make_room`.
+        spill: Files of a streamed run, as in `make_room`.
 
     Returns:
         Quotas, the same in all processes; None if all linears lose the same share.
@@ -129,7 +128,7 @@ def quotas_of(
 
 
 def _dense_pass(
-    trainer: Trainer, module: PrunableModule, linears: Linears, placement: Placement, spill: Path | None, unit: bool
+    trainer: Trainer, module: PrunableModule, linears: Linears, placement: Placement, spill: Spill | None, unit: bool
 ) -> tuple[dict[nn.Module, OutputStatistics], Tensor]:
     """Pass the calibration data through the dense model.
 

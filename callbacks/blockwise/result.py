@@ -47,8 +47,6 @@ def publish(module: PrunableModule, output: OutputDirectory, report: dict[str, A
         write_card(directory, card)
 
     output.publish(write)
-    if module.streamed is not None:
-        module.streamed.move_to(output.path)
 
 
 def report_of(trainer: Trainer, module: PrunableModule, run: dict[str, Any], records: list[BlockRecord]) -> dict[str, Any]:

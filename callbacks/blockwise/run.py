@@ -20,7 +20,7 @@ from callbacks.base.validation import validate_within_fit
 from callbacks.blockwise.block import BlockStep, synchronize
 from callbacks.blockwise.block_solver import BlockSolver
 from callbacks.blockwise.calibration import CalibrationStream
-from callbacks.blockwise.placement import Placement
+from callbacks.blockwise.placement import Placement, spill_of
 from callbacks.blockwise.plan import Plan, plan_of, pruned_roles
 from callbacks.blockwise.progress import BlockProgressBar
 from callbacks.blockwise.quotas import quotas_of
@@ -35,7 +35,6 @@ from callbacks.blockwise.update_rules.monitor import AttentionMonitor
 from callbacks.blockwise.update_rules.perplexity import Rounds
 from callbacks.blockwise.update_rules.windows import RuleWindows
 from lightning_modules.base.prunable import PrunableModule
-from utilities.digest import checksum
 from utilities.distributed import Processes
 from utilities.files import OutputDirectory, write_json
 from utilities.reporting import log_scalars, peak_memory_gib
@@ -123,11 +122,11 @@ class PruningRun:
         rule = settings.update_rule if isinstance(settings.update_rule, AttentionRule) else AttentionRule()
         self._windows = RuleWindows(trainer, module, rule, processes)
         self._rule = rule
-        self._spill = None if module.streamed is None else output.scratch / "hidden"
+        self._spill = None if module.streamed is None else spill_of(trainer, output.scratch, processes)
         self._stream = self._new_stream()
         self._attention: AttentionMonitor | None = None
         kept = (output.scratch if state is None else state) / "shards"
-        shards = None if module.streamed is None else PrunedShards(module.streamed, kept)
+        shards = None if module.streamed is None else PrunedShards(module.streamed, kept, processes)
         self._finished = FinishedSteps(processes, state, shards)
         self._keeps = state is not None
         self._solver = BlockSolver(module, settings, processes)
@@ -151,7 +150,7 @@ class PruningRun:
         self._modes = {module: module.training for module in self._module.modules()}
         self._module.eval()
         if self._processes.size > 1:
-            self._processes.check_equal(checksum(self._module.model.state_dict().values()), "The model")
+            self._processes.check_equal(self._module.checksum(), "The model")
         if self._keeps:
             given = self._trainer, self._module, self._settings, self._processes
             self._finished.open(fingerprint_of(*given, self._windows.of_source()), self.num_steps)
@@ -226,6 +225,8 @@ class PruningRun:
         self.seconds = self._seconds_now()
         report = self._report(held)  # saved before the pruned model is validated, which could fail
         self._processes.in_first(lambda: publish(self._module, self._output, report, self._card(report)))
+        if (streamed := self._module.streamed) is not None:
+            self._processes.together(lambda: streamed.move_to(self._output.path))
         self.metrics["pruned"] = self.validate()
         log_scalars(self._trainer.loggers, self.metrics["pruned"], step=len(self._blocks))
         self._restore_modes()

@@ -28,7 +28,7 @@ from lightning_modules.parts.block_stream import BlockStream
 from lightning_modules.parts.discovery import Discovery
 from lightning_modules.parts.streamed import StreamedBlocks
 from utilities.contract import ModelFacts, TellsModelFacts
-from utilities.digest import digest
+from utilities.digest import checksum, digest
 
 CalibrationStep = Callable[[Any, int], None]
 
@@ -176,6 +176,10 @@ class PrunableModule(ResumableModule, TellsModelFacts):
         """Return digests, by name, of all that a pruning run starts from; a resumed run has to start from the same."""
         tensors = self.model.state_dict().items() if self.streamed is None else self.streamed.tensors()
         return {"model": digest(tensors), "stream": str(self.streams)}
+
+    def checksum(self) -> str:
+        """Return a checksum of the weights, to compare processes; of streamed blocks, one of the heads of the files."""
+        return checksum(self.model.state_dict().values()) if self.streamed is None else self.streamed.checksum()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         # Of `to`, `cpu` and the like: blocks that are not there stay where they are.

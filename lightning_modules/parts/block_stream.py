@@ -39,11 +39,13 @@ class BlockStream:
         blocks: The chain of blocks, in order. Each takes the hidden states as its first argument (or as the keyword
             ``hidden_states``) and returns them, alone or as the first entry of a tuple.
         uniform: Whether each returns hidden states of the shape that it takes.
+        routed: Whether experts of mixtures run one by one, so that hooks can be placed on their matrices; if not, they run as
+            in the model, bit for bit.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], uniform: bool = True) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], uniform: bool = True, routed: bool = True) -> None:
         self.blocks = list(blocks)
-        self._uniform = uniform
+        self._uniform, self._routed = uniform, routed
         self._elsewhere: HostMemory | FileMemory | None = None
         self._batches: dict[int, _Batch] = {}
         self._returns_tuple: list[bool] | None = None
@@ -92,13 +94,26 @@ class BlockStream:
 
     @torch.no_grad()
     def run(self, key: int, index: int) -> Tensor:
-        """Return the output of block `index` on the hidden states of a batch, without replacing them.
-
-        Experts of mixtures are run one by one, so that hooks can be placed on their matrices.
-        """
+        """Return the output of block `index` on the hidden states of a batch, without replacing them."""
         args, kwargs = self.arguments(key, index)
-        with replaced_forwards(routed_forwards(self.blocks[index])):
-            return _hidden_of(self.blocks[index](self.hidden(key), *args, **kwargs))
+        with replaced_forwards(routed_forwards(self.blocks[index]) if self._routed else {}):
+            output = self.blocks[index](self.hidden(key), *args, **kwargs)
+        self._returns_tuple = isinstance(output, tuple)
+        return _hidden_of(output)
+
+    @torch.no_grad()
+    def finish(self, key: int, run_model: Callable[[], Any]) -> Any:
+        """Run what the model does with the present hidden states of a batch once they have left the last block.
+
+        Args:
+            key: Number of the batch, which has passed all blocks; they are uniform.
+            run_model: Runs the whole model on the batch, with blocks that hand on what they get.
+
+        Returns:
+            What it returns.
+        """
+        with self._passing_through([], last=self.hidden(key)):
+            return run_model()
 
     def advance(self, key: int, index: int) -> None:
         """Replace the hidden states of a batch by the output of block `index`."""
@@ -130,10 +145,10 @@ class BlockStream:
             batch.hidden = None
 
     @contextmanager
-    def _passing_through(self, calls: list) -> Iterator[None]:
+    def _passing_through(self, calls: list, last: Tensor | None = None) -> Iterator[None]:
         """Let blocks record their arguments and return their input, or zeros if they change its shape, within the context.
 
-        The first block runs once, to see whether it returns a tuple.
+        The first block runs once, to see whether it returns a tuple. The last one returns `last`, or ends the forward pass.
         """
 
         def hand_on(index: int, forward: Callable) -> Callable:
@@ -144,7 +159,9 @@ class BlockStream:
                     raise RuntimeError(f"The model called block {index} where block {len(calls)} was expected.")
                 calls.append((hidden, args, kwargs))
                 if index == len(self.blocks) - 1:
-                    raise _AllBlocksSeen
+                    if last is None:
+                        raise _AllBlocksSeen
+                    return (last,) if self._returns_tuple else last
                 if not self._uniform:
                     return _zeros_like(forward(hidden, *args, **kwargs))
                 if self._returns_tuple is None:

@@ -54,23 +54,24 @@ class Discovery:
         )
 
 
-def discover(model: nn.Module, run_model: Callable[[], Tensor], model_type: str) -> Discovery:
+def discover(model: nn.Module, run_model: Callable[[], Tensor], model_type: str, streamed: bool = False) -> Discovery:
     """Find the blocks and linears of a model.
 
     Args:
         model: The model.
         run_model: Runs it on one window and returns its logits, (1, tokens, vocabulary).
         model_type: Its name, for errors.
+        streamed: Whether a block has its weights only while it runs; then it runs twice, or three times if it has experts.
 
     Raises:
         ValueError: If no chain of blocks can be verified, or experts hold most of the weights.
     """
-    path, blocks = _chain(model, model_type)
+    path, blocks = chain_of(model, model_type)
     what = f"{path!r} ({len(blocks)} x {type(blocks[0]).__name__})"
     try:
         _check_experts(blocks, run_model)
         with replaced_forwards(_routed_of(blocks)):  # else rounding decides which experts nearly tying tokens go to
-            calls = _verified(blocks, run_model)
+            calls = _verified(blocks, run_model, streamed)
     except Exception as error:  # whatever a forward that is not a chain of blocks raises
         raise refusal(model_type, f"{what} was taken for its blocks, but {brief(error)}") from error
     experts = _experts(blocks, model_type)
@@ -82,7 +83,16 @@ def discover(model: nn.Module, run_model: Callable[[], Tensor], model_type: str)
     return Discovery(found, dense)
 
 
-def _chain(model: nn.Module, model_type: str) -> tuple[str, list[nn.Module]]:
+def chain_of(model: nn.Module, model_type: str) -> tuple[str, list[nn.Module]]:
+    """Return path and modules of the list that is taken for the blocks of a model, by its parameters; they need no content.
+
+    Args:
+        model: The model.
+        model_type: Its name, for errors.
+
+    Raises:
+        ValueError: If it has no list of modules.
+    """
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise refusal(model_type, "it has no list of blocks (nn.ModuleList)")
@@ -91,7 +101,7 @@ def _chain(model: nn.Module, model_type: str) -> tuple[str, list[nn.Module]]:
 
 
 @torch.no_grad()
-def _verified(blocks: list[nn.Module], run_model: Callable[[], Tensor]) -> dict[nn.Module, list[int]]:
+def _verified(blocks: list[nn.Module], run_model: Callable[[], Tensor], streamed: bool) -> dict[nn.Module, list[int]]:
     """Check that the blocks make the logits; return linear -> number of tokens of each of its calls."""
     calls: dict[nn.Module, list[int]] = {}
 
@@ -104,19 +114,21 @@ def _verified(blocks: list[nn.Module], run_model: Callable[[], Tensor]) -> dict[
     finally:
         for handle in handles:
             handle.remove()
-    hidden = check_blocks(BlockStream(blocks), run_model, logits)
+    hidden = check_blocks(BlockStream(blocks), run_model, logits, streamed)
     tokens = hidden.numel() // hidden.shape[-1]
     return {module: [seen - tokens for seen in found] for module, found in calls.items()}
 
 
 @torch.no_grad()
-def check_blocks(stream: BlockStream, run_model: Callable[[], Tensor], logits: Tensor) -> Tensor:
+def check_blocks(stream: BlockStream, run_model: Callable[[], Tensor], logits: Tensor, streamed: bool = False) -> Tensor:
     """Check that blocks, run one by one, make the logits of a model.
 
     Args:
         stream: Empty stream through the blocks.
         run_model: Runs the model on one batch and returns its logits.
         logits: What it returns.
+        streamed: Whether what comes after the blocks has to make the logits of what the last one returns alone, so that no
+            block has to run again.
 
     Returns:
         The output of the last block.
@@ -127,11 +139,18 @@ def check_blocks(stream: BlockStream, run_model: Callable[[], Tensor], logits: T
     stream.capture(0, run_model)
     for index in range(len(stream.blocks)):
         stream.advance(0, index)
-    last, hidden = stream.blocks[-1], stream.hidden(0)
-    again = _with_last_output(last, hidden, run_model)
+    hidden = stream.hidden(0)
+
+    def with_output(hidden: Tensor) -> Tensor:
+        if not streamed:
+            return _with_last_output(stream.blocks[-1], hidden, run_model)
+        stream.replace(0, hidden)
+        return stream.finish(0, run_model)
+
+    again = with_output(hidden)
     if not (again - logits).abs().max() <= _tolerance(logits):
         raise ValueError(f"run one by one they change the logits by up to {(again - logits).abs().max().item():.3g}")
-    if torch.equal(_with_last_output(last, torch.zeros_like(hidden), run_model), logits):
+    if torch.equal(with_output(torch.zeros_like(hidden)), logits):
         raise ValueError("the logits do not depend on what the last one returns")
     return hidden
 
@@ -173,23 +192,21 @@ def _experts(blocks: list[nn.Module], model_type: str) -> list[str]:
 @torch.no_grad()
 def _check_experts(blocks: list[nn.Module], run_model: Callable[[], Tensor]) -> None:
     """Check that experts run one by one return what they do in the model, on the inputs that they have there."""
-    seen: list[tuple[nn.Module, tuple, dict, Tensor]] = []
-
-    def note(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        seen.append((module, args, kwargs, output))
-
     forwards = _routed_of(blocks)
-    handles = [module.register_forward_hook(note, with_kwargs=True) for module in forwards]
+    if not forwards:
+        return
+
+    def compare(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        difference = (forwards[module](*args, **kwargs) - output).abs().max()
+        if not difference <= _tolerance(output):
+            raise ValueError(f"experts run one by one change the outputs of a {type(module).__name__} by {difference:.3g}")
+
+    handles = [module.register_forward_hook(compare, with_kwargs=True) for module in forwards]
     try:
         run_model()
     finally:
         for handle in handles:
             handle.remove()
-    for module, args, kwargs, output in seen:
-        found = forwards[module](*args, **kwargs)
-        if not (found - output).abs().max() <= _tolerance(output):
-            difference = (found - output).abs().max().item()
-            raise ValueError(f"experts run one by one change the outputs of a {type(module).__name__} by {difference:.3g}")
 
 
 def _routed_of(blocks: list[nn.Module]) -> dict[nn.Module, Callable[..., Tensor]]:

@@ -87,6 +87,26 @@ def keep_soft_cap(model: nn.Module, attn_implementation: str | None) -> None:
     model.set_attn_implementation("eager")
 
 
+def check_given(model: nn.Module, dtype: str, attn_implementation: str | None, stream: bool) -> None:
+    """Check that a model in memory is one of transformers, and that no argument says how to load it.
+
+    Raises:
+        ValueError: If it is not, or one does.
+    """
+    if not hasattr(model, "generate") or not hasattr(getattr(model, "config", None), "model_type"):
+        raise ValueError(
+            f"Argument `model_name_or_path` expected a path, or a causal language model of transformers, but got a "
+            f"{type(model).__name__}."
+        )
+    arguments = ("dtype", dtype, "auto"), ("attn_implementation", attn_implementation, None), ("stream", stream, False)
+    for name, value, default in arguments:
+        if value != default:
+            raise ValueError(
+                f"Argument `{name}` = {value!r} says how a model is loaded, but `model_name_or_path` is a model in memory. "
+                "Leave it out."
+            )
+
+
 @contextmanager
 def loading(path: str) -> Iterator[None]:
     """Raise errors of libraries again, with the argument to blame."""

@@ -1,18 +1,24 @@
 """Load a language model whose blocks stay in their shards, and refuse what cannot be streamed before a weight is read."""
 
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_modules.parts.adapters import CONFIG
 from lightning_modules.parts.architectures import ARCHITECTURES, find_blocks
+from lightning_modules.parts.discovery import Discovery, chain_of, discover
 from lightning_modules.parts.language_models import keep_soft_cap, loading, read_config
 from lightning_modules.parts.shards import Shards, find_shards
-from lightning_modules.parts.streamed import HOST, META, StreamedBlocks
+from lightning_modules.parts.streamed import HOST, META, StreamedBlocks, places
+from lightning_modules.parts.vision_language import auto_class
 from utilities.contract import data_of
+from utilities.distributed import need_whole_weights
 from utilities.hub import resolve_model_path
 
 FILES = ["config.json", "generation_config.json", CONFIG, "model*.safetensors", "model.safetensors.index.json"]
@@ -34,7 +40,7 @@ def load_streamed(path: str, dtype: str, attn_implementation: str | None) -> tup
     Raises:
         ValueError: If the model cannot be loaded, or not be streamed.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     directory, config = _directory_of(path), read_config(path)
     _check_config(path, config)
@@ -43,12 +49,13 @@ def load_streamed(path: str, dtype: str, attn_implementation: str | None) -> tup
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     with loading(path), META:
-        model = AutoModelForCausalLM.from_config(config, **options).eval()
-    _make_buffers(model)
+        model = auto_class(str(directory), {}).from_config(config, **options).eval()
+    _widen(model, options["dtype"])
+    _make_buffers(model, model)
     keep_soft_cap(model, attn_implementation)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    return model, StreamedBlocks(model, find_blocks(model, ARCHITECTURES[config.model_type]), shards)
+    return model, StreamedBlocks(model, _blocks_of(model), shards)
 
 
 def check_stage(trainer: Any, prunes: bool) -> None:
@@ -63,6 +70,7 @@ def check_stage(trainer: Any, prunes: bool) -> None:
     """
     if trainer is None:
         return
+    need_whole_weights(trainer, "`model.stream` = True")
     stage, settings = trainer.state.fn, data_of(trainer).facts().settings
     if stage == TrainerFn.PREDICTING:
         raise ValueError(
@@ -87,6 +95,26 @@ def check_stage(trainer: Any, prunes: bool) -> None:
         )
 
 
+def discover_streamed(model: nn.Module, run_model: Callable[[], Tensor], model_type: str) -> Discovery:
+    """Find the blocks and linears of a model whose blocks are read when they run.
+
+    Args:
+        model: The model.
+        run_model: Runs it on one window and returns its logits, (1, tokens, vocabulary).
+        model_type: Its name, for errors.
+
+    Raises:
+        ValueError: If they cannot be verified.
+    """
+    try:
+        return discover(model, run_model, model_type, streamed=True)
+    except ValueError as error:
+        raise ValueError(
+            f"Argument `stream` = True expected a model whose blocks run one by one. {error} Without `stream` it can be "
+            "evaluated."
+        ) from error
+
+
 def _directory_of(path: str) -> Path:
     """Return the directory of the shards; those of a hub id are downloaded unless the cache has them."""
     from huggingface_hub import snapshot_download
@@ -109,12 +137,6 @@ def _directory_of(path: str) -> Path:
 
 
 def _check_config(path: str, config: Any) -> None:
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"Argument `stream` = True expected one of the families {', '.join(sorted(ARCHITECTURES))} but {path!r} is a "
-            f"{config.model_type}, whose blocks could only be found by running it. Leave `stream` out, or add an entry to "
-            "lightning_modules/parts/architectures.py."
-        )
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"Argument `stream` = True expected plain weights, but those of {path!r} are quantised (quantization_config). Give "
@@ -122,14 +144,41 @@ def _check_config(path: str, config: Any) -> None:
         )
 
 
+def _blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return full name -> block, from the table or as discovery takes them; it verifies them once they can be read."""
+    model_type = model.config.model_type
+    if model_type in ARCHITECTURES:
+        return find_blocks(model, ARCHITECTURES[model_type])
+    path, blocks = chain_of(model, model_type)
+    return {f"{path}.{index}": block for index, block in enumerate(blocks)}
+
+
+def _widen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let weights be float32 that transformers never has in half precision, as `from_pretrained` does."""
+    patterns = [name.replace("*", ".*") for name in model._get_dtype_plan(dtype)]
+    for owner, key, full in places(model):
+        if any(re.search(pattern, full) for pattern in patterns):
+            kind = owner._parameters if key in owner._parameters else owner._buffers
+            wide = torch.empty_like(kind[key], dtype=torch.float32)
+            kind[key] = nn.Parameter(wide, kind[key].requires_grad) if kind is owner._parameters else wide
+
+
 @torch.no_grad()
-def _make_buffers(model: nn.Module) -> None:
-    """Give buffers their content, which no file has of most, as `from_pretrained` does."""
-    for module in model.modules():
-        found = {key: buffer for key, buffer in module._buffers.items() if buffer is not None}
-        module._buffers.update({key: torch.empty_like(buffer, device=HOST) for key, buffer in found.items()})
-        if found:
-            model._init_weights(module)
+def _make_buffers(module: nn.Module, model: nn.Module) -> None:
+    """Give buffers their content, which no file has of most, as `from_pretrained` does.
+
+    Args:
+        module: Part of a model.
+        model: Innermost model of transformers that it belongs to, which knows how its parts begin.
+    """
+    model = module if hasattr(module, "_init_weights") else model
+    found = {key: buffer for key, buffer in module._buffers.items() if buffer is not None}
+    for key, buffer in found.items():  # NaN, so that it is seen if one is filled nowhere
+        module._buffers[key] = torch.full_like(buffer, math.nan if buffer.is_floating_point() else 0, device=HOST)
+    if found:
+        model._init_weights(module)
+    for part in module.children():
+        _make_buffers(part, model)
 
 
 def _dtype_of(dtype: str, config: Any, shards: Shards) -> torch.dtype:

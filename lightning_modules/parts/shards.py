@@ -55,23 +55,32 @@ class Shards:
         """Dtype of the first tensor of floating point numbers, None without one."""
         return next((FLOATING[found] for found in self._dtypes.values() if found in FLOATING), None)
 
+    def heads(self) -> str:
+        """Return names, shapes and dtypes of all tensors, and sizes of the files, as one SHA-256."""
+        tensors = [(name, self._shapes[name], self._dtypes[name]) for name in sorted(self._files)]
+        sizes = sorted((path.name, path.stat().st_size) for path in set(self._files.values()))
+        return hashlib.sha256(repr((tensors, sizes)).encode()).hexdigest()
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
         return self._shapes[name]
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Read one tensor.
+    def read(self, names: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
+        """Read some tensors; each file is opened once.
 
         Args:
-            name: Its name.
-            dtype: Dtype that it gets.
-            device: Device that it goes to.
+            names: Their names.
+            dtype: Dtype that they get.
 
         Returns:
-            The tensor, in memory of its own: the file may change or vanish afterwards.
+            The tensors in this order, on the host, in memory of their own: the files may change or vanish afterwards.
         """
-        with safe_open(self._files[name], "pt") as file:
-            return file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+        found: dict[str, Tensor] = {}
+        for path in dict.fromkeys(self._files[name] for name in names):
+            with safe_open(path, "pt") as file:
+                for name in (name for name in names if self._files[name] == path):
+                    found[name] = file.get_tensor(name).to(dtype=dtype, copy=True)
+        return [found[name] for name in names]
 
     def _read_head(self, path: Path) -> None:
         try:

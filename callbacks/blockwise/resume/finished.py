@@ -3,6 +3,7 @@
 Only the first process has the files; the others receive what they hold.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -112,7 +113,8 @@ class FinishedSteps:
         if self._shards is None:
             solver.restore(index, lambda: solver.assign(name, weights, linears), attention)
         else:
-            solver.restore(index, lambda: self._shards.restore(number, name), attention)
+            give = functools.partial(self._shards.restore, number, name)
+            self._processes.together(lambda: solver.restore(index, give, attention))
         solver.calibration, self.seconds = content["calibration"], content["seconds"]
         torch.set_rng_state(self._processes.from_first(weights.get(RNG_STATE)))
         return BlockRecord.from_dict(content["record"])

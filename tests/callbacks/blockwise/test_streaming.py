@@ -12,29 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load, load_file
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 
-from callbacks import AttentionRule, BlockwisePruning, Diagnostics, FixedRule
+from callbacks import BlockwisePruning
 from callbacks.blockwise.streaming import can_share
 from datamodules import TextDataModule
 from lightning_modules import CausalLM
+from lightning_modules.parts.block_stream import BlockStream
+from lightning_modules.parts.load_streamed import check_stage
 from lightning_modules.parts.shards import Shards, find_shards
 from lightning_modules.parts.streamed import StreamedBlocks
-from tests.helpers.launchers import Fault, PruningRun, go, tiny
+from tests.helpers.launchers import Fault, go
+from tests.helpers.streamed_runs import SETTINGS, WholeRuns, assert_same, run_of, tensors_of
 from tests.helpers.tiny import make_model, make_tokenizer, quiet
-
-SETTINGS = {
-    "attention": {},
-    "outlier": {"update_rule": "outlier"},
-    "fixed": {"update_rule": FixedRule("v"), "resume": True},
-    "block": {"update_rule": AttentionRule(reference="block", objective="divergence")},
-    "wanda": {"method": "wanda", "ignore": ["*.1.*"], "diagnostics": Diagnostics(attention=True)},
-    "joint": {"method": "d2_sparsegpt", "solver": "joint", "resume": True},
-    "owl": {"method": "sparsegpt", "allocation": "owl"},
-    "error": {"method": "sparsegpt", "allocation": "error"},
-    "depth": {"method": "sparsegpt", "allocation": "depth"},
-    "pattern": {"method": "sparsegpt", "sparsity": None, "pattern": "2:4"},
-}
 
 
 @pytest.fixture(scope="session")
@@ -64,15 +55,6 @@ def prune(model, text, folder, stream, **settings):
     trainer = quiet(folder, callback)
     trainer.fit(module, data_of(model, text))
     return trainer, module, callback
-
-
-def tensors_of(directory):
-    return {name: tensor for path in find_shards(Path(directory)) for name, tensor in load_file(path).items()}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
 
 
 def loaded_blocks(module):
@@ -122,6 +104,36 @@ def test_evaluation_is_that_of_the_whole_model(stage, split_model, text_file, tm
     assert found[0] == found[1] and loaded_blocks(module) == 0
 
 
+@pytest.mark.parametrize("waiting, reads", [(10, 4), (2, 2 * 4 - 1), (1, 4 * 4 - 3)])
+def test_a_block_is_read_once_for_all_batches_that_fit(waiting, reads, split_model, text_file, tmp_path, monkeypatch):
+    """Three blocks, and the first one once more to see what it returns; four batches, of which so many may wait."""
+    read, original, hidden = [], StreamedBlocks._read, 2 * 16 * 32 * 4
+    monkeypatch.setattr(StreamedBlocks, "_read", lambda self, name: (read.append(name), original(self, name)))
+    monkeypatch.setattr("lightning_modules.parts.streamed_passes.free_memory", lambda: 4 * waiting * hidden)
+    data = data_of(split_model("llama"), text_file, num_heldout=8)
+    (found,) = quiet(tmp_path).validate(CausalLM(split_model("llama"), stream=True), data, verbose=False)
+    assert len(read) == reads
+    (whole,) = quiet(tmp_path).validate(CausalLM(split_model("llama")), data, verbose=False)
+    assert found == whole
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("family", ["opt", "mistral", "qwen3", "gpt2", "falcon", "gemma3_text"])
+def test_evaluation_has_the_bits_of_the_whole_model(family, precision, split_model, text_file, tmp_path):
+    found = [
+        quiet(tmp_path, precision=precision).test(module, data_of(split_model(family), text_file), verbose=False)
+        for module in (CausalLM(split_model(family)), CausalLM(split_model(family), stream=True))
+    ]
+    assert found[0] == found[1]
+
+
+def test_a_bar_counts_the_blocks_of_an_evaluation(split_model, text_file, tmp_path, capfd):
+    data = data_of(split_model("llama"), text_file)
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_model_summary=False)
+    trainer.validate(CausalLM(split_model("llama"), stream=True), data, verbose=False)
+    assert "Blocks:" in (shown := capfd.readouterr().err) and "0/3" in shown
+
+
 def test_the_module_goes_on_with_what_it_has_pruned(split_model, text_file, tmp_path):
     trainer, module, callback = prune(split_model("llama"), text_file, tmp_path, True, method="wanda")
     (metrics,) = trainer.validate(module, data_of(split_model("llama"), text_file), verbose=False)
@@ -135,7 +147,7 @@ def test_no_more_than_two_blocks_are_there(name, split_model, text_file, tmp_pat
 
     def counting(self, block):
         read(self, block)
-        counts.append(sum(self._is_there(other) for other in self._blocks))
+        counts.append(sum(self._is_there(other) for other in self.blocks))
 
     monkeypatch.setattr(StreamedBlocks, "_read", counting)
     prune(split_model("opt"), text_file, tmp_path, True, **SETTINGS[name])
@@ -186,27 +198,12 @@ def test_an_error_leaves_the_dense_model_and_no_temporary_file(resume, split_mod
 
 @pytest.fixture(scope="module")
 def streamed_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("streamed")
-    model, text = tiny(folder)
-    whole = transformers.AutoModelForCausalLM.from_pretrained(model)
-    (Path(model) / "model.safetensors").unlink()
-    whole.save_pretrained(model, max_shard_size="12KB")
-    return PruningRun(model, text, str(folder / "whole"), stream=True)
+    return run_of(tmp_path_factory.mktemp("streamed"))
 
 
 @pytest.fixture(scope="module")
 def in_memory(streamed_run):
-    """Settings -> tensors of a run in memory that nothing happened to."""
-    found = {}
-
-    def tensors(settings):
-        if str(settings) not in found:
-            run = replace(streamed_run, stream=False, output=f"{streamed_run.output}-{len(found)}", settings=settings)
-            assert go(run) == [0]
-            found[str(settings)] = load(run.weights)
-        return found[str(settings)]
-
-    return tensors
+    return WholeRuns(streamed_run)
 
 
 KILLS = [
@@ -270,12 +267,6 @@ def test_a_full_disk_keeps_what_is_finished(streamed_run, in_memory, tmp_path):
     assert_same(tensors_of(run.output), in_memory(run.settings))
 
 
-def test_several_processes_are_refused(streamed_run, tmp_path):
-    run, log = replace(streamed_run, output=str(tmp_path / "pruned"), processes=2), tmp_path / "log"
-    assert go(run, log=log) == [1, 1]
-    assert "Argument `trainer.devices` expected 1 with `stream` = True but got 2 processes" in log.read_text()
-
-
 @pytest.mark.parametrize("resume, kept", [(False, 1), (True, 1)])
 def test_space_on_the_disk_is_checked_before_the_start(resume, kept, split_model, text_file, tmp_path, monkeypatch):
     """Finished blocks are in the output and take no more space."""
@@ -288,6 +279,28 @@ def test_space_on_the_disk_is_checked_before_the_start(resume, kept, split_model
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(kept * size))
     prune(model, text_file, tmp_path, True, method="wanda", resume=resume)
     assert can_share(tmp_path, tmp_path / "missing") and not can_share(tmp_path, Path("/proc"))
+
+
+@pytest.mark.parametrize("settings, copies", [({"method": "wanda"}, 1), (SETTINGS["joint"] | {"resume": False}, 2)])
+def test_space_for_hidden_states_is_checked_before_a_batch(settings, copies, split_model, text_file, tmp_path, monkeypatch):
+    """Six windows of 16 tokens and 32 channels, twice where the dense model is followed; they are files if they do not fit."""
+    model = split_model("llama")
+    size = sum(tensor.nbytes for tensor in tensors_of(model).values())
+    hidden = copies * 6 * 16 * 32 * 4
+    free, usage = [4 * hidden - 1], namedtuple("usage", "free")
+    for place in ("placement", "streaming"):
+        monkeypatch.setattr(f"callbacks.blockwise.{place}.free_memory", lambda: free[0])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size + hidden - 1))
+    capture = BlockStream.capture
+    monkeypatch.setattr(BlockStream, "capture", None)
+    with pytest.raises(ValueError, match="The pruned model with hidden states that host memory has no room for needs 0 MiB in"):
+        prune(model, text_file, tmp_path, True, **settings)
+    monkeypatch.setattr(BlockStream, "capture", capture)
+    free[0] = 4 * hidden
+    prune(model, text_file, tmp_path, True, **settings)
+    free[0] -= 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size + hidden))
+    prune(model, text_file, tmp_path, True, **settings)
 
 
 FIT = {"method": "wanda"}
@@ -316,6 +329,13 @@ def test_fits_that_cannot_stream_are_refused(settings, data, trainer, message, s
     with pytest.raises(ValueError, match=message) as caught:
         quiet(tmp_path, *callbacks, **trainer).fit(CausalLM(model, stream=True), text)
     assert "\n" not in str(caught.value)
+
+
+def test_strategies_that_split_a_model_are_refused(tmp_path):
+    trainer = quiet(tmp_path)
+    trainer._accelerator_connector.strategy = FSDPStrategy()
+    with pytest.raises(ValueError, match=r"`trainer.strategy` expected auto .one device. or ddp with `model.stream` = True"):
+        check_stage(trainer, prunes=True)
 
 
 def test_prediction_and_models_in_memory_are_refused(split_model, text_file, tmp_path, monkeypatch):

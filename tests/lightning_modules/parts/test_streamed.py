@@ -13,7 +13,7 @@ from lightning_modules.parts.block_stream import BlockStream
 from lightning_modules.parts.host_memory import FileMemory, free_memory
 from lightning_modules.parts.load_streamed import load_streamed
 from lightning_modules.parts.shards import INDEX, SINGLE, Shards, digest_of_file, find_shards, give_second_name, write_shard
-from tests.helpers.tiny import FAMILIES, FURTHER_FAMILIES, make_mixture, make_model
+from tests.helpers.tiny import FAMILIES, FURTHER_FAMILIES, MIXTURES, make_mixture, make_model
 
 
 @pytest.fixture
@@ -22,7 +22,8 @@ def checkpoint(tmp_path):
 
     def make(family="llama", dtype=torch.float32):
         directory = tmp_path / family
-        make_model(family).to(dtype).save_pretrained(directory, max_shard_size="12KB")
+        model = make_mixture(family) if family in MIXTURES else make_model(family)
+        model.to(dtype).save_pretrained(directory, max_shard_size="12KB")
         return directory
 
     return make
@@ -34,14 +35,10 @@ def there(blocks):
 
 
 def blocks_of(streamed):
-    return list(streamed._blocks.values())
+    return list(streamed.blocks.values())
 
 
-RENAMED = {"gpt_neox": "lm_head.weight"}
-"""Families whose files have other names than their modules -> one of those."""
-
-
-@pytest.mark.parametrize("family", [family for family in (*FAMILIES, *FURTHER_FAMILIES) if family not in RENAMED])
+@pytest.mark.parametrize("family", [*FAMILIES, *FURTHER_FAMILIES, *MIXTURES])
 def test_every_family_has_the_bits_of_the_whole_model(family, checkpoint):
     directory = checkpoint(family, torch.bfloat16)
     whole = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
@@ -49,7 +46,7 @@ def test_every_family_has_the_bits_of_the_whole_model(family, checkpoint):
     assert there(blocks_of(streamed)) == [] and not model.training
     for (name, tensor), expected in zip(streamed.tensors(), whole.state_dict().values(), strict=True):
         assert torch.equal(tensor, expected) and tensor.dtype == expected.dtype, name
-    streamed.hold(streamed._blocks)
+    streamed.hold(streamed.blocks)
     for kind in ("named_parameters", "named_buffers"):
         found, expected = (dict(getattr(each, kind)()) for each in (model, whole))
         assert found.keys() == expected.keys()
@@ -60,7 +57,7 @@ def test_every_family_has_the_bits_of_the_whole_model(family, checkpoint):
 
 def test_blocks_are_held_and_freed(checkpoint):
     model, streamed = load_streamed(str(checkpoint()), "float32", None)
-    blocks, (first, second, third) = blocks_of(streamed), streamed._blocks
+    blocks, (first, second, third) = blocks_of(streamed), streamed.blocks
     for names, expected in (([first], [0]), ([first, second], [0, 1]), ([second, third], [1, 2]), ([], [])):
         streamed.hold(names)
         assert there(blocks) == expected
@@ -99,7 +96,7 @@ def test_a_block_reads_itself_when_it_runs_and_not_when_it_is_recorded(checkpoin
 def test_pruned_blocks_come_from_their_own_files(checkpoint, tmp_path):
     directory = checkpoint()
     model, streamed = load_streamed(str(directory), "auto", None)
-    name = list(streamed._blocks)[1]
+    name = list(streamed.blocks)[1]
     streamed.hold([name])
     weight = model.get_submodule(name).mlp.up_proj.weight
     with torch.no_grad():
@@ -167,6 +164,14 @@ def test_other_names_and_shapes_are_refused(change, family, message, checkpoint,
     assert "\n" not in str(caught.value)
 
 
+def test_an_expert_that_is_missing_is_named_by_its_layer(checkpoint, monkeypatch):
+    directory = checkpoint("mixtral")
+    rewrite(directory, lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.2.w2.weight"))
+    monkeypatch.setattr(Shards, "read", None)
+    with pytest.raises(ValueError, match=r"lack 1 of its 21 weights, such as model.layers.1.mlp.experts.down_proj. Get the"):
+        load_streamed(str(directory), "auto", None)
+
+
 def test_a_weight_that_is_tied_may_be_there_twice(checkpoint):
     directory = checkpoint("qwen3")
     rewrite(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
@@ -174,10 +179,17 @@ def test_a_weight_that_is_tied_may_be_there_twice(checkpoint):
     assert model.lm_head.weight is model.model.embed_tokens.weight and not model.lm_head.weight.is_meta
 
 
-@pytest.mark.parametrize("family", RENAMED)
-def test_families_with_other_names_in_files_are_refused(family, checkpoint):
-    with pytest.raises(ValueError, match=f"such as {RENAMED[family]}. Get the missing files, or leave `stream` out"):
-        load_streamed(str(checkpoint(family)), "auto", None)
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral", "granitemoe", "deepseek_v3"])
+def test_files_are_written_as_transformers_does(family, checkpoint, tmp_path):
+    """Under their names there, and experts one by one where the checkpoint has them so."""
+    directory, again = checkpoint(family), tmp_path / "again"
+    _, streamed = load_streamed(str(directory), "auto", None)
+    again.mkdir()
+    streamed.save(again)
+    found, expected = (
+        {name: value for path in find_shards(each) for name, value in load_file(path).items()} for each in (again, directory)
+    )
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def quantised(directory):
@@ -214,11 +226,9 @@ def test_what_cannot_be_streamed_is_refused_before_a_weight_is_read(damage, mess
 
 def test_other_sources_are_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"")
-    make_mixture("mixtral").save_pretrained(tmp_path / "experts")
-    for path, message in (("model.gguf", "GGUF file"), ("experts", "is a mixtral")):
-        with pytest.raises(ValueError, match=message) as caught:
-            load_streamed(str(tmp_path / path), "auto", None)
-        assert "Argument `stream` = True expected" in str(caught.value) and "leave `stream` out" in str(caught.value).lower()
+    with pytest.raises(ValueError, match="GGUF file") as caught:
+        load_streamed(str(tmp_path / "model.gguf"), "auto", None)
+    assert "Argument `stream` = True expected" in str(caught.value) and "leave `stream` out" in str(caught.value).lower()
 
 
 def test_a_hub_id_is_read_from_the_cache(checkpoint, tmp_path, monkeypatch):
