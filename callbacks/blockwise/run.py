@@ -217,6 +217,7 @@ class PruningRun:
         if self._number + 1 != self.num_steps:
             raise RuntimeError(f"Stopped after {self._number + 1} of {self.num_steps} blocks; nothing was saved.")
         self.release()
+        self._finished.settle()
         held = self._rounds_held[-1]
         if self._rounds is not None:
             best = self._rounds.finish()

@@ -7,19 +7,20 @@ processes the first one writes, and all have to see the files.
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from safetensors import SafetensorError
+from torch import Tensor
 
 from callbacks.blockwise.placement import HOST_SHARE
 from callbacks.blockwise.settings import PruningSettings
 from callbacks.blockwise.update_rules import PerplexityRule
 from lightning_modules.base.prunable import PrunableModule
 from lightning_modules.parts.host_memory import free_memory
-from lightning_modules.parts.shards import digest_of_file
+from lightning_modules.parts.shards import digest_of_file, write_shard
 from lightning_modules.parts.streamed import StreamedBlocks
 from utilities.contract import data_of
 from utilities.distributed import Processes
@@ -40,26 +41,28 @@ class PrunedShards:
     def __init__(self, streamed: StreamedBlocks, directory: Path, processes: Processes) -> None:
         self._streamed, self._directory, self._processes = streamed, directory, processes
 
-    def write(self, number: int, block: str) -> dict[str, str]:
-        """Write a block that has been pruned, in the first process, and read it from there from now on, in all.
+    def writer(self, number: int, block: str) -> Callable[[], dict[str, str]]:
+        """Return what writes a block that has been pruned, to be called in the first process, in any thread.
 
         Args:
             number: Number of the step.
             block: Full name of the block.
 
         Returns:
-            What the record of the block has to hold.
+            A function that returns what the record of the block has to hold. It raises an OSError if the block cannot be
+            written, as on a full disk; shards that were written before are unchanged.
 
         Raises:
-            OSError: If it cannot be written, as on a full disk; shards that were written before are unchanged.
             RuntimeError: If processes hold different weights, or another one failed.
         """
         if self._processes.size > 1:
             self._processes.check_equal(self._streamed.checksum(block), block)
-        found = self._processes.first_of(lambda: self._write(number, block))
-        if self._processes.size > 1:
-            self._processes.together(lambda: self._streamed.replace(block, self._path(number), read=False))
-        return {SHARD: found}
+        tensors = self._processes.in_first(lambda: self._streamed.as_stored(block))
+        return lambda: {SHARD: self._write(number, tensors)}
+
+    def take(self, number: int, block: str) -> None:
+        """Read a block, in all processes, from where it has been written from now on."""
+        self._processes.together(lambda: self._streamed.replace(block, self._path(number), read=False))
 
     def restore(self, number: int, block: str) -> None:
         """Give a block the weights that an earlier run has written, now and from now on."""
@@ -79,10 +82,10 @@ class PrunedShards:
         if not path.is_file() or digest_of_file(path) != content.get(SHARD):
             raise ValueError(f"{path} is {'damaged: its SHA-256 is another' if path.is_file() else 'missing'}.")
 
-    def _write(self, number: int, block: str) -> str:
+    def _write(self, number: int, tensors: Mapping[str, Tensor]) -> str:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            return self._streamed.write(block, self._path(number))
+            return write_shard(self._path(number), tensors)
         except (OSError, SafetensorError) as error:  # safetensors raises its own on a full disk
             reason = getattr(error, "strerror", None) or error
             raise OSError(

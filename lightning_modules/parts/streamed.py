@@ -82,22 +82,16 @@ class StreamedBlocks:
         finally:
             parent._modules[name] = blocks
 
-    def write(self, name: str, path: Path) -> str:
-        """Write the present weights of a block, which has to be there, and read it from there from now on.
-
-        Returns:
-            SHA-256 of the file.
-        """
-        found = write_shard(path, self._conversion.revert(self._tensors(name)))
-        self._pruned[name] = path, self._tensors_in(Shards([path]))
-        return found
+    def as_stored(self, name: str) -> dict[str, Tensor]:
+        """Return the present tensors of a block, which has to be there, by their names in files, in host memory."""
+        return {full: tensor.to(HOST) for full, tensor in self._conversion.revert(self._tensors(name)).items()}
 
     def replace(self, name: str, path: Path, read: bool) -> None:
-        """Read a block from the file that `write` has written, here or in another process.
+        """Read a block from another file from now on.
 
         Args:
             name: Full name of the block.
-            path: The file.
+            path: The file, which holds what `as_stored` has returned.
             read: Whether it is read at once; if not, the block holds the same weights already.
         """
         self._pruned[name] = path, self._tensors_in(Shards([path]))

@@ -1,10 +1,12 @@
 """FinishedSteps: the steps that an earlier run or this one has finished, kept in a PruningState.
 
-Only the first process has the files; the others receive what they hold.
+Only the first process has the files; the others receive what they hold. The weights of a streamed block, and then its record,
+are written while the next block is pruned.
 """
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,6 +45,9 @@ class FinishedSteps:
         self._shards = shards
         self._state = None if directory is None else PruningState(directory, None if shards is None else shards.check)
         self._written = 0
+        self._writer = ThreadPoolExecutor(1, "shards")
+        self._in_flight: tuple[int, str, Future | None] | None = None
+        """Number and name of the block that is being written, and its writing, which the first process has."""
 
     def open(self, fingerprint: Fingerprint, total: int) -> None:
         """Find the steps that an earlier run has finished.
@@ -68,7 +73,7 @@ class FinishedSteps:
     def keep(
         self, number: int, weights: Mapping[str, Tensor], record: BlockRecord, solver: BlockSolver, seconds: float
     ) -> None:
-        """Write a block that this run has finished.
+        """Write a block that this run has finished; a streamed one after the block before, and not at once.
 
         Args:
             number: Number of the step over all rounds.
@@ -77,13 +82,39 @@ class FinishedSteps:
             solver: Solver that pruned it.
             seconds: Time that all steps so far took.
         """
-        written = {} if self._shards is None else self._shards.write(number, record.name)
-        if self._state is None:
+        self.settle()
+        if self._state is None and self._shards is None:
             return
         content = {"record": asdict(record), "calibration": self._processes.from_first(solver.calibration), "seconds": seconds}
-        content |= {"quotas": None if solver.quotas is None else solver.quotas.as_json()} | written
-        tensors = ({} if written else dict(weights)) | {RNG_STATE: torch.get_rng_state()}
-        self._processes.in_first(lambda: self._state.write(number, tensors, content))
+        content |= {"quotas": None if solver.quotas is None else solver.quotas.as_json()}
+        tensors = {RNG_STATE: torch.get_rng_state()}
+        if self._shards is None:
+            self._processes.in_first(lambda: self._state.write(number, dict(weights) | tensors, content))
+            self._written += 1
+            return
+        write = self._shards.writer(number, record.name)
+
+        def write_both() -> None:
+            written = write()
+            if self._state is not None:
+                self._state.write(number, tensors, content | written)
+
+        writing = self._writer.submit(write_both) if self._processes.is_first else None
+        self._in_flight = number, record.name, writing
+
+    def settle(self) -> None:
+        """Wait for the block that is being written, and read it from there from now on.
+
+        Raises:
+            OSError: If it could not be written, as on a full disk.
+            RuntimeError: If this happened in another process.
+        """
+        if self._in_flight is None:
+            return
+        number, name, writing = self._in_flight
+        self._in_flight = None
+        self._processes.in_first(lambda: writing.result())
+        self._shards.take(number, name)
         self._written += 1
 
     def restore(
@@ -121,11 +152,17 @@ class FinishedSteps:
 
     def remove(self) -> None:
         """Delete the files, once the run has ended well."""
+        self._writer.shutdown()
         if self._state is not None and self._processes.is_first:
             self._state.remove()
 
     def leave(self) -> None:
-        """Release the files for the next run, which continues after them."""
+        """Release the files for the next run, which continues after them, once the last block is written."""
+        writing = None if self._in_flight is None else self._in_flight[2]
+        if writing is not None and writing.exception() is None:
+            self._written += 1
+        self._in_flight = None
+        self._writer.shutdown()
         if self._state is None or not self._processes.is_first or not self._state.is_open:
             return
         self._state.close()

@@ -21,7 +21,7 @@ from datamodules import TextDataModule
 from lightning_modules import CausalLM
 from lightning_modules.parts.block_stream import BlockStream
 from lightning_modules.parts.load_streamed import check_stage
-from lightning_modules.parts.shards import Shards, find_shards
+from lightning_modules.parts.shards import Shards, find_shards, write_shard
 from lightning_modules.parts.streamed import StreamedBlocks
 from tests.helpers.launchers import Fault, go
 from tests.helpers.streamed_runs import SETTINGS, WholeRuns, assert_same, run_of, tensors_of
@@ -158,13 +158,13 @@ def test_hidden_states_that_are_too_large_go_to_files(split_model, text_file, tm
     model, spilt, files = split_model("llama"), [], []
     prune(model, text_file, tmp_path / "memory", False, **SETTINGS["joint"], allocation="owl")
     monkeypatch.setattr("callbacks.blockwise.placement.free_memory", lambda: 4 * 2 * 3 * 2 * 16 * 32 * 4 - 1)
-    original = StreamedBlocks.write
+    original = StreamedBlocks.as_stored
 
-    def looking(self, name, path):
+    def looking(self, name):
         spilt.append(len(list((tmp_path / "files" / ".pruned.partial" / "hidden").rglob("*.hidden"))))
-        return original(self, name, path)
+        return original(self, name)
 
-    monkeypatch.setattr(StreamedBlocks, "write", looking)
+    monkeypatch.setattr(StreamedBlocks, "as_stored", looking)
     prune(model, text_file, tmp_path / "files", True, **SETTINGS["joint"], allocation="owl")
     assert_same(tensors_of(tmp_path / "files" / "pruned"), tensors_of(tmp_path / "memory" / "pruned"))
     assert spilt == [6, 6, 6], "three batches, of the dense and of the pruned model"
@@ -177,15 +177,13 @@ class Broken(Exception):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_an_error_leaves_the_dense_model_and_no_temporary_file(resume, split_model, text_file, tmp_path, monkeypatch):
-    original = StreamedBlocks.write
-
-    def failing(self, name, path):
-        if name.endswith("1"):
+def test_an_error_while_a_block_is_written_leaves_the_dense_model(resume, split_model, text_file, tmp_path, monkeypatch):
+    def failing(path, tensors):
+        if path.name == "00001.safetensors":
             raise Broken
-        return original(self, name, path)
+        return write_shard(path, tensors)
 
-    monkeypatch.setattr(StreamedBlocks, "write", failing)
+    monkeypatch.setattr("callbacks.blockwise.streaming.write_shard", failing)
     module, model = CausalLM(split_model("llama"), stream=True), split_model("llama")
     callback = BlockwisePruning(sparsity=0.5, method="wanda", resume=resume, output_dir=str(tmp_path / "pruned"))
     with pytest.raises(Broken):

@@ -197,7 +197,7 @@ def test_outputs_that_follow_from_the_inputs(kind):
 def test_outputs_that_follow_from_the_inputs_have_no_norms_of_samples():
     weight, x = problem("independent", rows=3, columns=4, samples=2, tokens=5, seed=0)
     found = derived_outputs(weight, InputStatistics(4).update(x, 0))
-    with pytest.raises(ValueError, match=r"`activation_norm` expected to be rms where outputs are not measured but got 'official'"):
+    with pytest.raises(ValueError, match=r"`activation_norm` expected to be rms where .* but got 'official'"):
         found.activation_norm("official", 5.0)
     with pytest.raises(ValueError, match=r"holds 5 of 10 tokens, but a weight update needs all"):
         derived_outputs(weight, InputStatistics(4, gram_samples=1).update(x, 0))
