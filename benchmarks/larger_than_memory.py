@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -28,7 +29,7 @@ from benchmarks.quality import ENVIRONMENT, append, environment
 from callbacks import BlockwisePruning
 from datamodules.text import Windows
 from lightning_modules import CausalLM
-from lightning_modules.parts.shards import Shards, find_shards, write_index, write_shard
+from lightning_modules.parts.shards import Shards, find_shards, write_index
 from utilities.digest import digest
 
 SHAPES = {
@@ -64,7 +65,7 @@ def write_random(config: LlamaConfig, directory: Path) -> tuple[int, int]:
     files: dict[str, str] = {}
     for number, (block, parameters) in enumerate(parts.items()):
         file = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
-        write_shard(directory / file, {name: random_like(parameter) for name, parameter in parameters.items()})
+        save_file({name: random_like(parameter) for name, parameter in parameters.items()}, directory / file, {"format": "pt"})
         files |= dict.fromkeys(parameters, file)
         print(f"{file}: {block}", flush=True)
     size = sum(parameter.nbytes for parameter in model.parameters())
