@@ -148,11 +148,10 @@ def streaming() -> str:
         name = f"{row['shape']}, {row['blocks']} blocks, {row['dtype']}, {row['method']}, {row['samples']} x {row['seq_len']}"
         numbers = ("checkpoint_gib", "limit_gib", "peak_rss_gib", "in_memory_peak_rss_gib", "seconds", "in_memory_seconds")
         cells = [f"{float(row[number]):.{0 if 'seconds' in number else 2}f}" if row[number] else "" for number in numbers]
-        lines.append([name, *cells, {"True": "yes", "False": "no", "": ""}[row["same_weights"]]])
-    first = rows[0]
-    header = ["", "checkpoint, GiB", "limit", "peak", "peak, in memory", "s", "s, in memory", "same bits"]
-    versions = f"torch {first['torch']}, transformers {first['transformers']}, lightning {first['lightning']}"
-    return f"{table(header, lines)}\n\n{first['hardware']}, {first['threads']} threads, {versions}, seed 0."
+        where = f"{row['hardware']}, {row['threads']} thread{'s'[: row['threads'] != '1']}, torch {row['torch']}"
+        lines.append([name, *cells, {"True": "yes", "False": "no", "": ""}[row["same_weights"]], where])
+    header = ["", "checkpoint, GiB", "limit", "peak", "peak, in memory", "s", "s, in memory", "same bits", "measured on"]
+    return f"{table(header, lines)}\n\nHost memory; lightning {rows[0]['lightning']}, seed 0."
 
 
 TABLES = {"prune-speed": prune_speed, "joint-cost": joint_cost, "multi-gpu": multi_gpu, "graphs-scaling": graph_scaling}
