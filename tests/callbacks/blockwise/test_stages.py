@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
-from callbacks import BlockwisePruning
+from callbacks import BlockwisePruning, Score
 from callbacks.blockwise.block import BlockStep
 from callbacks.blockwise.calibration import CalibrationStream
 from callbacks.blockwise.stages import Trace, difference, leaving_after, stages_of, tracing, weights_in_place
@@ -275,6 +275,43 @@ def test_what_fits_is_run_once(room, tiny_model, text_file, tmp_path, monkeypatc
     assert dense_runs == (4 if room else 4 * 4)  # four batches, four stages
     own_runs = attentions.count(1) - dense_runs - 3  # two validations, and one that finds the stages
     assert own_runs == (4 * 2 if room else 4 * 5)
+
+
+@pytest.mark.parametrize(
+    "settings, runs",
+    [
+        ({"method": "d2_sparsegpt"}, 0),
+        ({"method": "sparsegpt"}, 0),
+        ({"method": "d2_sparsegpt", "score.activation_norm": "official"}, 4),
+        ({"method": "wanda", "solver": None, "stages": True}, 4),
+    ],
+    ids=str,
+)
+def test_linears_run_in_their_stage_only_if_their_outputs_are_measured(
+    settings, runs, tiny_model, text_file, tmp_path, monkeypatch
+):
+    """What scores need of gate's and up's outputs follows from their inputs: the masks are those of measured outputs."""
+    settings = {"sparsity": 0.5, "solver": "joint"} | settings
+    if settings.pop("score.activation_norm", None):
+        settings["score"] = Score(activation_norm="official")
+    seen, collect = [], BlockStep._collect
+
+    def counted(step, key, number):
+        gate = step._stream.block(step.index).mlp.gate_proj
+        handle = gate.register_forward_hook(lambda *_: seen.append((step.index, number)))
+        collect(step, key, number)
+        handle.remove()
+
+    monkeypatch.setattr(BlockStep, "_collect", counted)
+    monkeypatch.setattr(CalibrationStream, "has_room_for", lambda *_: True)
+    found, _ = prune(tiny_model("llama"), text_file, tmp_path / "derived", **settings)
+    dense = 4 if settings.get("solver") else 0  # runs of the dense model, all in the first stage
+    assert [seen.count((1, number)) for number in range(4)] == [dense, 0, runs, 4]
+    monkeypatch.setattr(BlockStep, "_derives_outputs", lambda *_: False)
+    measured, _ = prune(tiny_model("llama"), text_file, tmp_path / "measured", **settings)
+    for name, weight in measured.items():
+        if "layers.0." in name:  # rounding grows from block to block
+            assert ((weight != 0) == (found[name] != 0)).double().mean() > 0.98, name
 
 
 @pytest.mark.parametrize("settings", [{"target": 0.35, "stages": False}, {"target": "pruned", "stages": True}, {}], ids=str)
