@@ -59,6 +59,8 @@ class GraphDataModule(LightningDataModule, GraphData):
         labels_per_class: Number of training nodes of each class; null takes 20, or all that a public or geom-gcn split has. Of
             these splits, fewer are drawn; a .npz file has its own training nodes for 20, 40 and 60.
         num_val: Number of validation nodes; of no effect on splits that have them.
+        val_per_class: Number of validation nodes of each class, in place of `num_val`, which null takes; of split random
+            only.
         num_test: Number of test nodes; of no effect on splits that have them; -1 or null takes all that are left.
         fold: Number of the public or geom-gcn split, of several, from 0.
         edge_noise: Number of edges added at random between nodes that have none, as a share of the number of edges.
@@ -85,6 +87,7 @@ class GraphDataModule(LightningDataModule, GraphData):
         batch_size: int | None = None,
         fanout: list[int] | tuple[int, ...] = (10, 10),
         seed: int = 0,
+        val_per_class: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, hint in (
@@ -99,6 +102,12 @@ class GraphDataModule(LightningDataModule, GraphData):
         if labels_per_class is not None:
             check_integer("labels_per_class", labels_per_class, 1, "null takes 20, or what the split has")
         check_integer("num_val", num_val, 1, "choices need validation nodes")
+        if val_per_class is not None:
+            check_integer("val_per_class", val_per_class, 1, "null draws num_val of all classes alike")
+            if split != "random":
+                raise ValueError(
+                    f"Argument `val_per_class` expected split = random but `split` is {split!r}; leave it out, or use random."
+                )
         if num_test is not None and num_test != -1:
             check_integer("num_test", num_test, 1, "-1 takes all nodes that are left")
         check_integer("fold", fold, 0, "0 is the first split")
@@ -158,7 +167,14 @@ class GraphDataModule(LightningDataModule, GraphData):
         graph = self._load()
         num_test = None if options.num_test == -1 else options.num_test
         (train, val, test), self.split_name = split_nodes(
-            graph, options.split, options.labels_per_class, options.num_val, num_test, options.fold, options.seed
+            graph,
+            options.split,
+            options.labels_per_class,
+            options.num_val,
+            num_test,
+            options.fold,
+            options.seed,
+            options.val_per_class,
         )
         x, edge_index = graph.x, graph.edge_index
         normalize = options.row_normalize and graph.bag_of_words and bool((x >= 0).all())
