@@ -164,7 +164,8 @@ def _run(case: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, di
         sys.argv = before[1]
     module, callback = cli.model, next((c for c in cli.trainer.callbacks if isinstance(c, BlockwisePruning)), None)
     if callback is None:
-        metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items() if "accuracy" not in name}
+        found = cli.trainer.callback_metrics.items()
+        metrics = {name: float(value) for name, value in found if not name.endswith(("accuracy", "selection"))}
         return {}, {"trained": metrics}
     weights = {
         f"{block}.{name}": linear.weight.detach().clone()
