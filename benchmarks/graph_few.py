@@ -2,11 +2,12 @@
 
     python -m benchmarks.graph_few --data FOLDER --study choose     # candidates, on splits of their own
     python -m benchmarks.graph_few --data FOLDER                    # named methods, on fresh splits
+    python -m benchmarks.graph_few --data FOLDER --study unlike     # local views where neighbours differ
 
 Random balanced splits with 1, 3 or 5 labels a class, 30 validation nodes a class, all other nodes for the test. `choose` trains
 candidates on splits that the final study does not use, and prints their mean validation accuracy: that is what chooses. The
-final study trains what METHODS names, every method on the same splits, one seed each. Test nodes choose nothing; rows are
-appended and not run again.
+final study trains what METHODS names, every method on the same splits, one seed each. `unlike` takes the ten geom-gcn splits of
+graphs whose neighbours differ. Test nodes choose nothing; rows are appended and not run again.
 """
 
 import argparse
@@ -22,12 +23,23 @@ from benchmarks.graph_settings import DEFAULT
 KEYS = ("phase", "dataset", "labels", "method", "arguments", "seed", "data_seed")
 COLUMNS = (*KEYS, *EARLY, *FACTS)
 DATASETS, LABELS, VAL_PER_CLASS = ("Cora", "CiteSeer"), (3, 5), 30
+UNLIKE_DATASETS, FOLDS = ("texas", "cornell", "wisconsin"), 10
 CHOOSING_SEED, FIRST_SEED = 3000, 4000
 PREFIX = "csg2l, default: "
 NO_CONTRAST = {"contrast_weight": 0.0}
 JOINT = {"base": "joint", "mix": 1.0}
 KNN = {"view": "knn", "mix": 1.0}
 BALANCED = NO_CONTRAST | {"balanced": True, "alignment": 0.0, "clean": True, "confident": "mean"}
+MLP = {"local_view": "mlp"}
+UNLIKE: dict[str, dict[str, Any]] = {
+    "edges": {},
+    "mlp alone": MLP | NO_CONTRAST | {"fusion": "local", "pseudo_weight": 0.0},
+    "mlp, edges": MLP,
+    "mlp, edges, gate": MLP | {"fusion": "attention"},
+    "mlp, knn": MLP | KNN | NO_CONTRAST,
+    "mlp, knn, gate": MLP | KNN | NO_CONTRAST | {"fusion": "attention"},
+}
+"""Where neighbours differ: local view, other view."""
 DECOUPLED = BALANCED | {"encoder": "decoupled", "weight_decay": 2e-3}
 METHODS: dict[str, dict[str, Any]] = {
     "edges": {},
@@ -53,24 +65,23 @@ def main() -> None:
     """Run one of the studies and print what validation says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--study", choices=["final", "choose"], default="final")
+    parser.add_argument("--study", choices=["final", "choose", "unlike"], default="final")
     parser.add_argument("--out", type=Path, default=Path("results/csg2l_few.csv"))
-    parser.add_argument("--datasets", nargs="+", default=DATASETS)
+    parser.add_argument("--datasets", nargs="+", help="default those of the study")
     parser.add_argument("--labels", nargs="+", type=int, default=LABELS)
     parser.add_argument("--methods", nargs="+", help="default all")
     parser.add_argument("--seeds", type=int, default=20)
     options = parser.parse_args()
     options.stop_at = time.time() + options.seconds
     final = options.study == "final"
-    methods = METHODS if final else CANDIDATES
-    rows = tasks(
-        options.study,
-        sources(options.data),
-        {name: methods[name] for name in options.methods or methods},
-        options.datasets,
-        options.labels,
-        range(FIRST_SEED if final else CHOOSING_SEED, (FIRST_SEED if final else CHOOSING_SEED) + options.seeds),
-    )
+    methods = {"final": METHODS, "choose": CANDIDATES, "unlike": UNLIKE}[options.study]
+    methods = {name: methods[name] for name in options.methods or methods}
+    first, known = FIRST_SEED if final else CHOOSING_SEED, sources(options.data)
+    seeds = range(first, first + options.seeds)
+    if options.study == "unlike":
+        rows = folds(known, methods, options.datasets or UNLIKE_DATASETS)
+    else:
+        rows = tasks(options.study, known, methods, options.datasets or DATASETS, options.labels, seeds)
     run_missing(rows, options.out, KEYS, COLUMNS, options)
     for name, value in validated(options.out, options.study).items():
         print(f"{100 * value:.2f}  {name}")
@@ -87,6 +98,17 @@ def tasks(phase: str, known: dict, methods: dict[str, dict], datasets, labels, s
                     arguments = json.dumps(DEFAULT | changed)
                     row = (phase, dataset, count, PREFIX + name, arguments, seed, seed)
                     found.append((dict(zip(KEYS, row, strict=True)), known[dataset] | data))
+    return found
+
+
+def folds(known: dict, methods: dict[str, dict], datasets) -> list[tuple[dict, dict]]:
+    """Rows and data of the geom-gcn splits, fold by fold; `seed` is the fold, `labels` is empty."""
+    found = []
+    for fold in range(FOLDS):
+        for dataset in datasets:
+            for name, changed in methods.items():
+                row = ("unlike", dataset, "", PREFIX + name, json.dumps(DEFAULT | changed), fold, 0)
+                found.append((dict(zip(KEYS, row, strict=True)), known[dataset] | {"split": "geom-gcn", "fold": fold}))
     return found
 
 

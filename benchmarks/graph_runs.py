@@ -269,7 +269,7 @@ def run_missing(rows: list[tuple[dict, dict]], out: Path, keys: tuple[str, ...],
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that all studies of graphs have."""
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--data", type=Path, required=True, help="folder with Cora/, CiteSeer/ and npz/")
+    parser.add_argument("--data", type=Path, required=True, help="folder with Cora/, CiteSeer/, texas/ …, and npz/")
     parser.add_argument("--workers", type=int, default=max(os.cpu_count() or 2, 2) // (4 if on_gpu else 1), help="processes")
     parser.add_argument("--together", type=int, default=6 if on_gpu else 1, help="runs that take turns in a process")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so many seconds")
@@ -282,6 +282,7 @@ def sources(root: Path) -> dict[str, dict[str, Any]]:
     return {
         "Cora": {"source": "Cora", "root": str(root)},
         "CiteSeer": {"source": "CiteSeer", "root": str(root)},
+        **{name: {"source": name, "root": str(root)} for name in ("texas", "cornell", "wisconsin", "Actor")},
         **files,
         "digits": {"source": "digits", "num_val": 300, "num_test": 1000},
         "wine": {"source": "wine", "num_val": 30, "num_test": -1, "labels_per_class": 10},

@@ -71,9 +71,18 @@ def test_few_labels_have_the_same_splits_for_every_method(tmp_path):
     assert graph_few.validated(path, "choose") == {"joint": 0.6, "edges": 0.5}  # on the split that both have
 
 
-@pytest.mark.parametrize("name", {**graph_few.METHODS, **graph_few.CANDIDATES})
+def test_folds_where_neighbours_differ():
+    rows = graph_few.folds({"texas": {"source": "texas"}}, {"mlp": graph_few.MLP}, ["texas"])
+    assert [data["fold"] for _, data in rows] == list(range(10)) == [row["seed"] for row, _ in rows]
+    assert rows[3][1] == {"source": "texas", "split": "geom-gcn", "fold": 3}
+
+
+ALL = {**graph_few.METHODS, **graph_few.CANDIDATES, **graph_few.UNLIKE}
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_methods_of_few_labels_can_be_built(name):
-    flat = graph_settings.DEFAULT | {**graph_few.METHODS, **graph_few.CANDIDATES}[name]
+    flat = graph_settings.DEFAULT | ALL[name]
     CSG2L(**graph_settings.module_arguments("CSG2L", flat))
 
 
