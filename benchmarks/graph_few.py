@@ -37,6 +37,7 @@ UNLIKE: dict[str, dict[str, Any]] = {
     "mlp, edges": MLP,
     "mlp, edges, gate": MLP | {"fusion": "attention"},
     "mlp, knn": MLP | KNN | NO_CONTRAST,
+    "mlp, knn, gate, no pseudo-labels": MLP | KNN | NO_CONTRAST | {"fusion": "attention", "pseudo_weight": 0.0},
     "mlp, knn, gate": MLP | KNN | NO_CONTRAST | {"fusion": "attention"},
 }
 """Where neighbours differ: local view, other view."""
