@@ -37,7 +37,8 @@ IMAGES = {
     "data.num_calibration": 24, "data.num_heldout": 40, "data.batch_size": 12, "data.num_workers": 0,
 }  # fmt: skip
 GRAPH = {
-    "data.source": "karate", "data.split": "random", "data.labels_per_class": 2, "data.num_val": 8, "data.num_test": -1,
+    "data.source": "karate", "data.split": "random", "data.labels_per_class": 2, "data.val_per_class": "null",
+    "data.num_val": 8, "data.num_test": -1,
     "model.view": "SvdView", "model.view.rank": 6, "model.pseudo_labels": "PredictedLabels",
     "model.pseudo_labels.warmup_epochs": 4, "trainer.max_epochs": 8,
 }  # fmt: skip
