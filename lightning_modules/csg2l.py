@@ -8,6 +8,7 @@ are ours: functional/graph has them.
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
@@ -128,18 +129,19 @@ class CSG2L(NodeModule):
                 "Argument `encoder` = 'decoupled' propagates once, but `view` drop draws edges in each step. Use view svd or "
                 "knn, or encoder gcn."
             )
-        groups = {
-            "view": self.view,
-            "local_view": self.local_view,
-            "contrast": self.contrast,
-            "pseudo_labels": self.pseudo_labels,
-        }
+        groups = {name: getattr(self, name) for name in ("view", "local_view", "contrast", "pseudo_labels")}
         self.draws_edges, self.warmup_epochs = self.view.draws_edges, self.pseudo_labels.warmup_epochs
         self.save_hyperparameters(ignore=list(groups))
         self.save_hyperparameters({name: group.as_dict() for name, group in groups.items()})  # a checkpoint holds plain values
         self.alignment_share = 0.0
         self._clean: tuple[tuple, Tensor] | None = None
+        self._keeps = True
         self._operators: dict[str, tuple[Tensor, GlobalOperator]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Keep no pass of validation where it is that of averaged weights, which come and go without a trace."""
+        super().setup(stage)
+        self._keeps = not any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)
 
     def build(self, data: Data, num_classes: int) -> None:
         """Make encoder, heads, and the factors of the whole graph as buffers: moved, saved and resumed with the module."""
@@ -227,7 +229,7 @@ class CSG2L(NodeModule):
         """Return embeddings, the mean of the hidden layers of both views, and logits."""
         local, other = self.views(batch)
         logits = self.fused(local, other)
-        if not self.training and logits is not None:
+        if not self.training and logits is not None and self._keeps:
             self._clean = self._state_of(batch), logits.detach()  # validation's pass is the next step's teacher
         return (local[0] + other[0]) / 2, logits
 
@@ -267,8 +269,9 @@ class CSG2L(NodeModule):
         if captured or self._clean is None or self._clean[0] != self._state_of(batch):
             self.eval()
             with torch.no_grad():
-                self.encode(batch)
+                logits = self.encode(batch)[1]
             self.train()
+            return logits
         return self._clean[1]
 
     def _state_of(self, batch: Data) -> tuple:

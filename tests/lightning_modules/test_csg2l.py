@@ -177,6 +177,25 @@ def test_a_teacher_without_dropout_follows_the_weights():
     assert module.training
 
 
+def test_a_pass_with_averaged_weights_is_no_teacher(tmp_path):
+    """Validation has the average, training has its own weights: the teacher is that of training."""
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            module.eval()
+            with torch.no_grad():
+                fresh = module.fused(*module.views(batch))
+            module.train()
+            seen.append(torch.equal(module.taught_by(batch, fresh + 1, module.current_epoch), fresh))
+
+    labels = PredictedLabels(warmup_epochs=0, clean=True)
+    options = SMALL | {"contrast": Contrast(weight=0.0), "pseudo_labels": labels}
+    for averaged in ([], [AverageWeights(decay=0.5)]):
+        trained(CSG2L(**options), tmp_path, 4, callbacks=[*averaged, Watch()])
+    assert seen == [True] * 8
+
+
 def test_epochs_of_the_warm_up_are_not_chosen(tmp_path):
     """The best of the accuracies after it is kept, and early stopping sees the same."""
     seen = []
