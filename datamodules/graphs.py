@@ -59,8 +59,6 @@ class GraphDataModule(LightningDataModule, GraphData):
         labels_per_class: Number of training nodes of each class; null takes 20, or all that a public or geom-gcn split has. Of
             these splits, fewer are drawn; a .npz file has its own training nodes for 20, 40 and 60.
         num_val: Number of validation nodes; of no effect on splits that have them.
-        val_per_class: Number of validation nodes of each class, in place of `num_val`, which null takes; of split random
-            only.
         num_test: Number of test nodes; of no effect on splits that have them; -1 or null takes all that are left.
         fold: Number of the public or geom-gcn split, of several, from 0.
         edge_noise: Number of edges added at random between nodes that have none, as a share of the number of edges.
@@ -70,6 +68,8 @@ class GraphDataModule(LightningDataModule, GraphData):
         batch_size: Number of seeds a step, over all processes; null takes the whole graph as one batch.
         fanout: Number of neighbours drawn of each node, for each hop; -1 takes all. Of no effect without `batch_size`.
         seed: Seed of the split, the noise, the order of seeds and their neighbours.
+        val_per_class: Number of validation nodes of each class, in place of `num_val`, which null takes; of split random
+            only.
     """
 
     def __init__(
