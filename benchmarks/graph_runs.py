@@ -21,6 +21,8 @@ from benchmarks.graph_settings import class_of, module_arguments
 from benchmarks.quality import ENVIRONMENT, append, environment
 
 MEASURED = ("val", "test", "last_test", "epochs", "best_epoch", "seconds")
+EARLY = ("any_val", "any_test")
+"""Accuracies when validation may choose an epoch of the warm-up too; columns of csg2l_few.csv."""
 FACTS = (*MEASURED, "processes", *ENVIRONMENT, "torch_geometric")
 """Columns of every results file of graphs, after what tells rows apart."""
 MAX_EPOCHS, PATIENCE = 400, 80
@@ -32,8 +34,8 @@ class Run:
 
     The loop is the Trainer's for one whole-graph batch an epoch (tests/benchmarks/test_graph_runs.py holds them together),
     without its hooks. It ends PATIENCE epochs after the best validation accuracy, but not before pseudo-labels had as many.
-    Among equal validation accuracies the lower loss wins; without logits a linear probe measures every
-    PROBE_EVERY epochs.
+    Only epochs after the warm-up are chosen, since before it there are no pseudo-labels to judge. Among equal validation
+    accuracies the lower loss wins; without logits a linear probe measures every PROBE_EVERY epochs.
     """
 
     def __init__(self, method: str, arguments: dict[str, Any], data: dict[str, Any], seed: int, data_seed: int = 0) -> None:
@@ -60,7 +62,8 @@ class Run:
             self.history[self.epoch] = self.steps.evaluate()
             self.epoch += 1
             if self.epoch % 20 == 0:  # looked at seldom, since looking waits for the GPU
-                best = int(self.history[: self.epoch, 0].argmax())
+                first = min(self.steps.phases[-1], self.epoch - 1)
+                best = first + int(self.history[first : self.epoch, 0].argmax())
                 return self.epoch < min(max(best, self.steps.phases[-1]) + PATIENCE, MAX_EPOCHS)
         return self.epoch < MAX_EPOCHS
 
@@ -81,12 +84,15 @@ class Run:
         return self.epoch < PROBED_EPOCHS
 
     def result(self) -> dict[str, float]:
-        """Accuracies at the best validation epoch, and at the end."""
+        """Accuracies at the best validation epoch after the warm-up, at the end, and at the best of all (`any`)."""
         every = 1 if self.module.supervised else PROBE_EVERY
         with self.steps.on_stream():
             history = self.history[: self.epoch // every].tolist()
-        best = max(range(len(history)), key=lambda epoch: history[epoch][:2])
+        first = min(self.module.warmup_epochs // every, len(history) - 1)
+        best = max(range(first, len(history)), key=lambda epoch: history[epoch][:2])
         found = {"val": history[best][0], "test": history[best][2], "last_test": history[-1][2]}
+        earliest = max(history, key=lambda epoch: epoch[:2])
+        found |= {"any_val": earliest[0], "any_test": earliest[2]}
         return found | {"epochs": self.epoch, "best_epoch": (best + 1) * every, "seconds": time.perf_counter() - self.start}
 
 
@@ -253,8 +259,9 @@ def run_missing(rows: list[tuple[dict, dict]], out: Path, keys: tuple[str, ...],
     facts = environment() | {"processes": options.workers * options.together, "torch_geometric": torch_geometric.__version__}
 
     def write(row: dict) -> None:
-        append(out, {name: round(value, 4) if isinstance(value, float) and name in MEASURED else value
-                     for name, value in (row | facts).items()}, columns)  # fmt: skip
+        found = row | facts
+        append(out, {name: round(found[name], 4) if isinstance(found[name], float) and name in (*MEASURED, *EARLY) else
+                     found[name] for name in columns if name in found}, columns)  # fmt: skip
 
     run_all(missing, options.workers, write, options.stop_at, options.together)
 
@@ -262,7 +269,7 @@ def run_missing(rows: list[tuple[dict, dict]], out: Path, keys: tuple[str, ...],
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that all studies of graphs have."""
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--data", type=Path, required=True, help="folder with Cora/, CiteSeer/ and npz/")
+    parser.add_argument("--data", type=Path, required=True, help="folder with Cora/, CiteSeer/, texas/ …, and npz/")
     parser.add_argument("--workers", type=int, default=max(os.cpu_count() or 2, 2) // (4 if on_gpu else 1), help="processes")
     parser.add_argument("--together", type=int, default=6 if on_gpu else 1, help="runs that take turns in a process")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so many seconds")
@@ -275,6 +282,7 @@ def sources(root: Path) -> dict[str, dict[str, Any]]:
     return {
         "Cora": {"source": "Cora", "root": str(root)},
         "CiteSeer": {"source": "CiteSeer", "root": str(root)},
+        **{name: {"source": name, "root": str(root)} for name in ("texas", "cornell", "wisconsin", "Actor")},
         **files,
         "digits": {"source": "digits", "num_val": 300, "num_test": 1000},
         "wine": {"source": "wine", "num_val": 30, "num_test": -1, "labels_per_class": 10},

@@ -3,7 +3,8 @@
     python -m benchmarks.graph_scaling
 
 Ten edges a node. Each size runs in a process of its own, whose peak memory is that of nothing else. `contrast` is one value and
-gradient of the reweighted loss over `anchors` rows of S in blocks of 2048; `epoch` is one training step of CSG2L's default.
+gradient of the reweighted loss over `anchors` rows of S in blocks of 2048; `epoch` is one training step of CSG2L's default;
+`joint` finds 15 nearest neighbours by 128 features, joins them with the graph and factorises; `purified` is the other base.
 """
 
 import argparse
@@ -16,9 +17,10 @@ from pathlib import Path
 import torch
 from torch_geometric.data import Data
 
+from benchmarks.graph_runs import read
 from benchmarks.quality import ENVIRONMENT, append, environment
-from functional.graph import low_rank_factors, reweighted_info_nce
-from lightning_modules import CSG2L
+from functional.graph import low_rank_factors, purified_factors, reweighted_info_nce
+from lightning_modules import CSG2L, SvdView
 
 EDGES_A_NODE, FEATURES, CLASSES, DIMENSIONS, RANK = 10, 128, 10, 64, 100
 COLUMNS = ("what", "nodes", "edges", "anchors", "seconds", "more_peak_gib", "rank", "seed", "threads", *ENVIRONMENT)
@@ -29,18 +31,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, nargs="+", default=[1_000, 10_000, 30_000, 100_000])
     parser.add_argument("--all-anchors-up-to", type=int, default=30_000, help="nodes; above it 2048 anchors")
+    parser.add_argument("--what", nargs="+", choices=list(PARTS), default=list(PARTS), help="rows of other parts are kept")
     parser.add_argument("--out", type=Path, default=Path("results/csg2l_scaling.csv"))
     options = parser.parse_args()
     facts = environment() | {"rank": RANK, "seed": 0, "threads": torch.get_num_threads()}
     context = multiprocessing.get_context("spawn")
     unfinished = options.out.with_suffix(".unfinished.csv")
     unfinished.unlink(missing_ok=True)
+    for row in read(options.out):
+        if row["what"] not in options.what:
+            append(unfinished, row, COLUMNS)
     for nodes in options.nodes:
         anchors = nodes if nodes <= options.all_anchors_up_to else 2048
-        for what, function in {"factors": factors, "contrast": contrast, "epoch": epoch}.items():
+        for what in options.what:
             with context.Pool(1) as pool:
-                seconds, gib = pool.apply(measured, (function, nodes, anchors))
-            used = {"factors": "", "contrast": anchors, "epoch": 256}[what]
+                seconds, gib = pool.apply(measured, (PARTS[what], nodes, anchors))
+            used = {"contrast": anchors, "epoch": 256}.get(what, "")
             row = {"what": what, "nodes": nodes, "edges": nodes * EDGES_A_NODE, "anchors": used}
             row |= {"seconds": f"{seconds:.3g}", "more_peak_gib": f"{gib:.3g}"} | facts
             append(unfinished, row, COLUMNS)
@@ -112,6 +118,21 @@ def epoch(nodes: int, anchors: int) -> Callable[[], object]:
         optimizer.step()
 
     return step
+
+
+def joint(nodes: int, anchors: int) -> Callable[[], object]:
+    """Prepare the neighbours and the factors of base joint."""
+    data, view = graph(nodes), SvdView("joint", RANK)
+    return lambda: view.buffers(data)
+
+
+def purified(nodes: int, anchors: int) -> Callable[[], object]:
+    """Prepare the factors of base purified."""
+    edges = graph(nodes).edge_index
+    return lambda: purified_factors(edges, nodes, RANK)
+
+
+PARTS = {"factors": factors, "joint": joint, "purified": purified, "contrast": contrast, "epoch": epoch}
 
 
 if __name__ == "__main__":

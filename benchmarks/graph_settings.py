@@ -72,12 +72,16 @@ COMPARED = ("gcn", "gat", "appnp", "gcn, pseudo-labels", "appnp, pseudo-labels",
             "csg2l, default")  # fmt: skip
 """Methods of the comparison; the others are for the study of encoders."""
 
-SVD = {name: name for name in ("base", "rank", "mix", "diffusion_steps", "seed")}
+JOINT = ("neighbors", "neighbor_weight", "similarity")
+SVD = {name: name for name in ("base", "rank", "mix", "diffusion_steps", *JOINT, "seed")}
+KNN = {name: name for name in ("neighbors", "mix", "edge_weight", "similarity")}
 DROP = {"drop_edges": "edges", "drop_features": "features"}
 WEIGHED = {"contrast_weight": "weight"} | {
     name: name for name in ("form", "beta", "reweight", "temperature", "intra_view", "head_channels", "anchors")
 }
-PREDICTED = {"pseudo_weight": "weight"} | {name: name for name in ("alignment", "confident", "warmup_epochs")}
+PREDICTED = {"pseudo_weight": "weight"} | {
+    name: name for name in ("alignment", "confident", "warmup_epochs", "balanced", "clean")
+}
 CLUSTERED = {"confident": "confident", "warmup_epochs": "warmup_epochs", "cluster_every": "every", "seed": "seed"}
 """Names in a flat configuration -> names in the group of CSG2L that they belong to."""
 
@@ -105,15 +109,17 @@ def module_arguments(name: str, flat: dict[str, Any]) -> dict[str, Any]:
     """
     if name != "CSG2L":
         return flat
-    from lightning_modules.parts.csg2l_settings import ClusteredLabels, Contrast, DropView, PredictedLabels, SvdView
+    from lightning_modules.parts.csg2l_settings import ClusteredLabels, Contrast, PredictedLabels
+    from lightning_modules.parts.csg2l_views import DropView, KnnView, SvdView
 
     def group(names: dict[str, str]) -> dict[str, Any]:
         return {new: flat[old] for old, new in names.items() if old in flat}
 
-    view = DropView(**group(DROP)) if flat.get("view") == "drop" else SvdView(**group(SVD))
+    kind, names = {"drop": (DropView, DROP), "knn": (KnnView, KNN)}.get(flat.get("view", "svd"), (SvdView, SVD))
+    view = kind(**group(names))
     contrast = Contrast(weight=0.0) if flat.get("contrast_weight") == 0 else Contrast(**group(WEIGHED))
     supervised = flat.get("supervised", True)
     labels = PredictedLabels(**group(PREDICTED)) if supervised else ClusteredLabels(**group(CLUSTERED))
-    grouped = {*SVD, *DROP, *WEIGHED, *PREDICTED, *CLUSTERED, "view"}
+    grouped = {*SVD, *KNN, *DROP, *WEIGHED, *PREDICTED, *CLUSTERED, "view"}
     plain = {key: value for key, value in flat.items() if key not in grouped}
     return plain | {"view": view, "contrast": contrast, "pseudo_labels": labels}

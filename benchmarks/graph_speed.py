@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from benchmarks.quality import ENVIRONMENT, environment
 from datamodules import GraphDataModule
 from functional.graph import low_rank_factors, normalized_adjacency
-from lightning_modules import CSG2L, NodeClassifier
+from lightning_modules import CSG2L, Contrast, NodeClassifier, SvdView
 
 COLUMNS = ("what", "setting", "value", "unit", "threads", *ENVIRONMENT, "torch_geometric")
 
@@ -98,6 +98,10 @@ def main() -> None:
             times[name] = epoch_ms(make(hidden_channels=width), data, options.epochs)
             row(f"epoch on Cora, {name}", f"width {width}", times[name], "ms")
         row("epoch of csg2l / epoch of gcn", f"width {width}", times["csg2l, gcn"] / times["gcn"], "")
+        decoupled = CSG2L("decoupled", hidden_channels=width, view=SvdView("joint", mix=1.0), contrast=Contrast(weight=0.0))
+        took = epoch_ms(decoupled, data, options.epochs)
+        row("epoch on Cora, csg2l, decoupled", f"width {width}", took, "ms")
+        row("epoch of csg2l, gcn / epoch of csg2l, decoupled", f"width {width}", times["csg2l, gcn"] / took, "")
     facts = {**environment(), "threads": torch.get_num_threads(), "torch_geometric": torch_geometric.__version__}
     with options.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -105,8 +105,11 @@ def graph_scaling() -> str:
     lines = [[row["what"], *(f"{int(row[name]):,}" if row[name] else "" for name in ("nodes", "edges", "anchors")),
               row["seconds"], row["more_peak_gib"]] for row in rows]  # fmt: skip
     first = rows[0]
+    other = sorted({row["what"] for row in rows if row["threads"] != first["threads"]})
+    fewer = f" ({' and '.join(other)}: one, on a machine that other work shared)" * bool(other)
     note = (
-        f"{first['hardware']}, {first['threads']} threads, rank {first['rank']}, torch {first['torch']}, seed {first['seed']}."
+        f"{first['hardware']}, {first['threads']} threads{fewer}, rank {first['rank']}, torch {first['torch']}, "
+        f"seed {first['seed']}."
     )
     return f"{table(['', 'nodes', 'edges', 'anchors', 's', 'GiB more'], lines)}\n\n{note}"
 

@@ -11,7 +11,14 @@ SPLIT_STREAM = 0
 
 
 def split_nodes(
-    graph: Graph, split: str, labels_per_class: int | None, num_val: int, num_test: int | None, fold: int, seed: int
+    graph: Graph,
+    split: str,
+    labels_per_class: int | None,
+    num_val: int,
+    num_test: int | None,
+    fold: int,
+    seed: int,
+    val_per_class: int | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], str]:
     """Return masks (N,) of training, validation and test nodes, disjoint, and a name for the split.
 
@@ -23,6 +30,7 @@ def split_nodes(
         num_test: Number of test nodes, where they are drawn; None takes the rest.
         fold: Number of the split, of several, from 0.
         seed: Seed of what is drawn.
+        val_per_class: Number of validation nodes of each class, in place of `num_val`; of split random only.
 
     Raises:
         ValueError: If the graph has no such split, or too few nodes for it.
@@ -33,6 +41,10 @@ def split_nodes(
         count = 20 if labels_per_class is None else labels_per_class
         train, val, test = _subsample(graph, labelled, count, "", rng), None, None
         name = f"random, {count} labels a class"
+        if val_per_class is not None:
+            val = _subsample(graph, labelled & ~train, val_per_class, " that are not for training", rng, "val_per_class")
+            test = _draw(graph, labelled & ~train & ~val, {"num_test": num_test}, rng)["num_test"]
+            name += f", {val_per_class} for validation"
     else:
         (train, val, test), count, name = _stored_split(graph, split, labels_per_class, fold)
         if count is not None:
@@ -78,7 +90,9 @@ def _stored_split(graph: Graph, split: str, labels_per_class: int | None, fold: 
     return tuple(mask if mask is None else mask.bool() for mask in picked), cut, name
 
 
-def _subsample(graph: Graph, pool: Tensor, count: int, what: str, rng: np.random.Generator) -> Tensor:
+def _subsample(
+    graph: Graph, pool: Tensor, count: int, what: str, rng: np.random.Generator, argument: str = "labels_per_class"
+) -> Tensor:
     """Draw `count` nodes of each class from a pool, as a mask (N,)."""
     chosen = []
     for label in range(graph.num_classes):
@@ -86,7 +100,7 @@ def _subsample(graph: Graph, pool: Tensor, count: int, what: str, rng: np.random
         if len(members) < count:
             hint = "lower it" if len(members) else "no value suits: use another split or relabel the classes without gaps"
             raise ValueError(
-                f"Argument `labels_per_class` expected to be at most {len(members)}, the number of nodes of class "
+                f"Argument `{argument}` expected to be at most {len(members)}, the number of nodes of class "
                 f"{graph.class_name(label)} of {graph.name}{what}, but got {count}; {hint}."
             )
         chosen.append(rng.permutation(members)[:count])

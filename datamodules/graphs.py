@@ -68,6 +68,8 @@ class GraphDataModule(LightningDataModule, GraphData):
         batch_size: Number of seeds a step, over all processes; null takes the whole graph as one batch.
         fanout: Number of neighbours drawn of each node, for each hop; -1 takes all. Of no effect without `batch_size`.
         seed: Seed of the split, the noise, the order of seeds and their neighbours.
+        val_per_class: Number of validation nodes of each class, in place of `num_val`, which null takes; of split random
+            only.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class GraphDataModule(LightningDataModule, GraphData):
         batch_size: int | None = None,
         fanout: list[int] | tuple[int, ...] = (10, 10),
         seed: int = 0,
+        val_per_class: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, hint in (
@@ -99,6 +102,12 @@ class GraphDataModule(LightningDataModule, GraphData):
         if labels_per_class is not None:
             check_integer("labels_per_class", labels_per_class, 1, "null takes 20, or what the split has")
         check_integer("num_val", num_val, 1, "choices need validation nodes")
+        if val_per_class is not None:
+            check_integer("val_per_class", val_per_class, 1, "null draws num_val of all classes alike")
+            if split != "random":
+                raise ValueError(
+                    f"Argument `val_per_class` expected split = random but `split` is {split!r}; leave it out, or use random."
+                )
         if num_test is not None and num_test != -1:
             check_integer("num_test", num_test, 1, "-1 takes all nodes that are left")
         check_integer("fold", fold, 0, "0 is the first split")
@@ -158,7 +167,14 @@ class GraphDataModule(LightningDataModule, GraphData):
         graph = self._load()
         num_test = None if options.num_test == -1 else options.num_test
         (train, val, test), self.split_name = split_nodes(
-            graph, options.split, options.labels_per_class, options.num_val, num_test, options.fold, options.seed
+            graph,
+            options.split,
+            options.labels_per_class,
+            options.num_val,
+            num_test,
+            options.fold,
+            options.seed,
+            options.val_per_class,
         )
         x, edge_index = graph.x, graph.edge_index
         normalize = options.row_normalize and graph.bag_of_words and bool((x >= 0).all())

@@ -11,13 +11,17 @@ _HOME = {
     "ClusteredLabels": "parts.csg2l_settings",
     "Contrast": "parts.csg2l_settings",
     "DGI": "graph_baselines",
-    "DropView": "parts.csg2l_settings",
+    "DropView": "parts.csg2l_views",
+    "EdgesView": "parts.csg2l_views",
     "GRACE": "graph_baselines",
     "ImageClassifier": "image_classifier",
+    "KnnView": "parts.csg2l_views",
+    "MlpView": "parts.csg2l_views",
     "NodeClassifier": "graph_baselines",
     "PredictedLabels": "parts.csg2l_settings",
     "PrunableModule": "base.prunable",
-    "SvdView": "parts.csg2l_settings",
+    "PurifiedView": "parts.csg2l_views",
+    "SvdView": "parts.csg2l_views",
 }
 __all__ = sorted(_HOME)
 

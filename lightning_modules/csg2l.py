@@ -8,13 +8,15 @@ are ours: functional/graph has them.
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from functional.graph import (
-    Factors,
     alignment_share,
+    balanced_logits,
     cluster,
+    confident_above_mean,
     confident_share,
     pair_weights,
     pseudo_labels,
@@ -24,15 +26,14 @@ from lightning_modules.base.node import NodeModule
 from lightning_modules.parts.csg2l_settings import (
     ClusteredLabels,
     Contrast,
-    DropView,
     PredictedLabels,
     PseudoLabels,
     PseudoLabelsName,
-    SvdView,
-    View,
-    ViewName,
+    pseudo_labels_of,
 )
-from lightning_modules.parts.graph_encoders import GlobalOperator, GraphEncoder
+from lightning_modules.parts.csg2l_views import DropView, LocalView, LocalViewName, SvdView, View, ViewName
+from lightning_modules.parts.graph_encoders import GraphEncoder
+from lightning_modules.parts.graph_operators import GlobalOperator
 from utilities.checks import check_integer, check_one_of, check_share
 from utilities.choice import chosen
 
@@ -67,12 +68,16 @@ class CSG2L(NodeModule):
     """Semi-supervised or self-supervised graph contrastive learning, on any encoder.
 
     Args:
-        encoder: gcn, gat, graphsage, gin, appnp, sgc, pna, edgecnn, or the path of a class.
+        encoder: gcn, gat, graphsage, gin, appnp, sgc, pna, edgecnn, decoupled (features propagated once, then an MLP), or the
+            path of a class.
         hidden_channels: Width of the hidden layer, where the views are contrasted.
         num_layers: Number of layers of the encoder.
         dropout: Share of the features and of the hidden layer that is dropped.
         encoder_args: Further arguments of the encoder.
-        view: What the local view is contrasted with: svd (the default) or drop, or a class with settings: SvdView, DropView.
+        view: What the local view is contrasted with: svd (the default), knn or drop, or a class with settings: SvdView,
+            KnnView, DropView.
+        local_view: What the local view propagates by: edges (the default), purified or mlp (no edges), or a class with
+            settings: EdgesView, PurifiedView, MlpView.
         fusion: How the logits of both views become one: mean, local, concat, attention (a gate a node). With logits only.
         contrast: Settings of the contrast of both views.
         pseudo_labels: Where labels of unlabelled nodes come from: predicted (the default) or, without supervision, clustered;
@@ -93,6 +98,7 @@ class CSG2L(NodeModule):
         dropout: float = 0.5,
         encoder_args: dict[str, Any] | None = None,
         view: ViewName | View = "svd",
+        local_view: LocalViewName | LocalView = "edges",
         fusion: Fusion = "mean",
         contrast: Contrast | None = None,
         pseudo_labels: PseudoLabelsName | PseudoLabels | None = None,
@@ -106,7 +112,8 @@ class CSG2L(NodeModule):
         check_share("dropout", dropout)
         check_one_of("fusion", fusion, get_args(Fusion))
         self.supervised, self.view, self.contrast = supervised, chosen("view", view, View), contrast or Contrast()
-        self.pseudo_labels = _pseudo_labels_of(pseudo_labels, supervised)
+        self.local_view = chosen("local_view", local_view, LocalView)
+        self.pseudo_labels = pseudo_labels_of(pseudo_labels, supervised)
         if not supervised and fusion != "mean":
             raise ValueError(
                 f"Argument `fusion` = {fusion!r} joins the logits of both views, but with `supervised` = False there are none. "
@@ -117,12 +124,24 @@ class CSG2L(NodeModule):
                 "Argument `contrast.weight` expected to be above 0 with `supervised` = False but got 0: nothing is left to "
                 "learn from. Raise it."
             )
-        groups = {"view": self.view, "contrast": self.contrast, "pseudo_labels": self.pseudo_labels}
+        if encoder.lower() == "decoupled" and isinstance(self.view, DropView):
+            raise ValueError(
+                "Argument `encoder` = 'decoupled' propagates once, but `view` drop draws edges in each step. Use view svd or "
+                "knn, or encoder gcn."
+            )
+        groups = {name: getattr(self, name) for name in ("view", "local_view", "contrast", "pseudo_labels")}
         self.draws_edges, self.warmup_epochs = self.view.draws_edges, self.pseudo_labels.warmup_epochs
         self.save_hyperparameters(ignore=list(groups))
         self.save_hyperparameters({name: group.as_dict() for name, group in groups.items()})  # a checkpoint holds plain values
         self.alignment_share = 0.0
-        self._operator: tuple[Tensor, GlobalOperator] | None = None
+        self._clean: tuple[tuple, Tensor] | None = None
+        self._keeps = True
+        self._operators: dict[str, tuple[Tensor, GlobalOperator]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Keep no pass of validation where it is that of averaged weights, which come and go without a trace."""
+        super().setup(stage)
+        self._keeps = not any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)
 
     def build(self, data: Data, num_classes: int) -> None:
         """Make encoder, heads, and the factors of the whole graph as buffers: moved, saved and resumed with the module."""
@@ -147,28 +166,48 @@ class CSG2L(NodeModule):
             self.head = nn.Sequential(nn.Linear(width, projected), nn.ELU(), nn.Linear(projected, projected))
         if not self.contrast.weight:
             self.head.requires_grad_(False)  # several processes would wait for its gradients
-        if isinstance(self.view, SvdView):
-            for name, value in self.view.factors(data)._asdict().items():
-                self.register_buffer(f"factor_{name}", value)
+        for prefix, view in self._views.items():
+            for name, value in view.buffers(data).items():
+                self.register_buffer(prefix + name, value)
+        if self.encoder.decoupled:
+            local = self.operator(data, "local_") or GlobalOperator(data.edge_index, data.num_nodes)
+            self.prepare(data, [local, self.operator(data)])
+            self._operators.clear()
         if isinstance(self.pseudo_labels, PredictedLabels):
             self.alignment_share = alignment_share(self.pseudo_labels.alignment, int(data.train_mask.sum()), num_classes)
         self.register_buffer("clusters", torch.full((data.num_nodes,), -1, dtype=torch.long))
         self.register_buffer("closeness", torch.zeros(data.num_nodes))
 
-    def operator(self, batch: Data) -> GlobalOperator:
-        """Return the global view's propagation on a batch; kept for the next step on the same graph."""
-        if self._operator is None or self._operator[0] is not batch.edge_index:
+    @property
+    def _views(self) -> dict[str, View | LocalView]:
+        """Both views, by the prefix of their buffers."""
+        return {"": self.view, "local_": self.local_view}
+
+    def operator(self, batch: Data, prefix: str = "") -> GlobalOperator | None:
+        """Return the propagation of the global view, or with prefix local_ of the local one, on a batch.
+
+        It is kept for the next step on the same graph. None for a local view by the encoder's own layers.
+        """
+        known = self._operators.get(prefix)
+        if known is None or known[0] is not batch.edge_index:
+            view = self._views[prefix]
+            names = [name for name, _ in self.named_buffers(recurse=False) if name.startswith(prefix)]
+            buffers = {name.removeprefix(prefix): getattr(self, name) for name in names}
             with torch.inference_mode(False):  # training uses what validation may have made
-                u, s, v = self.factor_u, self.factor_s, self.factor_v
-                factors = Factors(u[batch.node_ids], s, v[batch.node_ids])
-                operator = GlobalOperator(batch.edge_index, batch.num_nodes, factors, self.view.mix)
-            self._operator = batch.edge_index, operator
-        return self._operator[1]
+                operator = view.operator(batch, buffers)
+            if operator is None:
+                return self.local_operator(batch)
+            known = self._operators[prefix] = batch.edge_index, operator
+        return known[1]
 
     def views(self, batch: Data) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Compute hidden layer (N, H) and logits (N, C) of the local and of the other view."""
+        if self.encoder.decoupled:  # both in one pass
+            hidden, logits = self.encoder(torch.cat([self.prepared(batch, 0), self.prepared(batch, 1)]), batch.edge_index)
+            first, second = (hidden.chunk(2), (None, None) if logits is None else logits.chunk(2))
+            return (first[0], second[0]), (first[1], second[1])
         x = self.features(batch)
-        local = self.encoder(x, batch.edge_index, self.local_operator(batch))
+        local = self.encoder(x, batch.edge_index, self.operator(batch, "local_"))
         if not isinstance(self.view, DropView):
             return local, self.encoder(x, batch.edge_index, self.operator(batch))
         return local, self.encoder(*self.view.draw(x, batch.edge_index)) if self.training else local
@@ -189,7 +228,10 @@ class CSG2L(NodeModule):
     def encode(self, batch: Data) -> tuple[Tensor, Tensor | None]:
         """Return embeddings, the mean of the hidden layers of both views, and logits."""
         local, other = self.views(batch)
-        return (local[0] + other[0]) / 2, self.fused(local, other)
+        logits = self.fused(local, other)
+        if not self.training and logits is not None and self._keeps:
+            self._clean = self._state_of(batch), logits.detach()  # validation's pass is the next step's teacher
+        return (local[0] + other[0]) / 2, logits
 
     @property
     def needs_labels(self) -> bool:
@@ -201,7 +243,7 @@ class CSG2L(NodeModule):
         found: dict[str, Tensor] = {}
         local, other = self.views(batch)
         logits, loss = self.fused(local, other), 0.0
-        labels, confident = self.trusted(batch, logits, epoch)
+        labels, confident = self.trusted(batch, self.taught_by(batch, logits, epoch), epoch)
         if logits is not None:
             found["cross_entropy"] = loss = self.cross_entropy(batch, logits, batch.y, batch.train_mask)
         if self.contrast.weight:
@@ -209,12 +251,32 @@ class CSG2L(NodeModule):
             loss = loss + self.contrast.weight * found["contrast"]
         if isinstance(self.pseudo_labels, PredictedLabels) and self.pseudo_labels.weight and labels is not None:
             taught = confident & ~batch.train_mask
-            pseudo = sum(self.cross_entropy(batch, view[1], labels, taught) for view in (local, other)) / 2
+            given = [view[1] for view in (local, other)]
+            if self.pseudo_labels.balanced:
+                given = [balanced_logits(values, labels, taught) for values in given]
+            pseudo = sum(self.cross_entropy(batch, values, labels, taught) for values in given) / 2
             found["pseudo_cross_entropy"] = pseudo
             loss = loss + self.pseudo_labels.weight * pseudo
         if confident is not None:
             found["confident_share"] = confident.float().mean()
         return found | {"loss": loss}
+
+    def taught_by(self, batch: Data, logits: Tensor | None, epoch: int) -> Tensor | None:
+        """Return the logits (N, C) that pseudo-labels are made of: the fused ones, or those of a pass without dropout."""
+        if logits is None or epoch < self.warmup_epochs or not self.pseudo_labels.clean or not self.training:
+            return logits
+        captured = batch.x.is_cuda and torch.cuda.is_current_stream_capturing()  # a CUDA graph needs the pass within itself
+        if captured or self._clean is None or self._clean[0] != self._state_of(batch):
+            self.eval()
+            with torch.no_grad():
+                logits = self.encode(batch)[1]
+            self.train()
+            return logits
+        return self._clean[1]
+
+    def _state_of(self, batch: Data) -> tuple:
+        """Tell two passes without dropout apart: by the nodes, and by the updates of the parameters since."""
+        return id(batch.edge_index), tuple(parameter._version for parameter in self.parameters())
 
     def contrastive_loss(self, local: Tensor, other: Tensor, labels: Tensor | None, confident: Tensor | None) -> Tensor:
         """Compute the reweighted InfoNCE between the projected hidden layers."""
@@ -260,6 +322,8 @@ class CSG2L(NodeModule):
         else:
             labels, confidence = self.clusters[batch.node_ids], self.closeness[batch.node_ids]
             classes = self.num_classes
+        if self.pseudo_labels.confident == "mean":
+            return labels, confident_above_mean(confidence, batch.train_mask)
         return labels, confident_share(confidence, labels, self.pseudo_labels.confident, classes)
 
     def on_train_epoch_start(self) -> None:
@@ -278,20 +342,7 @@ class CSG2L(NodeModule):
         self.closeness.copy_(closeness)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Forget the operator, since other factors are loaded next."""
+        """Forget the operators, since other factors are loaded next."""
         super().on_load_checkpoint(checkpoint)
-        self._operator = None
-
-
-def _pseudo_labels_of(given: PseudoLabelsName | PseudoLabels | None, supervised: bool) -> PseudoLabels:
-    """Choose the pseudo-labels, by default those that supervision allows; refuse those that it does not."""
-    if given is None:
-        return PredictedLabels() if supervised else ClusteredLabels()
-    found = chosen("pseudo_labels", given, PseudoLabels)
-    if isinstance(found, PredictedLabels) != supervised:
-        name, other = ("predicted", "True") if supervised else ("clustered", "False")
-        raise ValueError(
-            f"Argument `pseudo_labels` expected {name} with `supervised` = {other} but got {found.short}. Leave it out, or set "
-            f"supervised to {not supervised}."
-        )
-    return found
+        self._operators.clear()
+        self._clean = None

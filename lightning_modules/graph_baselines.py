@@ -11,6 +11,7 @@ from torch_geometric.utils import dropout_edge
 from functional.graph import alignment_share, confident_share, pseudo_labels, reweighted_info_nce
 from lightning_modules.base.node import NodeModule
 from lightning_modules.parts.graph_encoders import GraphEncoder, drop_columns
+from lightning_modules.parts.graph_operators import GlobalOperator
 
 
 class _Encoded(NodeModule):
@@ -31,6 +32,13 @@ class _Encoded(NodeModule):
             options.dropout,
             options.encoder_args,
         )
+        if self.encoder.decoupled:
+            if not self.supervised:
+                raise ValueError(
+                    f"Argument `encoder` of {type(self).__name__} expected one that propagates in each step but got "
+                    "'decoupled'. Use gcn."
+                )
+            self.prepare(data, [GlobalOperator(data.edge_index, data.num_nodes)])
 
     def encode(self, batch: Data) -> tuple[Tensor, Tensor | None]:
         """Return hidden layer and logits."""
@@ -72,7 +80,7 @@ class NodeClassifier(_Encoded):
     ) -> None:
         super().__init__(learning_rate, weight_decay)
         self.save_hyperparameters()
-        self.warmup_epochs = warmup_epochs
+        self.warmup_epochs = warmup_epochs if pseudo_weight else 0
         self.alignment_share = 0.0
 
     def build(self, data: Data, num_classes: int) -> None:

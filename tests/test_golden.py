@@ -37,7 +37,8 @@ IMAGES = {
     "data.num_calibration": 24, "data.num_heldout": 40, "data.batch_size": 12, "data.num_workers": 0,
 }  # fmt: skip
 GRAPH = {
-    "data.source": "karate", "data.split": "random", "data.labels_per_class": 2, "data.num_val": 8, "data.num_test": -1,
+    "data.source": "karate", "data.split": "random", "data.labels_per_class": 2, "data.val_per_class": "null",
+    "data.num_val": 8, "data.num_test": -1,
     "model.view": "SvdView", "model.view.rank": 6, "model.pseudo_labels": "PredictedLabels",
     "model.pseudo_labels.warmup_epochs": 4, "trainer.max_epochs": 8,
 }  # fmt: skip
@@ -166,7 +167,8 @@ def _run(case: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, di
         sys.argv = before[1]
     module, callback = cli.model, next((c for c in cli.trainer.callbacks if isinstance(c, BlockwisePruning)), None)
     if callback is None:
-        metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items() if "accuracy" not in name}
+        found = cli.trainer.callback_metrics.items()
+        metrics = {name: float(value) for name, value in found if not name.endswith(("accuracy", "selection"))}
         return {}, {"trained": metrics}
     weights = {
         f"{block}.{name}": linear.weight.detach().clone()

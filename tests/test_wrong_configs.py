@@ -283,7 +283,7 @@ GRAPHS = [
             ("num_layers", "1", "`num_layers` expected to be an integer of at least 2 but got 1"),
             ("learning_rate", "-1", "`learning_rate` expected to be at least 0 and finite but got -1"),
             ("weight_decay", ".nan", "`weight_decay` expected to be at least 0 and finite but got nan"),
-            ("view", "svg", "`model.view` expected one of svd, drop or the path of a class but got 'svg'"),
+            ("view", "svg", "`model.view` expected one of svd, knn, drop or the path of a class but got 'svg'"),
             ("supervised", "maybe", "`model.supervised` expected true or false but got 'maybe'"),
             ("encoder", "gcnn", "`encoder` expected to be one of gcn, gat.* or a class's path, but got 'gcnn'"),
             ("encoder", "torch.nn.No", "`encoder` expected to be one of gcn, gat.* but got 'torch.nn.No'.*no attribute 'No'"),

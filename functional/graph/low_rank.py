@@ -27,7 +27,9 @@ class Factors(NamedTuple):
     v: Tensor
 
 
-def normalized_adjacency(edge_index: Tensor, num_nodes: int, regularization: float | None = None) -> Tensor:
+def normalized_adjacency(
+    edge_index: Tensor, num_nodes: int, regularization: float | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Make the symmetrically normalised adjacency matrix, sparse CSR (N, N) in float64.
 
     Args:
@@ -35,23 +37,27 @@ def normalized_adjacency(edge_index: Tensor, num_nodes: int, regularization: flo
         num_nodes: N.
         regularization: Kind of matrix: None for Ã = D̃^-½ (A + I) D̃^-½ with D̃ = D + I. A number τ for D_τ^-½ A D_τ^-½ with
             D_τ = D + τ·d̄·I, d̄ the mean degree. D counts the edges that arrive at a node. A row or column of degree 0 is zero.
+        weights: (E,) weights of the edges, at least 0, which are then summed in place of counted; None for ones.
 
     Raises:
         ValueError: If an edge names a node outside [0, N), or τ is negative.
     """
-    if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < num_nodes:
-        raise ValueError(f"Argument `edge_index` expected to name nodes in [0, {num_nodes}) but got {int(edge_index.max())}.")
+    check_nodes(edge_index, num_nodes)
     if regularization is not None and regularization < 0:
         raise ValueError(f"Argument `regularization` expected to be at least 0 but got {regularization}.")
-    source, target = edge_index[:, edge_index[0] != edge_index[1]]
-    degree = torch.bincount(target, minlength=num_nodes).double()
+    if weights is None:
+        weights = torch.ones(edge_index.shape[1], dtype=torch.float64, device=edge_index.device)
+    others = edge_index[0] != edge_index[1]
+    (source, target), weights = edge_index[:, others], weights[others].double()
+    degree = torch.bincount(target, weights, minlength=num_nodes).double()
     if regularization is None:
         loops = torch.arange(num_nodes, device=edge_index.device)
         source, target, degree = torch.cat([source, loops]), torch.cat([target, loops]), degree + 1
+        weights = torch.cat([weights, weights.new_ones(num_nodes)])
     else:
         degree = degree + regularization * degree.mean()
     scale = torch.where(degree > 0, degree.clamp_min(1e-300).rsqrt(), 0.0)
-    values = scale[source] * scale[target]
+    values = weights * scale[source] * scale[target]
     size = (num_nodes, num_nodes)
     return torch.sparse_coo_tensor(torch.stack([target, source]), values, size, device=values.device).coalesce().to_sparse_csr()
 
@@ -93,6 +99,7 @@ def low_rank_factors(
     oversampling: int = 10,
     power_iterations: int = 4,
     seed: int = 0,
+    weights: Tensor | None = None,
 ) -> Factors:
     """Compute a seeded truncated SVD of a base matrix, through products with it alone.
 
@@ -108,6 +115,7 @@ def low_rank_factors(
         oversampling: Columns beyond q in the random sketch.
         power_iterations: Products with M Mᵀ, orthonormalised in between; more separate close singular values better.
         seed: Seed of the sketch; one seed gives one result on one kind of device.
+        weights: (E,) weights of the edges, such as those of `joint_graph`; None for ones.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -119,7 +127,8 @@ def low_rank_factors(
             raise ValueError(f"Argument `{name}` expected to be at least {least} but got {value}.")
     if teleport is not None and not 0 < teleport < 1:
         raise ValueError(f"Argument `teleport` expected to be in (0, 1), or None, but got {teleport}.")
-    matrix = SparseMatrix(normalized_adjacency(edge_index, num_nodes, regularization if base == "regularized" else None))
+    share = regularization if base == "regularized" else None
+    matrix = SparseMatrix(normalized_adjacency(edge_index, num_nodes, share, weights))
     if base != "diffused":
         steps, teleport = 1, None
     factors = _randomized_svd(
@@ -133,6 +142,60 @@ def low_rank_factors(
         edge_index.device,
     )
     return Factors(*(factor.float() for factor in factors))
+
+
+def purified_factors(
+    edge_index: Tensor, num_nodes: int, rank: int, oversampling: int = 10, power_iterations: int = 4, seed: int = 0
+) -> tuple[Factors, Tensor]:
+    """Purify a graph (GCN-SVD, Entezari et al., WSDM 2020): P = D^-½ (U diag(s) Vᵀ + I) D^-½ of the raw adjacency.
+
+    Attacks on edges are of high rank, which the leading singular vectors leave out. D has the row sums of U diag(s) Vᵀ + I;
+    sums below 1, that of the loop alone, count as 1, since a low-rank matrix has negative entries.
+
+    Args:
+        edge_index: (2, E), loops at a node are ignored.
+        num_nodes: N.
+        rank: q; a graph of N < q nodes has N factors.
+        oversampling: Columns beyond q in the random sketch.
+        power_iterations: Products with A Aᵀ, orthonormalised in between.
+        seed: Seed of the sketch.
+
+    Returns:
+        Factors of D^-½ U diag(s) Vᵀ D^-½, whose u and v are not orthonormal, and the diagonal D^-1, (N,).
+
+    Raises:
+        ValueError: If the rank is below 1, or an edge names a node outside [0, N).
+    """
+    if rank < 1:
+        raise ValueError(f"Argument `rank` expected to be at least 1 but got {rank}; 20 is usual.")
+    edges = edge_index[:, edge_index[0] != edge_index[1]]
+    check_nodes(edges, num_nodes)
+    ones = torch.ones(edges.shape[1], dtype=torch.float64, device=edges.device)
+    raw = torch.sparse_coo_tensor(edges.flip(0), ones, (num_nodes, num_nodes), device=edges.device).coalesce().to_sparse_csr()
+    matrix = SparseMatrix(raw)
+    columns = min(rank + oversampling, num_nodes)
+    u, s, v = _randomized_svd(
+        lambda x: matrix.matrix @ x,
+        lambda x: matrix.transposed @ x,
+        num_nodes,
+        min(rank, num_nodes),
+        columns,
+        power_iterations,
+        seed,
+        edge_index.device,
+    )
+    scale = (u @ (s * v.sum(0)) + 1).clamp_min(1).rsqrt()
+    return Factors((scale[:, None] * u).float(), s.float(), (scale[:, None] * v).float()), scale.square().float()
+
+
+def check_nodes(edge_index: Tensor, num_nodes: int) -> None:
+    """Check that edges (2, E) name nodes in [0, N).
+
+    Raises:
+        ValueError: If one does not.
+    """
+    if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < num_nodes:
+        raise ValueError(f"Argument `edge_index` expected to name nodes in [0, {num_nodes}) but got {int(edge_index.max())}.")
 
 
 def _diffuse(matrix: Tensor, x: Tensor, steps: int, teleport: float | None) -> Tensor:

@@ -72,6 +72,38 @@ def confident_share(confidence: Tensor, labels: Tensor, share: float, num_classe
     return chosen.index_copy(0, order[by_label], position < math.ceil(share * len(labels) / num_classes))
 
 
+def confident_above_mean(confidence: Tensor, known: Tensor) -> Tensor:
+    """Choose the nodes whose confidence is at least the mean of all whose label is not known (IceBerg, WWW 2025).
+
+    Args:
+        confidence: (N,).
+        known: (N,) bool, the training nodes; they are chosen.
+
+    Returns:
+        (N,) bool.
+    """
+    others = (~known).sum().clamp_min(1)
+    return (confidence >= confidence.masked_fill(known, 0.0).sum() / others) | known
+
+
+def balanced_logits(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Add the logarithm of the classes' shares among some nodes (balanced softmax, Ren et al. 2020, as IceBerg has it).
+
+    A class that is taught often then needs larger logits for the same loss, so that it does not grow by being taught.
+
+    Args:
+        logits: (N, C).
+        labels: (N,).
+        mask: (N,) bool, the nodes that are taught; a class that none of them has counts one.
+
+    Returns:
+        (N, C).
+    """
+    counts = torch.zeros(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    counts = counts.index_add(0, labels, mask.to(logits.dtype)).clamp_min(1)
+    return logits + (counts / counts.sum()).log()
+
+
 def masked_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
     """Compute the mean cross-entropy of the nodes in a mask, 0 if there is none; unlike indexing, never wait for a GPU.
 

@@ -6,10 +6,12 @@ A batch is a torch-geometric Data: x (N, F), edge_index (2, E), y (N,), train_ma
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +21,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from functional.graph import masked_cross_entropy
 from lightning_modules.base.resumable import ResumableModule
-from lightning_modules.parts.graph_encoders import GlobalOperator, GraphEncoder, sparse_features
+from lightning_modules.parts.graph_encoders import GraphEncoder, sparse_features
+from lightning_modules.parts.graph_operators import GlobalOperator
 from lightning_modules.parts.node_predictions import NodePredictions
 from lightning_modules.parts.node_probes import clustering_scores, linear_probe
 from utilities.checks import check_at_least_zero
@@ -133,12 +136,24 @@ class NodeModule(ResumableModule):
 
     def features(self, batch: Data) -> Tensor:
         """Return the features of a batch; those of the whole graph sparse where that is faster, converted once."""
+        if self.encoder.decoupled:
+            return self.prepared(batch, 0)
         if not self.encoder.takes_sparse or "num_seeds" in batch:
             return batch.x
         if self._sparse is None or self._sparse[0] is not batch.x:
             with torch.inference_mode(False):  # training uses what validation may have made
                 self._sparse = batch.x, sparse_features(batch.x)
         return self._sparse[1]
+
+    def prepare(self, data: Data, operators: Sequence[GlobalOperator]) -> None:
+        """Propagate the whole graph's features once for each view, as buffers: moved, saved and resumed with the module."""
+        for number, values in enumerate(self.encoder.body.prepare(data.x, operators)):
+            self.register_buffer(f"prepared_{number}", values)
+
+    def prepared(self, batch: Data, number: int) -> Tensor:
+        """Return a view's prepared features (N, d) of the nodes of a batch."""
+        values = getattr(self, f"prepared_{number}")
+        return values[batch.node_ids] if "num_seeds" in batch else values
 
     def local_operator(self, batch: Data) -> GlobalOperator | None:
         """Make products with Ã that replace the layers' own, slower ones, where both are the same; once a graph."""
@@ -253,7 +268,7 @@ class NodeModule(ResumableModule):
         if self.supervised:
             self._log_scores("val")
         else:
-            self._log_equal("val/accuracy", self.trainer.strategy.broadcast(self._probe()))
+            self._log_selected(self.trainer.strategy.broadcast(self._probe()))
 
     def on_test_epoch_end(self) -> None:
         """Log the scores of the test nodes, a linear probe on all embeddings, and how well k-means finds the classes."""
@@ -274,6 +289,12 @@ class NodeModule(ResumableModule):
         """Log what all processes have alike."""
         self.log(name, value, prog_bar=name.endswith("/accuracy"), sync_dist=True, reduce_fx="max")
 
+    def _log_selected(self, accuracy: float | Tensor) -> None:
+        """Log what chooses the epoch: the accuracy, less 1 while warming up, so that any later epoch is better."""
+        self._log_equal("val/accuracy", accuracy)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._log_equal("val/selection", accuracy - float(self.current_epoch < self.warmup_epochs))
+
     def _log_scores(self, split: str) -> None:
         if not any(gathered(self.metrics[split]["loss"].update_called)):
             return
@@ -281,7 +302,10 @@ class NodeModule(ResumableModule):
             warnings.filterwarnings("ignore", ".*was called before the ``update`` method")  # in processes without nodes
             values = self.metrics[split].compute()
         for name, value in values.items():
-            self._log_equal(f"{split}/{name}", value)
+            if (split, name) == ("val", "accuracy"):
+                self._log_selected(value)
+            else:
+                self._log_equal(f"{split}/{name}", value)
 
     def _probe(self) -> float:
         if not self.trainer.is_global_zero:

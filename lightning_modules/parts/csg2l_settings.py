@@ -1,94 +1,18 @@
-"""Settings of CSG2L in groups: its views, its contrast, its pseudo-labels; those that do not apply are refused."""
+"""Settings of CSG2L in groups: its contrast and its pseudo-labels; those that do not apply are refused.
+
+csg2l_views.py has its views.
+"""
 
 from dataclasses import asdict, dataclass
 from math import inf
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
-from torch import Tensor
-from torch_geometric.data import Data
-from torch_geometric.utils import dropout_edge
-
-from functional.graph import Factors, low_rank_factors
 from functional.graph.contrast import FORMS, Form
-from functional.graph.low_rank import BASES, Base
-from lightning_modules.parts.graph_encoders import drop_columns
 from utilities.checks import check_at_least_zero, check_integer, check_one_of, check_share
-from utilities.choice import Choice
+from utilities.choice import Choice, chosen
 
-ViewName = Literal["svd", "drop"]
 PseudoLabelsName = Literal["predicted", "clustered"]
 Reweight = Literal["both", "positives", "negatives"]
-
-
-class View(Choice):
-    """The other view, with which the local one is contrasted."""
-
-    draws_edges: ClassVar[bool]
-    """Whether each step has other edges."""
-
-
-class SvdView(View):
-    """The graph's low-rank reconstruction: propagation by (1 − μ)·Ã + μ·U diag(s) Vᵀ.
-
-    Args:
-        base: Matrix that is factorised: normalized, regularized or diffused.
-        rank: q, the number of singular values; at most the number of nodes.
-        mix: μ, the share of the low-rank part in the propagation; the rest is Ã.
-        diffusion_steps: k, the power of Ã that base `diffused` factorises; 2 when None. For that base only.
-        seed: Seed of the factorisation.
-
-    Raises:
-        ValueError: If an argument is out of range, or does not apply to the base.
-    """
-
-    short = "svd"
-    draws_edges = False
-
-    def __init__(
-        self, base: Base = "regularized", rank: int = 100, mix: float = 0.2, diffusion_steps: int | None = None, seed: int = 0
-    ) -> None:
-        check_one_of("view.base", base, BASES)
-        check_integer("view.rank", rank, 1)
-        check_share("view.mix", mix)
-        check_integer("view.seed", seed, 0)
-        if diffusion_steps is not None:
-            check_integer("view.diffusion_steps", diffusion_steps, 1)
-            if base != "diffused":
-                raise ValueError(
-                    f"Argument `view.diffusion_steps` belongs to base diffused, but `view.base` is {base!r}. Leave it out, or "
-                    "use diffused."
-                )
-        self.base, self.rank, self.mix, self.diffusion_steps, self.seed = base, rank, mix, diffusion_steps, seed
-
-    def factors(self, data: Data) -> Factors:
-        """Factorise the base matrix of a graph."""
-        steps = 2 if self.diffusion_steps is None else self.diffusion_steps
-        return low_rank_factors(data.edge_index, data.num_nodes, self.rank, self.base, steps=steps, seed=self.seed)
-
-
-class DropView(View):
-    """The graph without some of its edges and features, drawn in each step.
-
-    Args:
-        edges: Share of the edges that is left out.
-        features: Share of the features that is set to zero.
-
-    Raises:
-        ValueError: If a share is out of range.
-    """
-
-    short = "drop"
-    draws_edges = True
-
-    def __init__(self, edges: float = 0.3, features: float = 0.3) -> None:
-        check_share("view.edges", edges)
-        check_share("view.features", features)
-        self.edges, self.features = edges, features
-
-    def draw(self, x: Tensor, edge_index: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw the features (N, F) and edges (2, E) that are left."""
-        edges = dropout_edge(edge_index, self.edges, force_undirected=True)[0]
-        return drop_columns(x, self.features), edges
 
 
 @dataclass(frozen=True)
@@ -152,12 +76,17 @@ _DEFAULTS: dict[str, Any] = {name: field.default for name, field in Contrast.__d
 class PseudoLabels(Choice):
     """Labels of nodes whose own is unknown: they weigh the pairs of the contrast."""
 
-    confident: float
-    """Share of the nodes that is trusted."""
+    confident: float | Literal["mean"]
+    """Share of the nodes that is trusted, or mean: those of at least the mean confidence (PredictedLabels)."""
     warmup_epochs: int
     """Epochs without pseudo-labels."""
 
     def _check(self) -> None:
+        if isinstance(self.confident, str):
+            also = ", or mean," * isinstance(self, PredictedLabels)
+            raise ValueError(
+                f"Argument `pseudo_labels.confident` expected to be in [0, 1]{also} but got {self.confident!r}; 0.8 is usual."
+            )
         check_share("pseudo_labels.confident", self.confident)
         check_integer("pseudo_labels.warmup_epochs", self.warmup_epochs, 0)
 
@@ -169,8 +98,12 @@ class PredictedLabels(PseudoLabels):
         weight: Weight of the cross-entropy of each view's logits on the labels of trusted nodes; 0 for none.
         alignment: a, how much a prior of equally frequent classes corrects the labels: it counts as so many labels of each
             class, so its share a / (a + labels a class) is large only while labels are few. 0 for none.
-        confident: Share of the nodes that is trusted, as many of each class: the set C.
+        confident: Share of the nodes that is trusted, as many of each class, or mean: all whose confidence is at least the
+            mean of those without a label: the set C.
         warmup_epochs: Number of epochs of plain InfoNCE and cross-entropy, before predictions are worth something.
+        balanced: Whether the logarithm of the classes' shares among the trusted is added to the logits that are taught
+            (balanced softmax).
+        clean: Whether labels come from a further pass without dropout.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -178,11 +111,27 @@ class PredictedLabels(PseudoLabels):
 
     short = "predicted"
 
-    def __init__(self, weight: float = 1.0, alignment: float = 2.0, confident: float = 0.8, warmup_epochs: int = 60) -> None:
+    def __init__(
+        self,
+        weight: float = 1.0,
+        alignment: float = 2.0,
+        confident: float | Literal["mean"] = 0.8,
+        warmup_epochs: int = 60,
+        balanced: bool = False,
+        clean: bool = False,
+    ) -> None:
         check_at_least_zero("pseudo_labels.weight", weight)
         check_at_least_zero("pseudo_labels.alignment", alignment)
         self.weight, self.alignment, self.confident, self.warmup_epochs = weight, alignment, confident, warmup_epochs
-        self._check()
+        self.balanced, self.clean = balanced, clean
+        if balanced and not weight:
+            raise ValueError(
+                "Argument `pseudo_labels.balanced` expected a `pseudo_labels.weight` above 0, since with 0 no logits are "
+                "taught. Leave it out, or raise the weight."
+            )
+        if confident != "mean":
+            self._check()
+        check_integer("pseudo_labels.warmup_epochs", warmup_epochs, 0)
 
 
 class ClusteredLabels(PseudoLabels):
@@ -205,3 +154,17 @@ class ClusteredLabels(PseudoLabels):
         check_integer("pseudo_labels.seed", seed, 0)
         self.confident, self.warmup_epochs, self.every, self.seed = confident, warmup_epochs, every, seed
         self._check()
+
+
+def pseudo_labels_of(given: PseudoLabelsName | PseudoLabels | None, supervised: bool) -> PseudoLabels:
+    """Choose the pseudo-labels, by default those that supervision allows; refuse those that it does not."""
+    if given is None:
+        return PredictedLabels() if supervised else ClusteredLabels()
+    found = chosen("pseudo_labels", given, PseudoLabels)
+    if isinstance(found, PredictedLabels) != supervised:
+        name, other = ("predicted", "True") if supervised else ("clustered", "False")
+        raise ValueError(
+            f"Argument `pseudo_labels` expected {name} with `supervised` = {other} but got {found.short}. Leave it out, or set "
+            f"supervised to {not supervised}."
+        )
+    return found

@@ -6,6 +6,7 @@ follow by rescaling: D̃^-½ P_g D̃^½ and D̃^½ P_g D̃^½. Other layers (PNA
 """
 
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -15,13 +16,12 @@ from torch_geometric.nn import conv
 from torch_geometric.nn.models import GAT, GCN, GIN, PNA, EdgeCNN, GraphSAGE
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 
-from functional.graph import Factors, SparseMatrix, normalized_adjacency, propagate, strongest_edges
-from utilities.checks import check_share
+from functional.graph import propagated_features, reduced_together
+from lightning_modules.parts.graph_operators import GlobalOperator
+from utilities.checks import check_integer, check_share
 
 SYMMETRIC = (conv.GCNConv, conv.SGConv, conv.APPNP, conv.TAGConv, conv.SSGConv, conv.GCN2Conv, conv.ARMAConv)
 MEAN = (conv.GATConv, conv.GATv2Conv, conv.TransformerConv)
-STRONGEST = 10
-"""Edges a node of the graph on which layers without a linear aggregation see the global view."""
 
 
 class Diffusion(nn.Module):
@@ -39,8 +39,74 @@ class Diffusion(nn.Module):
         return self.propagation(self.dropout(hidden.relu()) if self.nonlinear else hidden, edge_index)
 
 
+class UniformDropout(nn.Module):
+    """Dropout by uniform draws, of which a CPU makes four in the time of one of nn.Dropout's Bernoulli draws.
+
+    Args:
+        p: Share that is dropped.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Set a share of the values to zero and scale the others; while training only."""
+        if not self.training or not self.p:
+            return x
+        kept = torch.rand_like(x).ge_(self.p)
+        return x * kept.div_(max(1 - self.p, 1e-12))
+
+
+class Decoupled(nn.Module):
+    """An MLP on features that were propagated once (functional/graph/propagation.py): it sees rows, and no edges.
+
+    Args:
+        in_channels: F, the number of features before propagation.
+        hidden_channels: Width of all layers.
+        num_layers: Number of linear layers.
+        dropout: Share that is dropped between layers.
+        K: Number of propagation steps.
+        alpha: Share of the node's own features in each step.
+        dimensions: d, to which the propagated features are reduced.
+        seed: Seed of the reduction.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        num_layers: int,
+        dropout: float,
+        K: int = 20,
+        alpha: float = 0.1,
+        dimensions: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_integer("encoder_args.K", K, 0)
+        check_share("encoder_args.alpha", alpha)
+        check_integer("encoder_args.dimensions", dimensions, 1)
+        self.steps, self.teleport, self.seed = K, alpha, seed
+        self.width = min(dimensions, in_channels)
+        layers: list[nn.Module] = [nn.Linear(self.width, hidden_channels)]
+        for _ in range(num_layers - 1):
+            layers += [nn.ReLU(), UniformDropout(dropout), nn.Linear(hidden_channels, hidden_channels)]
+        self.layers = nn.Sequential(*layers)
+
+    def prepare(self, x: Tensor, operators: Sequence[GlobalOperator]) -> list[Tensor]:
+        """Propagate the features (N, F) of a whole graph by each operator and reduce them, (N, d) each."""
+        views = [propagated_features(x, operator, self.steps, self.teleport) for operator in operators]
+        return [nn.functional.pad(view, (0, self.width - view.shape[1])) for view in
+                reduced_together(views, self.width, self.seed)]  # fmt: skip
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        """Compute the hidden layer (N, H) of prepared features (N, d)."""
+        return self.layers(x)
+
+
 BASIC = {"gcn": GCN, "gat": GAT, "graphsage": GraphSAGE, "sage": GraphSAGE, "gin": GIN, "pna": PNA, "edgecnn": EdgeCNN}
-ENCODERS = (*BASIC, "appnp", "sgc")
+ENCODERS = (*BASIC, "appnp", "sgc", "decoupled")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gat": {"heads": 8},
     # Sums grow with the degree. Not a batch norm: its running statistics would be those of no view.
@@ -77,43 +143,6 @@ def _with_values(x: Tensor, values: Tensor) -> Tensor:
     return torch.sparse_csr_tensor(x.crow_indices(), x.col_indices(), values, x.shape, device=x.device, check_invariants=False)
 
 
-class GlobalOperator:
-    """P_g(H) = (1 − μ)·Ã H + μ·U(s ⊙ VᵀH) on the nodes of one batch, and the strongest edges of its low-rank part.
-
-    Args:
-        edge_index: Edges (2, E) of the batch.
-        num_nodes: N, the number of nodes of the batch.
-        factors: Factors, with the rows of the batch's nodes. With some nodes of a graph only, sums run over these.
-        mix: μ in [0, 1]; 0 needs no factors and is the local view.
-    """
-
-    def __init__(self, edge_index: Tensor, num_nodes: int, factors: Factors | None = None, mix: float = 0.0) -> None:
-        self.factors, self.mix = factors, mix
-        self.adjacency = SparseMatrix(normalized_adjacency(edge_index, num_nodes).float()) if mix < 1 else None
-        self.root = (torch.bincount(edge_index[1], minlength=num_nodes).float() + 1).sqrt()[:, None]
-        self._edges: Tensor | None = None
-
-    def __call__(self, hidden: Tensor, kind: str = "symmetric") -> Tensor:
-        """Propagate (N, …) -> (N, …); `kind` is symmetric, mean or sum."""
-        x = hidden.flatten(1)
-        x = x if kind == "symmetric" else x * self.root
-        if self.adjacency is None:
-            x = propagate(self.factors, x)
-        elif self.mix == 0:
-            x = self.adjacency @ x
-        else:
-            x = (1 - self.mix) * (self.adjacency @ x) + self.mix * propagate(self.factors, x)
-        x = x / self.root if kind == "mean" else x * self.root if kind == "sum" else x
-        return x.view_as(hidden)
-
-    @property
-    def edges(self) -> Tensor:
-        """Strongest edges (2, E_g) of the low-rank part, computed on first use."""
-        if self._edges is None:
-            self._edges = strongest_edges(self.factors, STRONGEST)
-        return self._edges
-
-
 class GraphEncoder(nn.Module):
     """Hidden representations and logits of the nodes, from the local or from the global view.
 
@@ -146,8 +175,11 @@ class GraphEncoder(nn.Module):
             )
         check_share("dropout", dropout)
         given, arguments = arguments, {**DEFAULTS.get(kind, {}), **arguments}
-        self.dropout, self.act = nn.Dropout(dropout), nn.ReLU()
-        cls = None if kind in ("appnp", "sgc") else BASIC.get(kind) or _imported(name)
+        self.dropout: nn.Module = UniformDropout(dropout) if kind == "decoupled" else nn.Dropout(dropout)
+        self.act: nn.Module = nn.ReLU()
+        self.decoupled = kind == "decoupled"
+        """Whether the input is what `body.prepare` made of the features; edges and operators have no effect then."""
+        cls = None if kind in ("appnp", "sgc") else Decoupled if self.decoupled else BASIC.get(kind) or _imported(name)
         try:
             if cls is None:
                 propagation = conv.APPNP(**arguments)
@@ -201,7 +233,9 @@ class GraphEncoder(nn.Module):
                 layer.normalize = True
 
     def _dropped(self, x: Tensor) -> Tensor:
-        """Drop features; of sparse ones among those stored, the others being zero anyway."""
+        """Drop features; of sparse ones among those stored, the others being zero anyway; of propagated ones none."""
+        if self.decoupled:
+            return x
         if x.layout != torch.sparse_csr:
             return self.dropout(x)
         return _with_values(x, self.dropout(x.values()))

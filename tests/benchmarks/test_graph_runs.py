@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 import benchmarks.graph_runs as graph_runs
-from benchmarks import graph_quality, graph_robust, graph_settings
+from benchmarks import graph_few, graph_quality, graph_robust, graph_settings
 from datamodules import GraphDataModule
-from lightning_modules import CSG2L, Contrast, DropView, NodeClassifier, PredictedLabels
+from lightning_modules import CSG2L, Contrast, DropView, NodeClassifier, PredictedLabels, SvdView
 
 WINE = {"source": "wine", "labels_per_class": 5, "num_val": 40, "num_test": -1}
 SMALL = {"hidden_channels": 16, "warmup_epochs": 4, "head_channels": 8, "anchors": 64, "rank": 20, "pseudo_weight": 0.3}
@@ -37,8 +37,53 @@ def test_the_loop_is_the_trainers(method, arguments, tmp_path):
     for _ in range(15):
         run.advance()
     torch.testing.assert_close(run.history[:15, :2], torch.tensor(seen), rtol=1e-5, atol=1e-6)
-    best = max(range(15), key=lambda epoch: seen[epoch])
+    best = max(range(run.module.warmup_epochs, 15), key=lambda epoch: seen[epoch])
     assert run.result()["val"] == pytest.approx(seen[best][0]) and run.result()["best_epoch"] == best + 1
+
+
+def test_epochs_of_the_warm_up_are_not_chosen():
+    """What any epoch gives stands beside it."""
+    run = graph_runs.Run("csg2l, default", SMALL, WINE, 0)
+    run.epoch, run.history[:6] = (
+        6,
+        torch.tensor([[0.9, 0, 1.0], [0.1, 0, 0], [0, 0, 0], [0, 0, 0], [0.6, -1, 0.3], [0.6, -0.5, 0.4]]),
+    )
+    found = run.result()
+    assert (found["val"], found["test"], found["best_epoch"]) == (pytest.approx(0.6), pytest.approx(0.4), 6)
+    assert (found["any_val"], found["any_test"]) == (pytest.approx(0.9), pytest.approx(1.0))
+
+
+def test_few_labels_have_the_same_splits_for_every_method(tmp_path):
+    known = {"Cora": {"source": "Cora"}}
+    methods = {"edges": {}, "joint": graph_few.JOINT}
+    rows = graph_few.tasks("final", known, methods, ["Cora"], [3, 5], range(4000, 4002))
+    assert len(rows) == 8 and [row["data_seed"] for row, _ in rows] == [4000] * 4 + [4001] * 4
+    row, data = rows[1]
+    assert data == {"source": "Cora", "split": "random", "labels_per_class": 3, "val_per_class": 30, "num_test": -1}
+    made = CSG2L(**graph_settings.module_arguments(graph_settings.class_of(row["method"]), json.loads(row["arguments"])))
+    assert made.view == SvdView("joint", mix=1.0) and CSG2L().hparams.keys() == made.hparams.keys()
+    path = tmp_path / "x.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["phase", "dataset", "labels", "method", "seed", "val"])
+        for method, seed, value in (("edges", 0, 0.5), ("joint", 0, 0.6), ("joint", 1, 0.1)):
+            writer.writerow(["choose", "Cora", 3, graph_few.PREFIX + method, seed, value])
+    assert graph_few.validated(path, "choose") == {"joint": 0.6, "edges": 0.5}  # on the split that both have
+
+
+def test_folds_where_neighbours_differ():
+    rows = graph_few.folds({"texas": {"source": "texas"}}, {"mlp": graph_few.MLP}, ["texas"])
+    assert [data["fold"] for _, data in rows] == list(range(10)) == [row["seed"] for row, _ in rows]
+    assert rows[3][1] == {"source": "texas", "split": "geom-gcn", "fold": 3}
+
+
+ALL = {**graph_few.METHODS, **graph_few.CANDIDATES, **graph_few.UNLIKE}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_methods_of_few_labels_can_be_built(name):
+    flat = graph_settings.DEFAULT | ALL[name]
+    CSG2L(**graph_settings.module_arguments("CSG2L", flat))
 
 
 def test_unsupervised_runs_are_probed(monkeypatch):

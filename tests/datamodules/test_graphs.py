@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from datamodules import GraphDataModule
 from datamodules.graphs import add_edges
-from tests.helpers.small_graphs import SMALL, check_form, masks, pairs, ready
+from tests.helpers.small_graphs import SMALL, check_form, masks, pairs, ready, sizes
 from tests.helpers.tiny import quiet
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
@@ -54,6 +54,19 @@ def test_noise_on_a_graph_with_more_pairs_than_32_bits():
     ring = torch.stack([torch.arange(1000), torch.arange(1, 1001)])
     edges = add_edges(torch.cat([ring, ring.flip(0)], dim=1).T.unique(dim=0).T, num_nodes, 2.0, seed=0)
     assert edges.shape[1] == 2 * 3000 and edges.min() >= 0 and edges.max() < num_nodes and (edges[0] != edges[1]).all()
+
+
+def test_validation_nodes_of_each_class():
+    module, plain = ready(labels_per_class=4, val_per_class=6, num_test=-1), ready(labels_per_class=4)
+    check_form(module)
+    for part, count in (("train_mask", 4), ("val_mask", 6)):
+        assert torch.bincount(module.data.y[module.data[part]]).tolist() == [count] * 3
+    assert sizes(module) == [12, 18, 178 - 30] and masks(module).any(0).all()
+    assert torch.equal(module.data.train_mask, plain.data.train_mask)
+    assert module.split_name == "random, 4 labels a class, 6 for validation, seed 0"
+    assert sizes(ready(labels_per_class=4, val_per_class=6, num_test=20)) == [12, 18, 20]
+    with pytest.raises(ValueError, match=r"`val_per_class` expected to be at most 44, .* of class 2.*, but got 45; lower it"):
+        ready(labels_per_class=4, val_per_class=45)
 
 
 # Dataloaders
@@ -195,6 +208,11 @@ def test_with_a_trainer_in_batches(tmp_path):
         ({"num_val": 0}, "`num_val` expected to be an integer of at least 1 but got 0"),
         ({"num_test": 0}, "`num_test` expected to be an integer of at least 1 but got 0; -1 takes"),
         ({"num_test": -2}, "`num_test` expected to be an integer of at least 1 but got -2"),
+        ({"val_per_class": 0}, "`val_per_class` expected to be an integer of at least 1 but got 0"),
+        (
+            {"val_per_class": 3, "split": "public"},
+            "`val_per_class` expected split = random but `split` is 'public'; leave it out, or use random",
+        ),
         ({"fold": -1}, "`fold` expected to be an integer of at least 0 but got -1"),
         ({"fold": 1}, "`fold` expected to be 0 with split = random but got 1; vary `seed`"),
         ({"edge_noise": -0.1}, "`edge_noise` expected to be a number of at least 0 but got -0.1; 0.1 adds"),

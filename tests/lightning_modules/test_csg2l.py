@@ -61,12 +61,19 @@ def trained(module, path, epochs=30, data=None, **options):
         {"contrast": replace(CONTRAST, form="hsan")},
         {"contrast": replace(CONTRAST, form="negatives")},
         {"view": SvdView("normalized", rank=20, mix=1.0)},
+        {"view": SvdView("joint", rank=20, mix=1.0)},
+        {"view": SvdView("purified", rank=20), "local_view": "purified"},
+        {"view": "knn", "local_view": "mlp"},
+        {"view": "knn", "local_view": "purified", "encoder": "gat"},
         {"view": SvdView("diffused", rank=20), "contrast": replace(CONTRAST, intra_view=True)},
         {"contrast": Contrast(head_channels=0, anchors=0), "encoder": "gat"},
         {"contrast": Contrast(weight=0.0), "encoder": "graphsage"},
         {"encoder": "gin", "pseudo_labels": "predicted"},  # sums learn slowly
         {"encoder": "appnp"},
         {"encoder": "sgc"},
+        {"encoder": "decoupled"},
+        {"encoder": "decoupled", "view": "knn", "local_view": "mlp", "fusion": "attention"},
+        {"pseudo_labels": PredictedLabels(alignment=0.0, confident="mean", warmup_epochs=3, balanced=True, clean=True)},
     ],
     ids=str,
 )
@@ -83,11 +90,12 @@ def test_learns_wines(options, tmp_path):
     [
         NodeClassifier(hidden_channels=32),
         NodeClassifier(hidden_channels=32, pseudo_weight=0.5, warmup_epochs=10),
+        NodeClassifier("decoupled", hidden_channels=32),
         DGI(hidden_channels=32),
         GRACE(hidden_channels=32, head_channels=16, learning_rate=5e-3),
         CSG2L(**UNLABELLED),
     ],
-    ids=["gcn", "pseudo", "dgi", "grace", "csg2l-self"],
+    ids=["gcn", "pseudo", "decoupled", "dgi", "grace", "csg2l-self"],
 )
 def test_baselines_learn_wines(module, tmp_path):
     trainer, data = trained(module, tmp_path)
@@ -123,6 +131,117 @@ def test_loss_is_the_weighted_sum_of_its_terms():
     assert float(found["loss"]) == pytest.approx(float(supervised + 0.7 * contrast + 0.4 * pseudo), rel=1e-5)
     early = module.losses(batch, module.warmup_epochs - 1)
     assert early.keys() == {"cross_entropy", "contrast", "loss"}
+
+
+def test_balanced_softmax_on_the_labels_of_a_pass_without_dropout():
+    """The teacher is the pass without dropout; each view's logits get the logarithm of the shares among the taught."""
+    data = graph()
+    data.setup()
+    labels = PredictedLabels(alignment=0.0, confident="mean", warmup_epochs=0, balanced=True, clean=True)
+    batch, module = data.data, CSG2L(**SMALL | {"contrast": Contrast(weight=0.0), "pseudo_labels": labels})
+    module.build(batch, 3)
+    module.eval()
+    with torch.no_grad():
+        logits = module.encode(batch)[1].double()
+    confidence, predicted = logits.softmax(1).max(1)
+    taught = ~batch.train_mask & (confidence >= confidence[~batch.train_mask].mean())
+    counts = torch.stack([(predicted[taught] == c).sum() for c in range(3)]).clamp_min(1).double()
+    module.train()
+    for seen in (True, False):  # whether the pass of a validation is at hand
+        torch.manual_seed(0)
+        found = module.losses(batch, 0)
+        torch.manual_seed(0)
+        views = module.views(batch)
+        wanted = 0
+        for _, values in views:
+            values = (values.double() + (counts / counts.sum()).log()).log_softmax(1)
+            wanted = wanted - values[taught, predicted[taught]].mean() / 2
+        assert float(found["pseudo_cross_entropy"]) == pytest.approx(float(wanted), rel=1e-4), seen
+        module._clean = None
+
+
+def test_a_teacher_without_dropout_follows_the_weights():
+    data = graph()
+    data.setup()
+    labels = PredictedLabels(warmup_epochs=0, clean=True)
+    batch, module = data.data, CSG2L(**SMALL | {"contrast": Contrast(weight=0.0), "pseudo_labels": labels})
+    module.build(batch, 3)
+    module.eval()
+    before = module.encode(batch)[1]
+    module.train()
+    assert torch.equal(module.taught_by(batch, before, 0), before)
+    with torch.no_grad():
+        module.encoder.head.convs[0].bias.add_(torch.tensor([1.0, 0.0, 0.0]))
+    after = module.taught_by(batch, before, 0)
+    torch.testing.assert_close(after, before + torch.tensor([1.0, 0.0, 0.0]))
+    assert module.training
+
+
+def test_a_pass_with_averaged_weights_is_no_teacher(tmp_path):
+    """Validation has the average, training has its own weights: the teacher is that of training."""
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            module.eval()
+            with torch.no_grad():
+                fresh = module.fused(*module.views(batch))
+            module.train()
+            seen.append(torch.equal(module.taught_by(batch, fresh + 1, module.current_epoch), fresh))
+
+    labels = PredictedLabels(warmup_epochs=0, clean=True)
+    options = SMALL | {"contrast": Contrast(weight=0.0), "pseudo_labels": labels}
+    for averaged in ([], [AverageWeights(decay=0.5)]):
+        trained(CSG2L(**options), tmp_path, 4, callbacks=[*averaged, Watch()])
+    assert seen == [True] * 8
+
+
+def test_epochs_of_the_warm_up_are_not_chosen(tmp_path):
+    """The best of the accuracies after it is kept, and early stopping sees the same."""
+    seen = []
+
+    class Watch(Callback):
+        def on_validation_end(self, trainer, module):
+            seen.append({name: float(trainer.callback_metrics[f"val/{name}"]) for name in ("accuracy", "selection")})
+
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val/selection", mode="max")
+    trained(
+        CSG2L(**SMALL | {"pseudo_labels": PredictedLabels(warmup_epochs=6)}),
+        tmp_path,
+        9,
+        callbacks=[Watch(), checkpoint],
+        enable_checkpointing=True,
+        num_sanity_val_steps=0,
+    )
+    assert len(seen) == 9
+    for epoch, found in enumerate(seen):
+        assert found["selection"] == pytest.approx(found["accuracy"] - (epoch < 6), abs=1e-6)
+    assert float(checkpoint.best_model_score) == pytest.approx(max(found["accuracy"] for found in seen[6:]))
+
+
+def test_an_encoder_on_propagated_features_sees_no_edges_and_comes_back_from_a_checkpoint(tmp_path):
+    module = CSG2L(**SMALL | {"encoder": "decoupled"})
+    trainer, data = trained(module, tmp_path, 3)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = CSG2L(**SMALL | {"encoder": "decoupled", "view": SvdView(rank=20, seed=5)})
+    quiet(tmp_path).validate(again, datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True, verbose=False)
+    assert torch.equal(again.prepared_1, module.prepared_1)
+    batch = data.data.clone()
+    module.eval()
+    before = module.encode(batch)
+    batch.edge_index = batch.edge_index[:, :10]
+    assert all(torch.equal(one, other) for one, other in zip(before, module.encode(batch), strict=True))
+
+
+def test_propagated_features_of_a_sampled_batch_are_those_of_its_nodes(tmp_path):
+    module = CSG2L(**SMALL | {"encoder": "decoupled"})
+    trained(module, tmp_path, 3, graph(batch_size=48, fanout=[5, 5]))
+    sampled = module.embed_all()
+    module.eval()
+    with torch.no_grad():
+        whole = module.encode(module.graph_facts.graph)
+    for one, other in zip(sampled, whole, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_metrics_equal_counting_by_hand(tmp_path):
@@ -211,8 +330,18 @@ def test_linear_probe_and_clusters():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CSG2L(view="svg"), r"`view` expected to be one of svd \(SvdView\), drop \(DropView\) but got 'svg'"),
-        (lambda: SvdView("a"), "`view.base` expected to be one of normalized, regularized, diffused but got 'a'"),
+        (
+            lambda: CSG2L(view="svg"),
+            r"`view` expected to be one of svd \(SvdView\), knn \(KnnView\), drop \(DropView\) but got 'svg'",
+        ),
+        (
+            lambda: CSG2L(local_view="gcn"),
+            r"`local_view` expected to be one of edges \(EdgesView\), purified.* but got 'gcn'",
+        ),
+        (
+            lambda: SvdView("a"),
+            "`view.base` expected to be one of normalized, regularized, diffused, joint, purified but got 'a'",
+        ),
         (lambda: SvdView(mix=1.5), "`view.mix`"),
         (lambda: SvdView(rank=0), "`view.rank`"),
         (
@@ -229,6 +358,15 @@ def test_linear_probe_and_clusters():
             "`contrast.reweight` = 'positives' expected a `contrast.beta`",
         ),
         (lambda: PredictedLabels(confident=2.0), "`pseudo_labels.confident`"),
+        (
+            lambda: PredictedLabels(weight=0.0, balanced=True),
+            "`pseudo_labels.balanced` expected a `pseudo_labels.weight` above",
+        ),
+        (
+            lambda: PredictedLabels(confident="most"),
+            r"`pseudo_labels.confident` expected to be in \[0, 1\], or mean, but got 'most'",
+        ),
+        (lambda: CSG2L(encoder="decoupled", view="drop"), "`encoder` = 'decoupled' propagates once, but `view` drop.*Use view"),
         (lambda: ClusteredLabels(every=0), "`pseudo_labels.every`"),
         (lambda: CSG2L(fusion="a"), "`fusion`"),
         (lambda: CSG2L(learning_rate=-1.0), "`learning_rate`"),

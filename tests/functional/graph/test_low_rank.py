@@ -5,7 +5,15 @@ import torch
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import svds
 
-from functional.graph import Factors, SparseMatrix, low_rank_factors, normalized_adjacency, propagate, strongest_edges
+from functional.graph import (
+    Factors,
+    SparseMatrix,
+    low_rank_factors,
+    normalized_adjacency,
+    propagate,
+    purified_factors,
+    strongest_edges,
+)
 
 
 def edges(n=40, m=90, seed=0, directed=False):
@@ -92,6 +100,39 @@ def test_best_approximation(name, options):
         torch.testing.assert_close(factor.T @ factor, torch.eye(8), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["random", "directed", "disconnected", "loops", "no edges"])
+@pytest.mark.parametrize("rank", [3, 8, 100])
+def test_purified_graph(name, rank):
+    """D^-½ (A_q + I) D^-½ of the full SVD's A_q; row sums below 1 count as 1."""
+    raw = torch.zeros(40, 40, dtype=torch.float64)
+    for source, target in GRAPHS[name].T.tolist():
+        raw[target, source] += source != target
+    u, s, vt = torch.linalg.svd(raw)
+    gap = min(rank, 40)
+    while gap < 40 and s[gap - 1] - s[gap] < 1e-9:  # of equal singular values any may be left out
+        gap += 1
+    low = (u[:, :gap] * s[:gap]) @ vt[:gap]
+    degrees = [max(1.0, sum(row).item() + 1) for row in low]
+    wanted = torch.zeros_like(raw)
+    for i in range(40):
+        for j in range(40):
+            wanted[i, j] = (low[i, j] + (i == j)) / (degrees[i] * degrees[j]) ** 0.5
+    factors, diagonal = purified_factors(GRAPHS[name], 40, gap, power_iterations=60)
+    found = (factors.u * factors.s) @ factors.v.T + diagonal.diag()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_edges():
+    edge_index, generator = edges(), torch.Generator().manual_seed(6)
+    weights = torch.rand(edge_index.shape[1], generator=generator, dtype=torch.float64)
+    matrix = torch.zeros(40, 40, dtype=torch.float64)
+    matrix[edge_index[1], edge_index[0]] = weights
+    degree = matrix.sum(1) + matrix.sum() / 40
+    full = torch.linalg.svdvals(matrix / (degree[:, None] * degree).sqrt())
+    found = low_rank_factors(edge_index, 40, 8, power_iterations=30, weights=weights)
+    torch.testing.assert_close(found.s.double(), full[:8], rtol=1e-5, atol=1e-6)
+
+
 def test_singular_values_equal_those_of_scipy_and_torch():
     edge_index = edges(300, 900, 3)
     matrix = normalized_adjacency(edge_index, 300, 1.0)
@@ -165,6 +206,10 @@ def test_wrong_arguments(options, message):
         low_rank_factors(GRAPHS["random"], 40, **options)
     with pytest.raises(ValueError, match="`edge_index`"):
         low_rank_factors(torch.tensor([[0], [40]]), 40, 3)
+    with pytest.raises(ValueError, match="`edge_index`"):
+        purified_factors(torch.tensor([[0], [40]]), 40, 3)
+    with pytest.raises(ValueError, match="`rank` expected to be at least 1 but got 0; 20 is usual"):
+        purified_factors(GRAPHS["random"], 40, 0)
 
 
 def test_products_with_a_sparse_matrix_and_their_gradients():

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from functional.graph import alignment_share, cluster, confident_share, masked_cross_entropy, pseudo_labels
+from functional.graph import (
+    alignment_share,
+    balanced_logits,
+    cluster,
+    confident_above_mean,
+    confident_share,
+    masked_cross_entropy,
+    pseudo_labels,
+)
 
 
 def test_known_labels_stand_and_others_are_the_most_probable():
@@ -60,6 +68,29 @@ def test_confident_share(share, ties):
 def test_share_out_of_range():
     with pytest.raises(ValueError, match="`share`"):
         confident_share(torch.ones(2), torch.zeros(2, dtype=torch.long), 1.5, 1)
+
+
+@pytest.mark.parametrize("known", [[], [0, 3], list(range(8))])
+def test_confident_above_the_mean_of_unknown_nodes(known):
+    confidence = torch.tensor([1.0, 0.2, 0.6, 1.0, 0.4, 0.4, 0.9, 0.1])
+    mask = torch.tensor([node in known for node in range(8)])
+    others = [confidence[node].item() for node in range(8) if node not in known]
+    mean = sum(others) / max(len(others), 1)
+    wanted = [node in known or confidence[node].item() >= mean for node in range(8)]
+    assert confident_above_mean(confidence, mask).tolist() == wanted
+
+
+@pytest.mark.parametrize("chosen", [[], [0, 1, 4], list(range(6))])
+def test_balanced_softmax(chosen):
+    """Cross-entropy with probabilities n_c e^f_c / Σ n_k e^f_k, n the counts among the taught, at least one."""
+    logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1, 0, 1, 1])
+    mask = torch.tensor([node in chosen for node in range(6)])
+    counts = [max(sum(labels[node].item() == c for node in chosen), 1) for c in range(3)]
+    found = balanced_logits(logits, labels, mask).softmax(1)
+    for node in range(6):
+        weighed = [counts[c] * math.exp(logits[node, c].item()) for c in range(3)]
+        assert found[node].tolist() == pytest.approx([value / sum(weighed) for value in weighed])
 
 
 @pytest.mark.parametrize("chosen", [[], [2], [0, 1, 3]])

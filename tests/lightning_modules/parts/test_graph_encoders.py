@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch_geometric.nn import GCN
 
-from functional.graph import Factors, low_rank_factors
-from lightning_modules.parts.graph_encoders import SPARSE, GlobalOperator, GraphEncoder, drop_columns, sparse_features
+from functional.graph import Factors, low_rank_factors, propagated_features
+from lightning_modules.parts.graph_encoders import SPARSE, GraphEncoder, UniformDropout, drop_columns, sparse_features
+from lightning_modules.parts.graph_operators import GlobalOperator
 
 N = 24
 LINEAR = ("gcn", "gat", "graphsage", "gin", "appnp", "sgc")
@@ -99,9 +100,39 @@ def test_a_class_by_its_path_and_no_logits():
     assert hidden.shape == (N, 8) and logits is None
 
 
+def test_uniform_dropout_is_dropout():
+    """The share that is left, and its scale; no effect in evaluation."""
+    torch.manual_seed(0)
+    layer, x = UniformDropout(0.3), torch.ones(400, 100, requires_grad=True)
+    dropped = layer(x)
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0.0, 1 / 0.7])
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    (gradient,) = torch.autograd.grad(dropped.sum(), x)
+    assert torch.equal(gradient, dropped)
+    assert layer.eval()(x) is x and UniformDropout(0.0)(x) is x and not UniformDropout(1.0)(x).any()
+
+
+def test_decoupled_encoder():
+    """Full-dimensional preparation is the propagation itself, up to a rotation and one factor; then rows alone count."""
+    x, edge_index = graph()
+    module = encoder("decoupled", arguments={"K": 3, "alpha": 0.2, "dimensions": 5}, num_layers=3)
+    local, other = GlobalOperator(edge_index, N), whole(edge_index, "regularized", mix=0.5)
+    found = torch.cat(module.body.prepare(x, [local, other]))
+    wanted = torch.cat([propagated_features(x, operator, 3, 0.2) for operator in (local, other)])
+    wanted = wanted / wanted.square().mean().sqrt()
+    torch.testing.assert_close(found @ found.T, wanted @ wanted.T, rtol=1e-3, atol=1e-3)
+    hidden, logits = module(found, edge_index)
+    assert hidden.shape == (2 * N, 16) and logits.shape == (2 * N, 3) and (hidden >= 0).all()
+    torch.testing.assert_close(module(found[3:5], edge_index)[1], logits[3:5])
+    assert sum(isinstance(layer, torch.nn.Linear) for layer in module.modules()) == 3
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("decoupled", {"arguments": {"dimensions": 0}}, "`encoder_args.dimensions` expected to be an integer of at least 1"),
+        ("decoupled", {"arguments": {"alpha": 2.0}}, "`encoder_args.alpha`"),
+        ("decoupled", {"arguments": {"heads": 2}}, "`encoder_args` expected further arguments of 'decoupled'"),
         ("gnc", {}, "`encoder` expected to be one of gcn, gat"),
         ("torch_geometric.nn.GNC", {}, "`encoder`"),
         ("gcn", {"num_layers": 1}, "`num_layers`"),
