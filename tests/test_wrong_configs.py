@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
 
 def configs():
     """The shipped configs, small, without logs."""
-    names = {"llama": "quickstart", "graph": "csg2l/karate", "vit": "deit/digits", "prune_vit": "deit/prune_digits"}
+    names = {"llama": "published", "graph": "csg2l/karate", "vit": "deit/digits", "prune_vit": "deit/prune_digits"}
     found = {name: yaml.safe_load((ROOT / f"configs/{path}.yaml").read_text()) for name, path in names.items()}
     for name, content in found.items():
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}

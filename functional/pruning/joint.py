@@ -76,7 +76,7 @@ def joint_prune(
     """
     gram, scale, dead = preconditioned.gram, preconditioned.scale, preconditioned.dead
     live = ~dead | dead.all()  # without any live input all count alike
-    dense = (target / scale).mul_(live)
+    dense = (target / scale).mul_(live).contiguous()  # targets of transposed weights are not
     terms = terms.rescaled(scale)
     limits = Limits(terms, shares, pattern, parts, by_rows, dense)
     free, base, change = dense.clone(), torch.empty_like(dense), torch.empty_like(dense)  # F of Z = B₀ is B₀

@@ -117,7 +117,7 @@ def split(
     """Fill `base` with B₀ + r U and `change` with Z − r U − B₀.
 
     Args:
-        free: F, (ΣO, I), contiguous; not modified.
+        free: F, (ΣO, I), contiguous, as all matrices; not modified.
         dense: B₀, (ΣO, I).
         terms: Score of a weight.
         limits: Scores below which weights of each row are dropped, (ΣO, 1), or N:M.

@@ -62,7 +62,17 @@ def split_by_kernel(
     base: Tensor,
     change: Tensor,
 ) -> None:
-    """Do what :func:`functional.pruning.joint_split.split` does; all matrices are contiguous and float32."""
+    """Do what :func:`functional.pruning.joint_split.split` does.
+
+    Args:
+        free: F, (ΣO, I), contiguous, as all matrices; not modified.
+        dense: B₀, (ΣO, I).
+        terms: Score of a weight.
+        limits: Scores below which weights of each row are dropped, (ΣO, 1), or N:M.
+        ratio: r, the penalty before divided by the next one.
+        base: (ΣO, I), receives B₀ + r U; other memory than F's.
+        change: (ΣO, I), receives Z − r U − B₀.
+    """
     rows, columns = free.shape
     coefficients = (term.contiguous() for term in terms.coefficients(slice(None), rows))
     zeros, group, limit = (limits.zeros, limits.group, free) if isinstance(limits, Pattern) else (0, 0, limits.contiguous())

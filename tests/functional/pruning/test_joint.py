@@ -222,3 +222,11 @@ def test_unknown_group():
     weight, x = correlated(8, 32, 0)
     with pytest.raises(ValueError, match="`compared` expected to be matrix or row but got 'column'"):
         prune_linear(weight, InputStatistics(32).update(x, 0), method="sparsegpt", solver="joint", compared="column")
+
+
+def test_a_transposed_weight_gives_what_its_copy_gives():
+    weight, x = problem("correlated", rows=24, columns=24, samples=4, tokens=30, seed=2)
+    statistics = collect(weight, x)
+    plain = prune_linear(weight, *statistics, sparsity=0.5, solver="joint")
+    transposed = prune_linear(weight.T.contiguous().T, *statistics, sparsity=0.5, solver="joint")
+    assert torch.equal(plain.weight, transposed.weight) and torch.equal(plain.mask, transposed.mask)
