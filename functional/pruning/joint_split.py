@@ -137,8 +137,10 @@ def split(
             rows = slice(start, start + at_a_time)
             part, target = free[rows], dense[rows]
             scores = terms.of_rows(rows)(part)
-            kept = keep_largest_of_groups(scores, limits) if isinstance(limits, Pattern) else scores >= limits[rows]
-            multipliers = part.masked_fill(kept, 0)
+            if isinstance(limits, Pattern):
+                multipliers = part.masked_fill(keep_largest_of_groups(scores, limits), 0)
+            else:
+                multipliers = scores.lt_(limits[rows]).mul_(part)  # times 1 or 0, faster than a mask on a CPU
             torch.add(target, multipliers, alpha=ratio, out=base[rows])
             torch.sub(part, target, out=change[rows]).sub_(multipliers, alpha=1 + ratio)
 
