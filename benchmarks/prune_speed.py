@@ -226,7 +226,7 @@ def measure(name: str, options: argparse.Namespace, facts: dict) -> None:
     batches = DataLoader(Windows(windows), batch_size=size)
     module.to(device)
     passes = two_passes(module, batches)
-    fixed = {"model": name, "dtype": options.dtype, "blocks": len(module.blocks), "seq_len": options.seq_len, "seed": 0}
+    fixed = {"model": Path(name).stem, "dtype": options.dtype, "blocks": len(module.blocks), "seq_len": options.seq_len, "seed": 0}
     fixed |= {"samples": options.samples, "two_passes": passes} | facts
     masks: dict[str, torch.Tensor] = {}
     for variant in options.variants:
