@@ -226,8 +226,8 @@ def measure(name: str, options: argparse.Namespace, facts: dict) -> None:
     batches = DataLoader(Windows(windows), batch_size=size)
     module.to(device)
     passes = two_passes(module, batches)
-    fixed = {"model": Path(name).stem, "dtype": options.dtype, "blocks": len(module.blocks), "seq_len": options.seq_len, "seed": 0}
-    fixed |= {"samples": options.samples, "two_passes": passes} | facts
+    fixed = {"model": Path(name).stem, "dtype": options.dtype, "blocks": len(module.blocks), "seq_len": options.seq_len}
+    fixed |= {"samples": options.samples, "two_passes": passes, "seed": 0} | facts
     masks: dict[str, torch.Tensor] = {}
     for variant in options.variants:
         if dense:
