@@ -5,6 +5,7 @@ units of 1 / ρ, so it shrinks by ρ / ρ' when the penalty rises to ρ'. A GPU 
 matrix once; a CPU takes as many rows at a time as its cache holds.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,7 +51,9 @@ class Limits:
             columns, first = like.shape[1], 0
             square, linear, rows = terms.coefficients(slice(None), len(like))
             for part in self._parts:
-                step = part * columns // SAMPLE | 1  # odd, so that it walks through all columns
+                step = part * columns // SAMPLE or 1
+                while math.gcd(step, columns) > 1:  # so that it walks through all columns
+                    step += 1
                 entries = torch.arange(0, part * columns, step, device=like.device)
                 row, column = first + entries // columns, entries % columns
                 self._samples.append((step, square[column], linear[column] * rows[row]))

@@ -110,6 +110,14 @@ def test_limits_of_a_sample_are_near(share):
         assert part.double().mean().item() == pytest.approx(share, abs=0.008)  # four standard deviations of the sample
 
 
+def test_samples_walk_through_all_columns():
+    """Every 18th of 1,215 x 999 scores would leave out eight of nine columns, which here are all large ones."""
+    free, _, terms = problem(1215, 999)
+    free[:, ::9] *= 0.01
+    limits = Limits(terms, [0.5], None, [1215], False, free).of(free)
+    assert (terms(free) < limits).double().mean().item() == pytest.approx(0.5, abs=0.008)
+
+
 def test_patterns_have_no_limits():
     free, _, terms = problem(4, 8)
     pattern = parse_pattern("2:4")
