@@ -19,6 +19,8 @@ from utilities.safe_load import brief, weights_only
 WEIGHTS = "model.safetensors"
 SOURCES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """Arguments of `timm.create_model` that name a source of weights."""
+CLASS_BLOCKS = ("blocks_token_only", "cls_attn_blocks")
+"""Blocks of CaiT's and XCiT's class tokens."""
 
 
 def make_model(
@@ -248,8 +250,13 @@ def two_images(model: nn.Module) -> Tensor:
 
 
 def class_tokens(model: nn.Module) -> int:
-    """Return the number of class and distillation tokens, the first tokens of the blocks; registers come after them."""
+    """Return the number of class and distillation tokens, the first tokens of the blocks; registers come after them.
+
+    CaiT and XCiT have none in their blocks: their class tokens have blocks of their own, after the others.
+    """
     if is_timm(model):
+        if any(getattr(model, name, None) is not None for name in CLASS_BLOCKS):
+            return 0
         registers = getattr(model, "reg_token", None)
         return getattr(model, "num_prefix_tokens", 0) - (0 if registers is None else registers.shape[1])
     return {"vit": 1, "deit": 2}.get(model.config.model_type, 0)
