@@ -209,4 +209,7 @@ class PruningSettings:
 
 
 def _does_not_apply(argument: str, belongs: str, method: str, remedy: str) -> ValueError:
-    return ValueError(f"Argument `{argument}` belongs to {belongs}, but `method` is {method!r}. Leave it out, or use {remedy}.")
+    return ValueError(
+        f"Argument `{argument}` belongs to {belongs}, but `method` is {method!r}. Leave it out, or use {remedy}; null takes it "
+        "out of a config."
+    )
