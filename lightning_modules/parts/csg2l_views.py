@@ -31,19 +31,23 @@ Base = Literal["normalized", "regularized", "diffused", "joint", "purified"]
 Buffers = dict[str, Tensor]
 
 
-class View(Choice):
-    """The other view, with which the local one is contrasted."""
-
-    draws_edges: ClassVar[bool]
-    """Whether each step has other edges."""
+class _Propagation(Choice):
+    """What a view propagates by."""
 
     def buffers(self, data: Data) -> Buffers:
         """Make what the view needs of a whole graph, by name."""
         return {}
 
-    def operator(self, batch: Data, buffers: Buffers) -> GlobalOperator:
-        """Make the propagation on a batch of what `buffers` made of the whole graph."""
-        raise NotImplementedError(f"{type(self).__name__} draws its edges in each step; ask views with draws_edges = False.")
+    def operator(self, batch: Data, buffers: Buffers) -> GlobalOperator | None:
+        """Make the propagation on a batch of what `buffers` made of the whole graph; None for that of the encoder's layers."""
+        return None
+
+
+class View(_Propagation):
+    """The other view, with which the local one is contrasted."""
+
+    draws_edges: ClassVar[bool]
+    """Whether each step has other edges, by which the encoder's own layers propagate."""
 
 
 class SvdView(View):
@@ -193,16 +197,8 @@ class DropView(View):
         return drop_columns(x, self.features), edges
 
 
-class LocalView(Choice):
+class LocalView(_Propagation):
     """What the first view propagates by."""
-
-    def buffers(self, data: Data) -> Buffers:
-        """Make what the view needs of a whole graph, by name."""
-        return {}
-
-    def operator(self, batch: Data, buffers: Buffers) -> GlobalOperator | None:
-        """Make the propagation on a batch; None for that of the encoder's own layers."""
-        return None
 
 
 class EdgesView(LocalView):

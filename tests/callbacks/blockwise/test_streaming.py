@@ -24,7 +24,7 @@ from lightning_modules.parts.load_streamed import check_stage
 from lightning_modules.parts.shards import Shards, find_shards, write_shard
 from lightning_modules.parts.streamed import StreamedBlocks
 from tests.helpers.launchers import Fault, go
-from tests.helpers.streamed_runs import SETTINGS, WholeRuns, assert_same, run_of, tensors_of
+from tests.helpers.streamed_runs import SETTINGS, assert_same, tensors_of
 from tests.helpers.tiny import make_model, make_tokenizer, quiet
 
 
@@ -192,16 +192,6 @@ def test_an_error_while_a_block_is_written_leaves_the_dense_model(resume, split_
     (after,) = quiet(tmp_path).validate(module, data_of(model, text_file), verbose=False)
     (dense,) = quiet(tmp_path).validate(CausalLM(model), data_of(model, text_file), verbose=False)
     assert after == dense
-
-
-@pytest.fixture(scope="module")
-def streamed_run(tmp_path_factory):
-    return run_of(tmp_path_factory.mktemp("streamed"))
-
-
-@pytest.fixture(scope="module")
-def in_memory(streamed_run):
-    return WholeRuns(streamed_run)
 
 
 KILLS = [

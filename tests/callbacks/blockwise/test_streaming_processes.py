@@ -14,18 +14,7 @@ from datamodules import TextDataModule
 from lightning_modules import CausalLM
 from lightning_modules.parts.host_memory import FileMemory
 from tests.helpers.launchers import Fault, PruningRun, go, quiet_trainer
-from tests.helpers.streamed_runs import SETTINGS, WholeRuns, assert_same, run_of, tensors_of
-
-
-@pytest.fixture(scope="module")
-def streamed_run(tmp_path_factory):
-    return run_of(tmp_path_factory.mktemp("streamed"))
-
-
-@pytest.fixture(scope="module")
-def in_memory(streamed_run):
-    return WholeRuns(streamed_run)
-
+from tests.helpers.streamed_runs import SETTINGS, assert_same, tensors_of
 
 EQUAL_SHARES = {"num_calibration": 12}
 """Whole batches for each of two processes, so that these have the bits of one."""
