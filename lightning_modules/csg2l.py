@@ -37,6 +37,9 @@ from lightning_modules.parts.graph_operators import GlobalOperator
 from utilities.checks import check_integer, check_one_of, check_share
 from utilities.choice import chosen
 
+DRAWS = 8
+"""Graphs without some edges that are drawn beforehand for an encoder that propagates once; each step takes one of them."""
+
 Fusion = Literal["mean", "local", "concat", "attention"]
 
 MOVED = {
@@ -124,11 +127,6 @@ class CSG2L(NodeModule):
                 "Argument `contrast.weight` expected to be above 0 with `supervised` = False but got 0: nothing is left to "
                 "learn from. Raise it."
             )
-        if encoder.lower() == "decoupled" and isinstance(self.view, DropView):
-            raise ValueError(
-                "Argument `encoder` = 'decoupled' propagates once, but `view` drop draws edges in each step. Use view svd or "
-                "knn, or encoder gcn."
-            )
         groups = {name: getattr(self, name) for name in ("view", "local_view", "contrast", "pseudo_labels")}
         self.draws_edges, self.warmup_epochs = self.view.draws_edges, self.pseudo_labels.warmup_epochs
         self.save_hyperparameters(ignore=list(groups))
@@ -171,7 +169,7 @@ class CSG2L(NodeModule):
                 self.register_buffer(prefix + name, value)
         if self.encoder.decoupled:
             local = self.operator(data, "local_") or GlobalOperator(data.edge_index, data.num_nodes)
-            self.prepare(data, [local, self.operator(data)])
+            self.prepare([(data.x, local), *self._other_views(data)])
             self._operators.clear()
         if isinstance(self.pseudo_labels, PredictedLabels):
             self.alignment_share = alignment_share(self.pseudo_labels.alignment, int(data.train_mask.sum()), num_classes)
@@ -200,10 +198,20 @@ class CSG2L(NodeModule):
             known = self._operators[prefix] = batch.edge_index, operator
         return known[1]
 
+    def _other_views(self, data: Data) -> list[tuple[Tensor, GlobalOperator]]:
+        """Return features and operator of the other view of a whole graph; of a view that draws edges, those of some draws."""
+        if not isinstance(self.view, DropView):
+            return [(data.x, self.operator(data))]
+        draws = [self.view.draw(data.x, data.edge_index) for _ in range(DRAWS)]
+        return [(x, GlobalOperator(edges, data.num_nodes)) for x, edges in draws]
+
     def views(self, batch: Data) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Compute hidden layer (N, H) and logits (N, C) of the local and of the other view."""
         if self.encoder.decoupled:  # both in one pass
-            hidden, logits = self.encoder(torch.cat([self.prepared(batch, 0), self.prepared(batch, 1)]), batch.edge_index)
+            number = 1
+            if isinstance(self.view, DropView):
+                number = int(torch.randint(1, 1 + DRAWS, ())) if self.training else 0
+            hidden, logits = self.encoder(torch.cat([self.prepared(batch, 0), self.prepared(batch, number)]), batch.edge_index)
             first, second = (hidden.chunk(2), (None, None) if logits is None else logits.chunk(2))
             return (first[0], second[0]), (first[1], second[1])
         x = self.features(batch)

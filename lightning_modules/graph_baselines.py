@@ -38,7 +38,7 @@ class _Encoded(NodeModule):
                     f"Argument `encoder` of {type(self).__name__} expected one that propagates in each step but got "
                     "'decoupled'. Use gcn."
                 )
-            self.prepare(data, [GlobalOperator(data.edge_index, data.num_nodes)])
+            self.prepare([(data.x, GlobalOperator(data.edge_index, data.num_nodes))])
 
     def encode(self, batch: Data) -> tuple[Tensor, Tensor | None]:
         """Return hidden layer and logits."""

@@ -145,9 +145,9 @@ class NodeModule(ResumableModule):
                 self._sparse = batch.x, sparse_features(batch.x)
         return self._sparse[1]
 
-    def prepare(self, data: Data, operators: Sequence[GlobalOperator]) -> None:
-        """Propagate the whole graph's features once for each view, as buffers: moved, saved and resumed with the module."""
-        for number, values in enumerate(self.encoder.body.prepare(data.x, operators)):
+    def prepare(self, views: Sequence[tuple[Tensor, GlobalOperator]]) -> None:
+        """Propagate each view's features once, as buffers: moved, saved and resumed with the module."""
+        for number, values in enumerate(self.encoder.body.prepare(views)):
             self.register_buffer(f"prepared_{number}", values)
 
     def prepared(self, batch: Data, number: int) -> Tensor:

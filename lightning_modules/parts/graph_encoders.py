@@ -78,7 +78,7 @@ class Decoupled(nn.Module):
         hidden_channels: int,
         num_layers: int,
         dropout: float,
-        K: int = 20,
+        K: int = 5,
         alpha: float = 0.1,
         dimensions: int = 64,
         seed: int = 0,
@@ -94,11 +94,11 @@ class Decoupled(nn.Module):
             layers += [nn.ReLU(), UniformDropout(dropout), nn.Linear(hidden_channels, hidden_channels)]
         self.layers = nn.Sequential(*layers)
 
-    def prepare(self, x: Tensor, operators: Sequence[GlobalOperator]) -> list[Tensor]:
-        """Propagate the features (N, F) of a whole graph by each operator and reduce them, (N, d) each."""
-        views = [propagated_features(x, operator, self.steps, self.teleport) for operator in operators]
+    def prepare(self, views: Sequence[tuple[Tensor, GlobalOperator]]) -> list[Tensor]:
+        """Propagate the features (N, F) of each view by its operator and reduce all together, (N, d) each."""
+        found = [propagated_features(x, operator, self.steps, self.teleport) for x, operator in views]
         return [nn.functional.pad(view, (0, self.width - view.shape[1])) for view in
-                reduced_together(views, self.width, self.seed)]  # fmt: skip
+                reduced_together(found, self.width, self.seed)]  # fmt: skip
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         """Compute the hidden layer (N, H) of prepared features (N, d)."""

@@ -117,7 +117,7 @@ def test_decoupled_encoder():
     x, edge_index = graph()
     module = encoder("decoupled", arguments={"K": 3, "alpha": 0.2, "dimensions": 5}, num_layers=3)
     local, other = GlobalOperator(edge_index, N), whole(edge_index, "regularized", mix=0.5)
-    found = torch.cat(module.body.prepare(x, [local, other]))
+    found = torch.cat(module.body.prepare([(x, local), (x, other)]))
     wanted = torch.cat([propagated_features(x, operator, 3, 0.2) for operator in (local, other)])
     wanted = wanted / wanted.square().mean().sqrt()
     torch.testing.assert_close(found @ found.T, wanted @ wanted.T, rtol=1e-3, atol=1e-3)
