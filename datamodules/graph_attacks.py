@@ -71,8 +71,8 @@ def check_attack(attack: str | None, share: float | None, surrogate: str | None,
         raise ValueError("Argument `attack_share` belongs to an attack, but `edge_attack` is null. Leave it out, or give one.")
     if surrogate is not None and attack != "prbcd":
         raise ValueError(
-            f"Argument `attack_surrogate` belongs to edge_attack prbcd, but `edge_attack` is {attack or 'null'}. Leave it out, or use "
-            "prbcd."
+            f"Argument `attack_surrogate` belongs to edge_attack prbcd, but `edge_attack` is {attack or 'null'}. Leave it out, "
+            "or use prbcd."
         )
     if attack is not None and noise:
         raise ValueError(

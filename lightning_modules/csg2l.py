@@ -22,7 +22,7 @@ from functional.graph import (
     pseudo_labels,
     reweighted_info_nce,
 )
-from lightning_modules.base.node import NodeModule
+from lightning_modules.base.viewed import ViewedModule
 from lightning_modules.parts.csg2l_settings import (
     ClusteredLabels,
     Contrast,
@@ -64,7 +64,7 @@ MOVED = {
 """Earlier settings of `CSG2L` and where they are now, for the command line's error."""
 
 
-class CSG2L(NodeModule):
+class CSG2L(ViewedModule):
     """Semi-supervised or self-supervised graph contrastive learning, on any encoder.
 
     Args:
@@ -136,7 +136,6 @@ class CSG2L(NodeModule):
         self.alignment_share = 0.0
         self._clean: tuple[tuple, Tensor] | None = None
         self._keeps = True
-        self._operators: dict[str, tuple[Tensor, GlobalOperator]] = {}
 
     def setup(self, stage: str) -> None:
         """Keep no pass of validation where it is that of averaged weights, which come and go without a trace."""
@@ -166,9 +165,7 @@ class CSG2L(NodeModule):
             self.head = nn.Sequential(nn.Linear(width, projected), nn.ELU(), nn.Linear(projected, projected))
         if not self.contrast.weight:
             self.head.requires_grad_(False)  # several processes would wait for its gradients
-        for prefix, view in self._views.items():
-            for name, value in view.buffers(data).items():
-                self.register_buffer(prefix + name, value)
+        self.register_views(data)
         if self.encoder.decoupled:
             local = self.operator(data, "local_") or GlobalOperator(data.edge_index, data.num_nodes)
             self.prepare(data, [local, self.operator(data)])
@@ -182,23 +179,6 @@ class CSG2L(NodeModule):
     def _views(self) -> dict[str, View | LocalView]:
         """Both views, by the prefix of their buffers."""
         return {"": self.view, "local_": self.local_view}
-
-    def operator(self, batch: Data, prefix: str = "") -> GlobalOperator | None:
-        """Return the propagation of the global view, or with prefix local_ of the local one, on a batch.
-
-        It is kept for the next step on the same graph. None for a local view by the encoder's own layers.
-        """
-        known = self._operators.get(prefix)
-        if known is None or known[0] is not batch.edge_index:
-            view = self._views[prefix]
-            names = [name for name, _ in self.named_buffers(recurse=False) if name.startswith(prefix)]
-            buffers = {name.removeprefix(prefix): getattr(self, name) for name in names}
-            with torch.inference_mode(False):  # training uses what validation may have made
-                operator = view.operator(batch, buffers)
-            if operator is None:
-                return self.local_operator(batch)
-            known = self._operators[prefix] = batch.edge_index, operator
-        return known[1]
 
     def views(self, batch: Data) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Compute hidden layer (N, H) and logits (N, C) of the local and of the other view."""
@@ -342,7 +322,6 @@ class CSG2L(NodeModule):
         self.closeness.copy_(closeness)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Forget the operators, since other factors are loaded next."""
+        """Forget the pass without dropout, since other weights are loaded next."""
         super().on_load_checkpoint(checkpoint)
-        self._operators.clear()
         self._clean = None

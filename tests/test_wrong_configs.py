@@ -305,6 +305,11 @@ GRAPHS = [
         ["--model.pseudo_labels", "PredictedLabels", "--model.pseudo_labels.every", "2"],
         "`model.pseudo_labels.every` belongs to ClusteredLabels: give `--model.pseudo_labels ClusteredLabels` before it",
     ),
+    (
+        "graph",
+        ["--model", "lightning_modules.NodeClassifier", "--model.local_view", "PurifiedView", "--model.local_view.rank", "0"],
+        "`local_view.rank` expected to be an integer of at least 1 but got 0",
+    ),
     *(
         ("graph", [f"--data.{name}", value], message)
         for name, value, message in (

@@ -24,6 +24,7 @@ from lightning_modules import (
     DropView,
     NodeClassifier,
     PredictedLabels,
+    PurifiedView,
     SvdView,
 )
 from lightning_modules.parts.node_probes import STRENGTHS, clustering_scores, linear_probe
@@ -91,16 +92,42 @@ def test_learns_wines(options, tmp_path):
         NodeClassifier(hidden_channels=32),
         NodeClassifier(hidden_channels=32, pseudo_weight=0.5, warmup_epochs=10),
         NodeClassifier("decoupled", hidden_channels=32),
+        NodeClassifier(hidden_channels=32, local_view="purified"),
+        NodeClassifier("decoupled", hidden_channels=32, local_view=PurifiedView(rank=10)),
+        NodeClassifier("gat", hidden_channels=32, local_view="mlp"),
         DGI(hidden_channels=32),
         GRACE(hidden_channels=32, head_channels=16, learning_rate=5e-3),
         CSG2L(**UNLABELLED),
     ],
-    ids=["gcn", "pseudo", "decoupled", "dgi", "grace", "csg2l-self"],
+    ids=["gcn", "pseudo", "decoupled", "gcn-svd", "decoupled-svd", "mlp", "dgi", "grace", "csg2l-self"],
 )
 def test_baselines_learn_wines(module, tmp_path):
     trainer, data = trained(module, tmp_path)
     assert trainer.callback_metrics["val/accuracy"] > 0.8
     assert trainer.test(module, datamodule=data, verbose=False)[0]["test/accuracy"] > 0.8
+
+
+def test_gcn_svd_against_dense_matrices(tmp_path):
+    """P relu(P X W + b) W' + b', P = D^-½ (A_q + I) D^-½ of the raw adjacency's best approximation of rank q, in float64."""
+    module = NodeClassifier(hidden_channels=8, dropout=0.0, local_view=PurifiedView(rank=7))
+    trainer, data = trained(module, tmp_path, 3, GraphDataModule("karate", labels_per_class=1, num_val=9, num_test=-1))
+    x, (source, target) = data.data.x.double(), data.data.edge_index
+    u, s, vt = torch.linalg.svd(torch.zeros(34, 34, dtype=torch.float64).index_put((target, source), x.new_ones(())))
+    low = (u[:, :7] * s[:7]) @ vt[:7]
+    degree = (low.sum(1) + 1).clamp_min(1)
+    matrix = (low + torch.eye(34)) / (degree[:, None] * degree).sqrt()
+    first, second = module.encoder.body.convs[0], module.encoder.head.convs[0]
+    with torch.no_grad():
+        hidden = (matrix @ (x @ first.lin.weight.T.double()) + first.bias).relu()
+        wanted = matrix @ (hidden @ second.lin.weight.T.double()) + second.bias
+        torch.testing.assert_close(module.encode(data.data)[1].double(), wanted, rtol=1e-3, atol=1e-4)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    stored = torch.load(tmp_path / "x.ckpt", weights_only=True)["hyper_parameters"]
+    assert stored["local_view"] == {"class_path": "PurifiedView", "init_args": {"rank": 7, "seed": 0}}
+    again = NodeClassifier(hidden_channels=8, dropout=0.0, local_view=PurifiedView(rank=7, seed=4))
+    found = quiet(tmp_path).test(again, data, ckpt_path=tmp_path / "x.ckpt", weights_only=True, verbose=False)[0]
+    assert torch.equal(again.local_factor_u, module.local_factor_u)
+    assert found == trainer.test(module, data, verbose=False)[0]
 
 
 def test_loss_is_the_weighted_sum_of_its_terms():
@@ -337,6 +364,10 @@ def test_linear_probe_and_clusters():
         (
             lambda: CSG2L(local_view="gcn"),
             r"`local_view` expected to be one of edges \(EdgesView\), purified.* but got 'gcn'",
+        ),
+        (
+            lambda: NodeClassifier(local_view="svd"),
+            r"`local_view` expected to be one of edges \(EdgesView\), purified.* but got 'svd'",
         ),
         (
             lambda: SvdView("a"),
