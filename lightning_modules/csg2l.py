@@ -18,6 +18,7 @@ from functional.graph import (
     cluster,
     confident_above_mean,
     confident_share,
+    node_weights,
     pair_weights,
     pseudo_labels,
     reweighted_info_nce,
@@ -234,7 +235,11 @@ class CSG2L(ViewedModule):
             given = [view[1] for view in (local, other)]
             if self.pseudo_labels.balanced:
                 given = [balanced_logits(values, labels, taught) for values in given]
-            pseudo = sum(self.cross_entropy(batch, values, labels, taught) for values in given) / 2
+            weights = None
+            if self.pseudo_labels.beta:
+                z_a, z_b = (nn.functional.normalize(view[0].float()) for view in (local, other))
+                weights = node_weights(z_a, z_b, labels, confident, taught, given[0].shape[1], self.pseudo_labels.beta)
+            pseudo = sum(self.cross_entropy(batch, values, labels, taught, weights) for values in given) / 2
             found["pseudo_cross_entropy"] = pseudo
             loss = loss + self.pseudo_labels.weight * pseudo
         if confident is not None:

@@ -302,6 +302,11 @@ GRAPHS = [
     ),
     (
         "graph",
+        ["--model.pseudo_labels", "PredictedLabels", "--model.pseudo_labels.beta", ".inf"],
+        "`pseudo_labels.beta` expected to be finite but got inf; 0 weighs all nodes alike",
+    ),
+    (
+        "graph",
         ["--model.pseudo_labels", "PredictedLabels", "--model.pseudo_labels.every", "2"],
         "`model.pseudo_labels.every` belongs to ClusteredLabels: give `--model.pseudo_labels ClusteredLabels` before it",
     ),

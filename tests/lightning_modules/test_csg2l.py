@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 
 from callbacks import AverageWeights, GraphMonitor
 from datamodules import GraphDataModule
-from functional.graph import reweighted_info_nce
+from functional.graph import node_weights, reweighted_info_nce
 from lightning_modules import (
     CSG2L,
     DGI,
@@ -75,6 +75,7 @@ def trained(module, path, epochs=30, data=None, **options):
         {"encoder": "decoupled"},
         {"encoder": "decoupled", "view": "knn", "local_view": "mlp", "fusion": "attention"},
         {"pseudo_labels": PredictedLabels(alignment=0.0, confident="mean", warmup_epochs=3, balanced=True, clean=True)},
+        {"pseudo_labels": PredictedLabels(warmup_epochs=3, beta=1.0)},
     ],
     ids=str,
 )
@@ -185,6 +186,25 @@ def test_balanced_softmax_on_the_labels_of_a_pass_without_dropout():
             wanted = wanted - values[taught, predicted[taught]].mean() / 2
         assert float(found["pseudo_cross_entropy"]) == pytest.approx(float(wanted), rel=1e-4), seen
         module._clean = None
+
+
+def test_nodes_are_weighed_by_their_disagreement():
+    """Each taught node's cross-entropy times its weight, of both views, over the number of taught nodes."""
+    data = graph()
+    data.setup()
+    labels = PredictedLabels(confident=0.5, warmup_epochs=0, beta=-2.0)
+    batch, module = data.data, CSG2L(**SMALL | {"dropout": 0.0, "contrast": Contrast(weight=0.0), "pseudo_labels": labels})
+    module.build(batch, 3)
+    found = module.losses(batch, 0)["pseudo_cross_entropy"]
+    with torch.no_grad():
+        local, other = module.views(batch)
+        labels, confident = module.trusted(batch, (local[1] + other[1]) / 2, 0)
+        taught = confident & ~batch.train_mask
+        z_a, z_b = (torch.nn.functional.normalize(hidden) for hidden in (local[0], other[0]))
+        weights = node_weights(z_a, z_b, labels, confident, taught, 3, -2.0).double()  # tested by itself
+        terms = [-logits.double().log_softmax(1)[taught, labels[taught]] for logits in (local[1], other[1])]
+    assert float(found) == pytest.approx(float((weights[taught] * sum(terms) / 2).mean()), rel=1e-5)
+    assert weights.max() > 1.05
 
 
 def test_a_teacher_without_dropout_follows_the_weights():
@@ -393,6 +413,8 @@ def test_linear_probe_and_clusters():
             lambda: PredictedLabels(weight=0.0, balanced=True),
             "`pseudo_labels.balanced` expected a `pseudo_labels.weight` above",
         ),
+        (lambda: PredictedLabels(weight=0.0, beta=1.0), "`pseudo_labels.beta` expected a `pseudo_labels.weight` above 0"),
+        (lambda: PredictedLabels(beta=float("nan")), "`pseudo_labels.beta` expected to be finite but got nan; 0 weighs all"),
         (
             lambda: PredictedLabels(confident="most"),
             r"`pseudo_labels.confident` expected to be in \[0, 1\], or mean, but got 'most'",
