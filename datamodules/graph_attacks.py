@@ -14,6 +14,7 @@ Legend: N nodes, E directed edges (each undirected edge twice), F features, C cl
 
 import copy
 import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from math import inf
@@ -267,13 +268,29 @@ def kept_on_disk(folder: Path, name: str, tensors: dict[str, Tensor], make: Call
         name: Start of the file's name, which tells all settings; a hash of the tensors follows.
         tensors: What the edges are made of, by name.
         make: Makes the edges (2, E).
+
+    Raises:
+        ValueError: If the folder cannot be written.
     """
     path = folder / f"{name}-{digest(tensors.items())[:16]}.safetensors"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        _check_writable(folder)
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
                 new = path.with_suffix(".new")
                 save_file({"edge_index": make().contiguous()}, new)
                 os.replace(new, path)
     return load_file(path)["edge_index"]
+
+
+def _check_writable(folder: Path) -> None:
+    """Check, before minutes of work, that what they make can be kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"Argument `root` expected a folder that can be written, since edge_attack prbcd keeps its graphs in "
+            f"{str(folder)!r}, but got: {error.strerror}. Choose another folder, or make it writable."
+        ) from error

@@ -180,6 +180,12 @@ def test_a_failed_attack_leaves_no_graph(tmp_path):
     assert torch.equal(kept_on_disk(tmp_path, "x", {"y": torch.tensor([0])}, lambda: torch.ones(2, 1).long()), torch.ones(2, 1))
 
 
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"`root` expected a folder that can be written, .*: Not a directory\. Choose another"):
+        ready(root=str(tmp_path / "file"), edge_attack="prbcd")
+
+
 def test_data_module_keeps_the_graph_that_prbcd_made(tmp_path, monkeypatch):
     calls = []
 
