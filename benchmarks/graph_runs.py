@@ -235,6 +235,32 @@ def run_all(rows: list[tuple[dict, dict]], workers: int, write, stop_at: float, 
                     running[pool.submit(_task, following)] = following
 
 
+def _prepare(data: dict[str, Any]) -> None:
+    from datamodules import GraphDataModule
+
+    GraphDataModule(**data).setup()
+
+
+def prepare_all(graphs: list[dict[str, Any]], workers: int, stop_at: float) -> None:
+    """Set up graphs, each given as arguments of GraphDataModule, in worker processes, for what is kept on disk.
+
+    After `stop_at` none is begun. What fails is printed; the runs that need it fail for the same reason.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(context.Value("i", 0),)) as pool:
+        waiting, running = iter(graphs), {}
+        for data in itertools.islice(waiting, workers):
+            running[pool.submit(_prepare, data)] = data
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                data = running.pop(future)
+                if error := future.exception():
+                    print("failed:", data, repr(error), flush=True)
+                following = next(waiting, None) if time.time() < stop_at else None
+                if following is not None:
+                    running[pool.submit(_prepare, following)] = following
+
+
 def read(path: Path) -> list[dict[str, str]]:
     """Rows of a results file, all columns as text."""
     if not path.exists():

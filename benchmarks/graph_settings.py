@@ -79,7 +79,7 @@ DROP = {"drop_edges": "edges", "drop_features": "features"}
 WEIGHED = {"contrast_weight": "weight"} | {
     name: name for name in ("form", "beta", "reweight", "temperature", "intra_view", "head_channels", "anchors")
 }
-PREDICTED = {"pseudo_weight": "weight"} | {
+PREDICTED = {"pseudo_weight": "weight", "pseudo_beta": "beta"} | {
     name: name for name in ("alignment", "confident", "warmup_epochs", "balanced", "clean")
 }
 CLUSTERED = {"confident": "confident", "warmup_epochs": "warmup_epochs", "cluster_every": "every", "seed": "seed"}
@@ -102,15 +102,20 @@ def module_arguments(name: str, flat: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a LightningModule for a flat configuration.
 
     A search draws all settings of CSG2L alike; those that do not apply to its view or to a contrast of weight 0 are left out.
+    `purified_rank` is the rank of a purified local view.
 
     Args:
         name: Name of the module's class.
         flat: Settings by name.
     """
+    from lightning_modules.parts.csg2l_settings import ClusteredLabels, Contrast, PredictedLabels
+    from lightning_modules.parts.csg2l_views import DropView, KnnView, PurifiedView, SvdView
+
+    if "purified_rank" in flat:
+        local = {"local_view": PurifiedView(flat["purified_rank"])}
+        flat = {key: value for key, value in flat.items() if key != "purified_rank"} | local
     if name != "CSG2L":
         return flat
-    from lightning_modules.parts.csg2l_settings import ClusteredLabels, Contrast, PredictedLabels
-    from lightning_modules.parts.csg2l_views import DropView, KnnView, SvdView
 
     def group(names: dict[str, str]) -> dict[str, Any]:
         return {new: flat[old] for old, new in names.items() if old in flat}

@@ -9,16 +9,17 @@ Legend: N nodes, E directed edges (each undirected edge twice), F features.
 import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch_geometric.data import Data
-from torch_geometric.utils import coalesce
 
+from datamodules.graph_attacks import SHARE, Attack, Surrogate, check_attack, dice, kept_on_disk, prbcd
+from datamodules.graph_edges import add_edges, drop_dissimilar
 from datamodules.graph_sources import load_graph
 from datamodules.graph_splits import split_nodes
 from datamodules.graph_types import Graph
@@ -27,7 +28,6 @@ from utilities.checks import check_integer
 from utilities.contract import GraphData, GraphFacts
 
 Split = Literal["public", "random", "geom-gcn"]
-NOISE_STREAM = 1
 LARGEST_SEED = 2**32 - 1
 
 
@@ -70,6 +70,14 @@ class GraphDataModule(LightningDataModule, GraphData):
         seed: Seed of the split, the noise, the order of seeds and their neighbours.
         val_per_class: Number of validation nodes of each class, in place of `num_val`, which null takes; of split random
             only.
+        edge_attack: Poisoning of the edges by someone who knows all labels (`datamodules.graph_attacks`): dice deletes edges
+            within classes and adds edges between them; prbcd flips those that cost a GCN most on nodes that are not for
+            training, which takes minutes and is kept in the folder attacks in `root`. null for none.
+        attack_share: Number of edges that the attack changes, as a share of the number of edges; null takes 0.25.
+        attack_surrogate: Model that prbcd attacks: gcn, or low_rank, a GCN on the edges' projection on their leading 20
+            singular vectors; null takes gcn.
+        drop_dissimilar: Remove edges, after noise or an attack, between nodes whose words have a Jaccard index of at most this;
+            0 removes those without a common word. null keeps all edges.
     """
 
     def __init__(
@@ -88,6 +96,10 @@ class GraphDataModule(LightningDataModule, GraphData):
         fanout: list[int] | tuple[int, ...] = (10, 10),
         seed: int = 0,
         val_per_class: int | None = None,
+        edge_attack: Attack | None = None,
+        attack_share: float | None = None,
+        attack_surrogate: Surrogate | None = None,
+        drop_dissimilar: float | None = None,
     ) -> None:
         super().__init__()
         for name, value, hint in (
@@ -118,6 +130,13 @@ class GraphDataModule(LightningDataModule, GraphData):
                 f"Argument `edge_noise` expected to be a number of at least 0 but got {edge_noise!r}; 0.1 adds a tenth of the "
                 "edges."
             )
+        check_attack(edge_attack, attack_share, attack_surrogate, edge_noise)
+        number = isinstance(drop_dissimilar, int | float) and not isinstance(drop_dissimilar, bool)
+        if drop_dissimilar is not None and not (number and 0 <= drop_dissimilar < 1):
+            raise ValueError(
+                f"Argument `drop_dissimilar` expected to be a number in [0, 1) but got {drop_dissimilar!r}; 0 removes edges "
+                "between nodes without a common word."
+            )
         check_integer("knn", knn, 1, "10 is usual")
         if not isinstance(row_normalize, bool):
             raise ValueError(f"Argument `row_normalize` expected to be true or false but got {row_normalize!r}; choose one.")
@@ -145,28 +164,35 @@ class GraphDataModule(LightningDataModule, GraphData):
         self._told = False
 
     def prepare_data(self) -> None:
-        """Let one of several processes download the data that all will read."""
+        """Let one of several processes download the data, and attack the graph, that all will read."""
         if self.trainer is not None and self.trainer.world_size > 1:
-            self._load()
-
-    def _load(self) -> Graph:
-        options = self.hparams
-        return load_graph(options.source, options.root or "data", options.split, options.knn)
+            self._read()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the graph, split its nodes and add noise, all once.
+        """Read the graph, split its nodes and change its edges, all once.
 
         Raises:
-            ValueError: If the source is unknown or cannot be had, has no such split, too few nodes for it, or too few pairs of
-                nodes without an edge for the noise.
+            ValueError: If the source is unknown or cannot be had, has no such split, too few nodes for it, too few pairs of
+                nodes without an edge for the noise or the attack, or no words whose likeness counts.
             ModuleNotFoundError: If a package is missing.
         """
         if self.data is not None:
             return
+        graph, self.data, self.split_name, normalized = self._read()
+        self.num_classes, self.num_features, self.classes = graph.num_classes, self.data.num_features, graph.classes
+        sizes = " / ".join(f"{int(self.data[part].sum()):,}" for part in ("train_mask", "val_mask", "test_mask"))
+        rank_zero_info(
+            f"Graph {graph.name}: {self.data.num_nodes:,} nodes, {self.data.num_edges // 2:,} edges"
+            f"{self._changes(graph)}, {self.num_classes} classes, {self.num_features:,} features"
+            f"{', rows sum to 1' * normalized}; split: {self.split_name} ({sizes} nodes)"
+        )
+
+    def _read(self) -> tuple[Graph, Data, str, bool]:
+        """Return the graph as its source has it, the data made of it, the split's name, and whether rows were normalised."""
         options = self.hparams
-        graph = self._load()
+        graph = load_graph(options.source, options.root or "data", options.split, options.knn)
         num_test = None if options.num_test == -1 else options.num_test
-        (train, val, test), self.split_name = split_nodes(
+        (train, val, test), name = split_nodes(
             graph,
             options.split,
             options.labels_per_class,
@@ -176,29 +202,47 @@ class GraphDataModule(LightningDataModule, GraphData):
             options.seed,
             options.val_per_class,
         )
-        x, edge_index = graph.x, graph.edge_index
-        normalize = options.row_normalize and graph.bag_of_words and bool((x >= 0).all())
-        if normalize:
+        x = graph.x
+        words = graph.bag_of_words and bool((x >= 0).all())
+        if options.drop_dissimilar is not None and not words:
+            raise ValueError(
+                f"Argument `drop_dissimilar` expected features that are words, but those of {graph.name} are not; leave it out."
+            )
+        if normalize := options.row_normalize and words:
             total = x.sum(dim=1, keepdim=True)
             x = x / total.where(total > 0, 1)  # rows without a word stay zero
-        edge_index = add_edges(edge_index, len(x), options.edge_noise, options.seed)
-        self.num_classes, self.num_features, self.classes = graph.num_classes, x.shape[1], graph.classes
-        self.data = Data(
-            x=x,
-            edge_index=edge_index,
-            y=graph.y,
-            train_mask=train,
-            val_mask=val,
-            test_mask=test,
-            node_ids=torch.arange(len(x)),
+        edge_index = self._changed(graph, x, train, val)
+        if options.drop_dissimilar is not None:
+            edge_index = drop_dissimilar(edge_index, x, options.drop_dissimilar)
+        nodes = torch.arange(len(x))
+        data = Data(x=x, edge_index=edge_index, y=graph.y, train_mask=train, val_mask=val, test_mask=test, node_ids=nodes)
+        return graph, data, name, normalize
+
+    def _changed(self, graph: Graph, x: Tensor, train: Tensor, val: Tensor) -> Tensor:
+        """Add noise, or attack the graph; what takes long is kept on disk."""
+        options, edges, labels = self.hparams, graph.edge_index, graph.y
+        if options.edge_attack is None:
+            return add_edges(edges, len(x), options.edge_noise, options.seed)
+        share = SHARE if options.attack_share is None else options.attack_share
+        if options.edge_attack == "dice":
+            return dice(edges, labels, share, options.seed)
+        attacked = ~train if graph.unlabelled is None else ~train & ~graph.unlabelled
+        surrogate = options.attack_surrogate or "gcn"
+        given = {"x": x, "edge_index": edges, "labels": labels, "train": train, "val": val, "attacked": attacked}
+        return kept_on_disk(
+            Path(options.root or "data").expanduser() / "attacks",
+            f"{graph.name}-prbcd-{surrogate}-{share}-{options.seed}",
+            given,
+            lambda: prbcd(**given, share=share, seed=options.seed, surrogate=surrogate),
         )
-        added = (edge_index.shape[1] - graph.edge_index.shape[1]) // 2
-        sizes = " / ".join(f"{int(mask.sum()):,}" for mask in (train, val, test))
-        rank_zero_info(
-            f"Graph {graph.name}: {len(x):,} nodes, {edge_index.shape[1] // 2:,} edges"
-            f"{f' ({added:,} of them noise)' * bool(added)}, {self.num_classes} classes, {self.num_features:,} features"
-            f"{', rows sum to 1' * normalize}; split: {self.split_name} ({sizes} nodes)"
-        )
+
+    def _changes(self, graph: Graph) -> str:
+        """Tell in words how the edges differ from those of the source."""
+        before, after = (edges[0] * graph.y.numel() + edges[1] for edges in (graph.edge_index, self.data.edge_index))
+        added, removed = (int((~torch.isin(*pair)).sum()) // 2 for pair in ((after, before), (before, after)))
+        parts = [f"{added:,} of them {'by ' + self.hparams.edge_attack if self.hparams.edge_attack else 'noise'}"] * bool(added)
+        parts += [f"{removed:,} removed"] * bool(removed)
+        return f" ({', '.join(parts)})" * bool(parts)
 
     def graph_facts(self) -> GraphFacts:
         """Tell the graph, number and names of its classes, and whether batches are sampled.
@@ -274,40 +318,3 @@ class WholeGraph:
 
     def __iter__(self) -> Iterator[Data]:
         yield self.data
-
-
-def add_edges(edge_index: Tensor, num_nodes: int, share: float, seed: int) -> Tensor:
-    """Add undirected edges between distinct pairs of nodes that have none, each set of pairs as likely as another.
-
-    Pairs i < j are numbered j(j - 1)/2 + i. With the numbers of the edges sorted, e_0 < e_1 < ..., the r-th pair without an
-    edge is r + #{k: e_k - k ≤ r}: drawing ranks needs neither trials nor a list of all pairs.
-
-    Args:
-        edge_index: (2, E), undirected, coalesced, without self-loops.
-        num_nodes: N.
-        share: Number of edges to add, in relation to the E / 2 that there are; rounded.
-        seed: Seed of the draw.
-
-    Returns:
-        (2, E + 2 round(share E / 2)), undirected and coalesced; the old edges are among them.
-
-    Raises:
-        ValueError: If there are fewer pairs without an edge.
-    """
-    low, high = edge_index[:, edge_index[0] < edge_index[1]].numpy()
-    pairs, count = num_nodes * (num_nodes - 1) // 2, round(share * len(low))
-    if count == 0:
-        return edge_index
-    if count > pairs - len(low):
-        raise ValueError(
-            f"Argument `edge_noise` expected to add at most {pairs - len(low):,} edges, the pairs of nodes that have none, but "
-            f"{share} of {len(low):,} edges is {count:,}; use at most {(pairs - len(low)) / len(low):.4g}."
-        )
-    taken = np.sort(high * (high - 1) // 2 + low)
-    ranks = np.random.default_rng([seed, NOISE_STREAM]).choice(pairs - len(low), count, replace=False, shuffle=False)
-    numbers = ranks + np.searchsorted(taken - np.arange(len(taken)), ranks, side="right")
-    j = ((1 + np.sqrt(1 + 8 * numbers.astype(np.float64))) / 2).astype(np.int64)
-    j += (j + 1) * j // 2 <= numbers  # the root is rounded
-    j -= j * (j - 1) // 2 > numbers
-    added = torch.from_numpy(np.stack([numbers - j * (j - 1) // 2, j]))
-    return coalesce(torch.cat([edge_index, added, added.flip(0)], dim=1), num_nodes=num_nodes)

@@ -18,11 +18,12 @@ from functional.graph import (
     cluster,
     confident_above_mean,
     confident_share,
+    node_weights,
     pair_weights,
     pseudo_labels,
     reweighted_info_nce,
 )
-from lightning_modules.base.node import NodeModule
+from lightning_modules.base.viewed import ViewedModule
 from lightning_modules.parts.csg2l_settings import (
     ClusteredLabels,
     Contrast,
@@ -67,7 +68,7 @@ MOVED = {
 """Earlier settings of `CSG2L` and where they are now, for the command line's error."""
 
 
-class CSG2L(NodeModule):
+class CSG2L(ViewedModule):
     """Semi-supervised or self-supervised graph contrastive learning, on any encoder.
 
     Args:
@@ -134,7 +135,6 @@ class CSG2L(NodeModule):
         self.alignment_share = 0.0
         self._clean: tuple[tuple, Tensor] | None = None
         self._keeps = True
-        self._operators: dict[str, tuple[Tensor, GlobalOperator]] = {}
 
     def setup(self, stage: str) -> None:
         """Keep no pass of validation where it is that of averaged weights, which come and go without a trace."""
@@ -164,9 +164,7 @@ class CSG2L(NodeModule):
             self.head = nn.Sequential(nn.Linear(width, projected), nn.ELU(), nn.Linear(projected, projected))
         if not self.contrast.weight:
             self.head.requires_grad_(False)  # several processes would wait for its gradients
-        for prefix, view in self._views.items():
-            for name, value in view.buffers(data).items():
-                self.register_buffer(prefix + name, value)
+        self.register_views(data)
         if self.encoder.decoupled:
             local = self.operator(data, "local_") or GlobalOperator(data.edge_index, data.num_nodes)
             self.prepare([(data.x, local), *self._other_views(data)])
@@ -181,6 +179,7 @@ class CSG2L(NodeModule):
         """Both views, by the prefix of their buffers."""
         return {"": self.view, "local_": self.local_view}
 
+<<<<<<< HEAD
     def operator(self, batch: Data, prefix: str = "") -> GlobalOperator | None:
         """Return the propagation of the global view, or with prefix local_ of the local one, on a batch.
 
@@ -205,6 +204,8 @@ class CSG2L(NodeModule):
         draws = [self.view.draw(data.x, data.edge_index) for _ in range(DRAWS)]
         return [(x, GlobalOperator(edges, data.num_nodes)) for x, edges in draws]
 
+=======
+>>>>>>> 4c2522aad02fe2a209e6b9f3a3c64528128d0b46
     def views(self, batch: Data) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Compute hidden layer (N, H) and logits (N, C) of the local and of the other view."""
         if self.encoder.decoupled:  # both in one pass
@@ -262,7 +263,11 @@ class CSG2L(NodeModule):
             given = [view[1] for view in (local, other)]
             if self.pseudo_labels.balanced:
                 given = [balanced_logits(values, labels, taught) for values in given]
-            pseudo = sum(self.cross_entropy(batch, values, labels, taught) for values in given) / 2
+            weights = None
+            if self.pseudo_labels.beta:
+                z_a, z_b = (nn.functional.normalize(view[0].float()) for view in (local, other))
+                weights = node_weights(z_a, z_b, labels, confident, taught, given[0].shape[1], self.pseudo_labels.beta)
+            pseudo = sum(self.cross_entropy(batch, values, labels, taught, weights) for values in given) / 2
             found["pseudo_cross_entropy"] = pseudo
             loss = loss + self.pseudo_labels.weight * pseudo
         if confident is not None:
@@ -350,7 +355,6 @@ class CSG2L(NodeModule):
         self.closeness.copy_(closeness)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Forget the operators, since other factors are loaded next."""
+        """Forget the pass without dropout, since other weights are loaded next."""
         super().on_load_checkpoint(checkpoint)
-        self._operators.clear()
         self._clean = None

@@ -9,16 +9,21 @@ from torch_geometric.nn import DeepGraphInfomax
 from torch_geometric.utils import dropout_edge
 
 from functional.graph import alignment_share, confident_share, pseudo_labels, reweighted_info_nce
-from lightning_modules.base.node import NodeModule
+from lightning_modules.base.viewed import ViewedModule
+from lightning_modules.parts.csg2l_views import EdgesView, LocalView, LocalViewName
 from lightning_modules.parts.graph_encoders import GraphEncoder, drop_columns
 from lightning_modules.parts.graph_operators import GlobalOperator
+from utilities.choice import chosen
 
 
-class _Encoded(NodeModule):
+class _Encoded(ViewedModule):
     """One encoder and one view."""
 
-    def __init__(self, learning_rate: float, weight_decay: float) -> None:
-        super().__init__(learning_rate, weight_decay)
+    local_view: LocalView = EdgesView()
+
+    @property
+    def _views(self) -> dict[str, LocalView]:
+        return {"local_": self.local_view}
 
     def build(self, data: Data, num_classes: int) -> None:
         """Make the encoder; with logits where supervised."""
@@ -32,17 +37,20 @@ class _Encoded(NodeModule):
             options.dropout,
             options.encoder_args,
         )
+        self.register_views(data)
         if self.encoder.decoupled:
             if not self.supervised:
                 raise ValueError(
                     f"Argument `encoder` of {type(self).__name__} expected one that propagates in each step but got "
                     "'decoupled'. Use gcn."
                 )
-            self.prepare([(data.x, GlobalOperator(data.edge_index, data.num_nodes))])
+            local = self.operator(data, "local_") or GlobalOperator(data.edge_index, data.num_nodes)
+            self.prepare([(data.x, local)])
+            self._operators.clear()
 
     def encode(self, batch: Data) -> tuple[Tensor, Tensor | None]:
         """Return hidden layer and logits."""
-        return self.encoder(self.features(batch), batch.edge_index, self.local_operator(batch))
+        return self.encoder(self.features(batch), batch.edge_index, self.operator(batch, "local_"))
 
 
 class NodeClassifier(_Encoded):
@@ -54,6 +62,8 @@ class NodeClassifier(_Encoded):
         num_layers: Number of layers of the encoder.
         dropout: Share of the features and of the hidden layer that is dropped.
         encoder_args: Further arguments of the encoder.
+        local_view: What it propagates by: edges (the default), purified (a GCN is GCN-SVD then, Entezari et al., WSDM 2020) or
+            mlp, as for CSG2L, or a class with settings: EdgesView, PurifiedView, MlpView.
         pseudo_weight: Weight of the cross-entropy on pseudo-labels; 0 for none.
         alignment: Correction of pseudo-labels towards equally frequent classes, as for CSG2L's PredictedLabels.
         confident: Share of the nodes that is trusted, as many of each class.
@@ -71,6 +81,7 @@ class NodeClassifier(_Encoded):
         num_layers: int = 2,
         dropout: float = 0.5,
         encoder_args: dict[str, Any] | None = None,
+        local_view: LocalViewName | LocalView = "edges",
         pseudo_weight: float = 0.0,
         alignment: float = 2.0,
         confident: float = 0.8,
@@ -79,7 +90,9 @@ class NodeClassifier(_Encoded):
         weight_decay: float = 5e-4,
     ) -> None:
         super().__init__(learning_rate, weight_decay)
-        self.save_hyperparameters()
+        self.local_view = chosen("local_view", local_view, LocalView)
+        self.save_hyperparameters(ignore=["local_view"])
+        self.save_hyperparameters({"local_view": self.local_view.as_dict()})  # a checkpoint holds plain values
         self.warmup_epochs = warmup_epochs if pseudo_weight else 0
         self.alignment_share = 0.0
 

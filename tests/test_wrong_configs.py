@@ -302,8 +302,18 @@ GRAPHS = [
     ),
     (
         "graph",
+        ["--model.pseudo_labels", "PredictedLabels", "--model.pseudo_labels.beta", ".inf"],
+        "`pseudo_labels.beta` expected to be finite but got inf; 0 weighs all nodes alike",
+    ),
+    (
+        "graph",
         ["--model.pseudo_labels", "PredictedLabels", "--model.pseudo_labels.every", "2"],
         "`model.pseudo_labels.every` belongs to ClusteredLabels: give `--model.pseudo_labels ClusteredLabels` before it",
+    ),
+    (
+        "graph",
+        ["--model", "lightning_modules.NodeClassifier", "--model.local_view", "PurifiedView", "--model.local_view.rank", "0"],
+        "`local_view.rank` expected to be an integer of at least 1 but got 0",
     ),
     *(
         ("graph", [f"--data.{name}", value], message)
@@ -314,9 +324,26 @@ GRAPHS = [
             ("labels_per_class", "500", "`labels_per_class` expected to be at most 1, .* but got 500; lower it"),
             ("fold", "3", "`fold` expected to be below 1, .* but got 3; lower it"),
             ("edge_noise", "100", "`edge_noise` expected to add at most 483 edges.*use at most 6.192"),
+            ("edge_attack", "random", "`data.edge_attack` expected one of dice, prbcd or null but got 'random'"),
+            (
+                "attack_share",
+                "0.1",
+                "`attack_share` belongs to an attack, but `edge_attack` is null. Leave it out, or give one",
+            ),
+            ("attack_surrogate", "gcn", "`attack_surrogate` belongs to edge_attack prbcd, but `edge_attack` is null. Leave"),
+            (
+                "drop_dissimilar",
+                "0",
+                "`drop_dissimilar` expected features that are words, but those of karate are not; leave",
+            ),
             ("fanout", "[]", r"`fanout` expected to be a list of integers but got \[\]; give one for each hop"),
             ("batch_size", "0", "`batch_size` expected to be an integer of at least 1 but got 0; null takes the whole graph"),
         )
+    ),
+    (
+        "graph",
+        ["--data.edge_attack", "dice", "--data.attack_share", "20"],
+        r"`attack_share` expected to delete at most \d+ edges within classes and add at most \d+ .*; lower it",
     ),
     (
         "graph",

@@ -22,6 +22,7 @@ from functional.graph.pseudo_labels import (
     confident_above_mean,
     confident_share,
     masked_cross_entropy,
+    node_weights,
     pseudo_labels,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "low_rank_factors",
     "masked_cross_entropy",
     "nearest_neighbors",
+    "node_weights",
     "normalized_adjacency",
     "pair_weights",
     "propagate",

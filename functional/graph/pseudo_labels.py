@@ -104,7 +104,64 @@ def balanced_logits(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     return logits + (counts / counts.sum()).log()
 
 
-def masked_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
+@torch.no_grad()
+def node_weights(
+    z_a: Tensor,
+    z_b: Tensor,
+    labels: Tensor,
+    trusted: Tensor,
+    taught: Tensor,
+    num_classes: int,
+    beta: float,
+    block_size: int = 2048,
+) -> Tensor:
+    """Weigh nodes by how far their pseudo-labels and their similarities disagree: the R of the contrast, a node at a time.
+
+        r_i = mean over j ∈ C of (R_ij + R_ji) / 2,  R_ij = |1[ŷ_i = ŷ_j] − norm(S_ij)|,  S_ij = z_i · z'_j
+
+    with norm the min-max over S on C × C, and w_i = r_i^β over the mean of r^β on the taught nodes. With β > 0 nodes weigh more
+    that are hard (unlike those of their label, or like others), as pairs do in the contrast; with β < 0 those whose label
+    agrees with what they are like, so that wrong labels count less. The definition is ours. The sums over j are those over the
+    classes' sums of z', so that only min and max need S, in blocks of rows.
+
+    Args:
+        z_a: (N, D), normally of unit length.
+        z_b: (N, D).
+        labels: (N,) pseudo-labels ŷ, from 0.
+        trusted: (N,) bool, the set C.
+        taught: (N,) bool, nodes that are weighed, among which the mean weight is 1; a subset of C.
+        num_classes: Number of classes.
+        beta: β.
+        block_size: Rows of S that are held at once; any value gives the same weights.
+
+    Returns:
+        (N,), without gradient; 0 on nodes that are not taught.
+    """
+    extremes = [_extremes(z_a, z_b, trusted, rows) for rows in torch.arange(len(z_a), device=z_a.device).split(block_size)]
+    low, high = torch.stack([low for low, _ in extremes]).min(), torch.stack([high for _, high in extremes]).max()
+    span = torch.where(high > low, high - low, 1.0)
+    members = z_a.new_zeros(len(z_a), num_classes).scatter(1, labels[:, None], 1.0) * trusted[:, None]
+    counts = members.sum(0)
+
+    def disagreement(z: Tensor, other: Tensor) -> Tensor:
+        similar = (z @ (members.T @ other).T - low * counts) / span  # (N, C): norm(S_ij), summed over the j of a class
+        own = similar.gather(1, labels[:, None])[:, 0]
+        return (counts[labels] - own + similar.sum(1) - own) / counts.sum()
+
+    r = (disagreement(z_a, z_b) + disagreement(z_b, z_a)) / 2
+    weights = torch.where(taught, r.clamp_min(1e-6) ** beta, 0.0)
+    return weights * taught.sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def _extremes(z_a: Tensor, z_b: Tensor, trusted: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the smallest and the largest similarity of some rows among trusted nodes; ∞ and -∞ if there are none."""
+    similarity, without = z_a[rows] @ z_b.T, ~(trusted[rows, None] & trusted)
+    return similarity.masked_fill(without, math.inf).min(), similarity.masked_fill(without, -math.inf).max()
+
+
+def masked_cross_entropy(
+    logits: Tensor, labels: Tensor, mask: Tensor, count: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Compute the mean cross-entropy of the nodes in a mask, 0 if there is none; unlike indexing, never wait for a GPU.
 
     Args:
@@ -112,8 +169,13 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor, count: Te
         labels: (N,).
         mask: (N,) bool.
         count: Divisor of the sum; the number of nodes of the mask when None.
+        weights: (N,) factors of the nodes' terms; None for ones.
     """
-    total = cross_entropy(logits, labels.where(mask, -1), ignore_index=-1, reduction="sum")
+    labels = labels.where(mask, -1)
+    if weights is None:
+        total = cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    else:
+        total = torch.dot(weights, cross_entropy(logits, labels, ignore_index=-1, reduction="none"))
     count = mask.sum() if count is None else count
     return total / count.where(count > 0, 1)
 

@@ -113,9 +113,9 @@ class NodeModule(ResumableModule):
             total /= world_size()
         return total
 
-    def cross_entropy(self, batch: Data, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    def cross_entropy(self, batch: Data, logits: Tensor, labels: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
         """Average over the nodes in a mask; in a shared step so that the mean over processes is that over all their nodes."""
-        return masked_cross_entropy(logits, labels, mask, self.count(batch, mask))
+        return masked_cross_entropy(logits, labels, mask, self.count(batch, mask), weights)
 
     @property
     def graph_facts(self) -> GraphFacts:

@@ -104,6 +104,8 @@ class PredictedLabels(PseudoLabels):
         balanced: Whether the logarithm of the classes' shares among the trusted is added to the logits that are taught
             (balanced softmax).
         clean: Whether labels come from a further pass without dropout.
+        beta: β, exponent of the weights of nodes in the cross-entropy, which come from how far their labels and the similarity
+            of both views' hidden layers disagree: above 0 hard nodes weigh more, below 0 those that agree; 0 for none.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -119,16 +121,20 @@ class PredictedLabels(PseudoLabels):
         warmup_epochs: int = 60,
         balanced: bool = False,
         clean: bool = False,
+        beta: float = 0.0,
     ) -> None:
         check_at_least_zero("pseudo_labels.weight", weight)
         check_at_least_zero("pseudo_labels.alignment", alignment)
         self.weight, self.alignment, self.confident, self.warmup_epochs = weight, alignment, confident, warmup_epochs
-        self.balanced, self.clean = balanced, clean
-        if balanced and not weight:
-            raise ValueError(
-                "Argument `pseudo_labels.balanced` expected a `pseudo_labels.weight` above 0, since with 0 no logits are "
-                "taught. Leave it out, or raise the weight."
-            )
+        self.balanced, self.clean, self.beta = balanced, clean, beta
+        if not -inf < beta < inf:
+            raise ValueError(f"Argument `pseudo_labels.beta` expected to be finite but got {beta}; 0 weighs all nodes alike.")
+        for name in ("balanced", "beta"):
+            if getattr(self, name) and not weight:
+                raise ValueError(
+                    f"Argument `pseudo_labels.{name}` expected a `pseudo_labels.weight` above 0, since with 0 no logits are "
+                    "taught. Leave it out, or raise the weight."
+                )
         if confident != "mean":
             self._check()
         check_integer("pseudo_labels.warmup_epochs", warmup_epochs, 0)

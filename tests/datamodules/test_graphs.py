@@ -11,7 +11,7 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 
 from datamodules import GraphDataModule
-from datamodules.graphs import add_edges
+from datamodules.graph_edges import add_edges
 from tests.helpers.small_graphs import SMALL, check_form, masks, pairs, ready, sizes
 from tests.helpers.tiny import quiet
 
@@ -218,6 +218,27 @@ def test_with_a_trainer_in_batches(tmp_path):
         ({"edge_noise": -0.1}, "`edge_noise` expected to be a number of at least 0 but got -0.1; 0.1 adds"),
         ({"edge_noise": float("nan")}, "`edge_noise` expected to be a number of at least 0 but got nan"),
         ({"edge_noise": True}, "`edge_noise` expected to be a number of at least 0 but got True"),
+        (
+            {"edge_attack": "random"},
+            "`edge_attack` expected to be one of dice, prbcd but got 'random'; null is none, and",
+        ),
+        ({"edge_attack": "dice", "attack_share": 0}, "`attack_share` expected to be a number above 0 but got 0; 0.25 changes"),
+        ({"edge_attack": "dice", "attack_share": True}, "`attack_share` expected to be a number above 0 but got True"),
+        (
+            {"edge_attack": "dice", "edge_noise": 0.1},
+            "`edge_noise` expected to be 0 beside `edge_attack` = dice but got 0.1",
+        ),
+        ({"attack_share": 0.1}, "`attack_share` belongs to an attack, but `edge_attack` is null. Leave it out, or give one"),
+        (
+            {"edge_attack": "dice", "attack_surrogate": "gcn"},
+            "`attack_surrogate` belongs to edge_attack prbcd, but `edge_attack` is dice. Leave it out, or use prbcd",
+        ),
+        (
+            {"edge_attack": "prbcd", "attack_surrogate": "gat"},
+            "`attack_surrogate` expected to be one of gcn, low_rank but got 'gat'",
+        ),
+        ({"drop_dissimilar": 1}, "`drop_dissimilar` expected to be a number in [0, 1) but got 1; 0 removes"),
+        ({"drop_dissimilar": False}, "`drop_dissimilar` expected to be a number in [0, 1) but got False"),
         ({"knn": 0}, "`knn` expected to be an integer of at least 1 but got 0; 10 is usual"),
         ({"row_normalize": 1}, "`row_normalize` expected to be true or false but got 1"),
         ({"batch_size": 0}, "`batch_size` expected to be an integer of at least 1 but got 0; null takes the whole"),
@@ -235,6 +256,7 @@ def test_arguments_are_checked(options, message):
 
 def test_arguments_survive_yaml(tmp_path):
     options = {"source": "wine", "fanout": [5, -1], "num_test": -1, "batch_size": 8, "edge_noise": 1, "num_val": 9}
+    options |= {"drop_dissimilar": 0}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"data": {"class_path": "datamodules.GraphDataModule", "init_args": options}}))
 

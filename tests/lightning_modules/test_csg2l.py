@@ -15,7 +15,7 @@ from sklearn.metrics import f1_score
 
 from callbacks import AverageWeights, GraphMonitor
 from datamodules import GraphDataModule
-from functional.graph import reweighted_info_nce
+from functional.graph import node_weights, reweighted_info_nce
 from lightning_modules import (
     CSG2L,
     DGI,
@@ -25,6 +25,7 @@ from lightning_modules import (
     DropView,
     NodeClassifier,
     PredictedLabels,
+    PurifiedView,
     SvdView,
 )
 from lightning_modules.csg2l import DRAWS
@@ -77,6 +78,7 @@ def trained(module, path, epochs=30, data=None, **options):
         {"encoder": "decoupled", "view": "knn", "local_view": "mlp", "fusion": "attention"},
         {"encoder": "decoupled", "view": "drop"},
         {"pseudo_labels": PredictedLabels(alignment=0.0, confident="mean", warmup_epochs=3, balanced=True, clean=True)},
+        {"pseudo_labels": PredictedLabels(warmup_epochs=3, beta=1.0)},
     ],
     ids=str,
 )
@@ -94,16 +96,42 @@ def test_learns_wines(options, tmp_path):
         NodeClassifier(hidden_channels=32),
         NodeClassifier(hidden_channels=32, pseudo_weight=0.5, warmup_epochs=10),
         NodeClassifier("decoupled", hidden_channels=32),
+        NodeClassifier(hidden_channels=32, local_view="purified"),
+        NodeClassifier("decoupled", hidden_channels=32, local_view=PurifiedView(rank=10)),
+        NodeClassifier("gat", hidden_channels=32, local_view="mlp"),
         DGI(hidden_channels=32),
         GRACE(hidden_channels=32, head_channels=16, learning_rate=5e-3),
         CSG2L(**UNLABELLED),
     ],
-    ids=["gcn", "pseudo", "decoupled", "dgi", "grace", "csg2l-self"],
+    ids=["gcn", "pseudo", "decoupled", "gcn-svd", "decoupled-svd", "mlp", "dgi", "grace", "csg2l-self"],
 )
 def test_baselines_learn_wines(module, tmp_path):
     trainer, data = trained(module, tmp_path)
     assert trainer.callback_metrics["val/accuracy"] > 0.8
     assert trainer.test(module, datamodule=data, verbose=False)[0]["test/accuracy"] > 0.8
+
+
+def test_gcn_svd_against_dense_matrices(tmp_path):
+    """P relu(P X W + b) W' + b', P = D^-½ (A_q + I) D^-½ of the raw adjacency's best approximation of rank q, in float64."""
+    module = NodeClassifier(hidden_channels=8, dropout=0.0, local_view=PurifiedView(rank=7))
+    trainer, data = trained(module, tmp_path, 3, GraphDataModule("karate", labels_per_class=1, num_val=9, num_test=-1))
+    x, (source, target) = data.data.x.double(), data.data.edge_index
+    u, s, vt = torch.linalg.svd(torch.zeros(34, 34, dtype=torch.float64).index_put((target, source), x.new_ones(())))
+    low = (u[:, :7] * s[:7]) @ vt[:7]
+    degree = (low.sum(1) + 1).clamp_min(1)
+    matrix = (low + torch.eye(34)) / (degree[:, None] * degree).sqrt()
+    first, second = module.encoder.body.convs[0], module.encoder.head.convs[0]
+    with torch.no_grad():
+        hidden = (matrix @ (x @ first.lin.weight.T.double()) + first.bias).relu()
+        wanted = matrix @ (hidden @ second.lin.weight.T.double()) + second.bias
+        torch.testing.assert_close(module.encode(data.data)[1].double(), wanted, rtol=1e-3, atol=1e-4)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    stored = torch.load(tmp_path / "x.ckpt", weights_only=True)["hyper_parameters"]
+    assert stored["local_view"] == {"class_path": "PurifiedView", "init_args": {"rank": 7, "seed": 0}}
+    again = NodeClassifier(hidden_channels=8, dropout=0.0, local_view=PurifiedView(rank=7, seed=4))
+    found = quiet(tmp_path).test(again, data, ckpt_path=tmp_path / "x.ckpt", weights_only=True, verbose=False)[0]
+    assert torch.equal(again.local_factor_u, module.local_factor_u)
+    assert found == trainer.test(module, data, verbose=False)[0]
 
 
 def test_loss_is_the_weighted_sum_of_its_terms():
@@ -161,6 +189,25 @@ def test_balanced_softmax_on_the_labels_of_a_pass_without_dropout():
             wanted = wanted - values[taught, predicted[taught]].mean() / 2
         assert float(found["pseudo_cross_entropy"]) == pytest.approx(float(wanted), rel=1e-4), seen
         module._clean = None
+
+
+def test_nodes_are_weighed_by_their_disagreement():
+    """Each taught node's cross-entropy times its weight, of both views, over the number of taught nodes."""
+    data = graph()
+    data.setup()
+    labels = PredictedLabels(confident=0.5, warmup_epochs=0, beta=-2.0)
+    batch, module = data.data, CSG2L(**SMALL | {"dropout": 0.0, "contrast": Contrast(weight=0.0), "pseudo_labels": labels})
+    module.build(batch, 3)
+    found = module.losses(batch, 0)["pseudo_cross_entropy"]
+    with torch.no_grad():
+        local, other = module.views(batch)
+        labels, confident = module.trusted(batch, (local[1] + other[1]) / 2, 0)
+        taught = confident & ~batch.train_mask
+        z_a, z_b = (torch.nn.functional.normalize(hidden) for hidden in (local[0], other[0]))
+        weights = node_weights(z_a, z_b, labels, confident, taught, 3, -2.0).double()  # tested by itself
+        terms = [-logits.double().log_softmax(1)[taught, labels[taught]] for logits in (local[1], other[1])]
+    assert float(found) == pytest.approx(float((weights[taught] * sum(terms) / 2).mean()), rel=1e-5)
+    assert weights.max() > 1.05
 
 
 def test_a_teacher_without_dropout_follows_the_weights():
@@ -358,6 +405,10 @@ def test_linear_probe_and_clusters():
             r"`local_view` expected to be one of edges \(EdgesView\), purified.* but got 'gcn'",
         ),
         (
+            lambda: NodeClassifier(local_view="svd"),
+            r"`local_view` expected to be one of edges \(EdgesView\), purified.* but got 'svd'",
+        ),
+        (
             lambda: SvdView("a"),
             "`view.base` expected to be one of normalized, regularized, diffused, joint, purified but got 'a'",
         ),
@@ -381,6 +432,8 @@ def test_linear_probe_and_clusters():
             lambda: PredictedLabels(weight=0.0, balanced=True),
             "`pseudo_labels.balanced` expected a `pseudo_labels.weight` above",
         ),
+        (lambda: PredictedLabels(weight=0.0, beta=1.0), "`pseudo_labels.beta` expected a `pseudo_labels.weight` above 0"),
+        (lambda: PredictedLabels(beta=float("nan")), "`pseudo_labels.beta` expected to be finite but got nan; 0 weighs all"),
         (
             lambda: PredictedLabels(confident="most"),
             r"`pseudo_labels.confident` expected to be in \[0, 1\], or mean, but got 'most'",

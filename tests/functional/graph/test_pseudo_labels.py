@@ -12,6 +12,7 @@ from functional.graph import (
     confident_above_mean,
     confident_share,
     masked_cross_entropy,
+    node_weights,
     pseudo_labels,
 )
 
@@ -93,6 +94,47 @@ def test_balanced_softmax(chosen):
         assert found[node].tolist() == pytest.approx([value / sum(weighed) for value in weighed])
 
 
+@pytest.mark.parametrize("beta", [-3.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("block_size", [4, 100])
+def test_weights_of_nodes_by_loops(beta, block_size):
+    """r_i = mean of |1[ŷ_i = ŷ_j] − norm(S_ij)| over trusted j in both directions; w = r^β over its mean on the taught."""
+    generator = torch.Generator().manual_seed(0)
+    z_a, z_b = (torch.nn.functional.normalize(torch.randn(15, 6, generator=generator)) for _ in range(2))
+    labels = torch.randint(0, 4, (15,), generator=generator)
+    trusted = torch.rand(15, generator=generator) < 0.7
+    taught = trusted & (torch.arange(15) > 4)
+    found = node_weights(z_a.requires_grad_(), z_b, labels, trusted, taught, 5, beta, block_size)
+    s = [[math.fsum(a * b for a, b in zip(u, v, strict=True)) for v in z_b.double().tolist()] for u in z_a.double().tolist()]
+    among = trusted.nonzero().flatten().tolist()
+    low, high = min(s[i][j] for i in among for j in among), max(s[i][j] for i in among for j in among)
+
+    def disagreement(i, j):
+        return abs(float(labels[i] == labels[j]) - (s[i][j] - low) / (high - low))
+
+    r = {i: sum(disagreement(i, j) + disagreement(j, i) for j in among) / (2 * len(among)) for i in among}
+    nodes = taught.nonzero().flatten().tolist()
+    mean = sum(r[i] ** beta for i in nodes) / len(nodes)
+    assert 3 < len(nodes) < len(among) < 15 and not found.requires_grad
+    assert found.tolist() == pytest.approx([r[i] ** beta / mean if i in nodes else 0.0 for i in range(15)], rel=1e-4)
+
+
+def test_weights_of_nodes_whose_labels_are_wrong():
+    """Two tight groups, one node of which has the other's label: hard nodes weigh more with β > 0, less with β < 0."""
+    z = torch.tensor([[1.0, 0.0]] * 5 + [[0.0, 1.0]] * 5)
+    labels, all_of_them = torch.tensor([0] * 5 + [1] * 4 + [0]), torch.ones(10, dtype=torch.bool)
+    hard, agreeing = (node_weights(z, z, labels, all_of_them, all_of_them, 2, beta) for beta in (1.0, -1.0))
+    assert hard.argmax() == agreeing.argmin() == 9 and agreeing[9] < 0.3
+    assert float(hard.mean()) == pytest.approx(1.0) and float(agreeing.mean()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("trusted", [[], [1]])
+def test_weights_are_finite_where_nothing_differs(trusted):
+    mask = torch.zeros(4, dtype=torch.bool)
+    mask[trusted] = True
+    weights = node_weights(torch.eye(4), torch.eye(4), torch.arange(4), mask, mask, 4, 1.0)
+    assert torch.equal(weights, mask.float())
+
+
 @pytest.mark.parametrize("chosen", [[], [2], [0, 1, 3]])
 def test_masked_cross_entropy(chosen):
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
@@ -102,6 +144,10 @@ def test_masked_cross_entropy(chosen):
     assert found.item() == pytest.approx(float(torch.as_tensor(wanted).detach()))
     (gradient,) = torch.autograd.grad(found, logits)
     assert (gradient[~mask] == 0).all() and torch.isfinite(gradient).all()
+    weights = torch.tensor([0.5, 3.0, 2.0, 7.0], dtype=torch.float64)
+    wanted = sum(w * (logits[n].exp().sum().log() - logits[n, labels[n]]) for n, w in enumerate(weights) if n in chosen)
+    found = masked_cross_entropy(logits, labels, mask, weights=weights)
+    assert found.item() == pytest.approx(float(torch.as_tensor(wanted).detach()) / max(len(chosen), 1))
 
 
 def test_clusters_of_separate_points():
