@@ -179,24 +179,6 @@ class CSG2L(ViewedModule):
         """Both views, by the prefix of their buffers."""
         return {"": self.view, "local_": self.local_view}
 
-<<<<<<< HEAD
-    def operator(self, batch: Data, prefix: str = "") -> GlobalOperator | None:
-        """Return the propagation of the global view, or with prefix local_ of the local one, on a batch.
-
-        It is kept for the next step on the same graph. None for a local view by the encoder's own layers.
-        """
-        known = self._operators.get(prefix)
-        if known is None or known[0] is not batch.edge_index:
-            view = self._views[prefix]
-            names = [name for name, _ in self.named_buffers(recurse=False) if name.startswith(prefix)]
-            buffers = {name.removeprefix(prefix): getattr(self, name) for name in names}
-            with torch.inference_mode(False):  # training uses what validation may have made
-                operator = view.operator(batch, buffers)
-            if operator is None:
-                return self.local_operator(batch)
-            known = self._operators[prefix] = batch.edge_index, operator
-        return known[1]
-
     def _other_views(self, data: Data) -> list[tuple[Tensor, GlobalOperator]]:
         """Return features and operator of the other view of a whole graph; of a view that draws edges, those of some draws."""
         if not isinstance(self.view, DropView):
@@ -204,8 +186,6 @@ class CSG2L(ViewedModule):
         draws = [self.view.draw(data.x, data.edge_index) for _ in range(DRAWS)]
         return [(x, GlobalOperator(edges, data.num_nodes)) for x, edges in draws]
 
-=======
->>>>>>> 4c2522aad02fe2a209e6b9f3a3c64528128d0b46
     def views(self, batch: Data) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Compute hidden layer (N, H) and logits (N, C) of the local and of the other view."""
         if self.encoder.decoupled:  # both in one pass
