@@ -4,7 +4,7 @@
     python -m benchmarks.graph_few --data FOLDER                    # named methods, on fresh splits
     python -m benchmarks.graph_few --data FOLDER --study unlike     # local views where neighbours differ
 
-Random balanced splits with 1, 3, 5 or 20 labels a class, 30 validation nodes a class, all other nodes for the test. `choose` trains
+Random balanced splits with 1, 3, 5 or 20 labels a class, 30 validation nodes a class, all others for the test. `choose` trains
 candidates on splits that the final study does not use, and prints their mean validation accuracy: that is what chooses. The
 final study trains what METHODS names, every method on the same splits, one seed each. `unlike` takes the ten geom-gcn splits of
 graphs whose neighbours differ. Test nodes choose nothing; rows are appended and not run again.
