@@ -161,8 +161,8 @@ class CausalLM(PrunableModule, WritesText):
         """Refuse `fit` with compressed linears before weights are read."""
         if self._compresses and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             raise ValueError(
-                f"Argument `compressed` = {self.hparams.compressed} is for validate, test and predict, but this is fit: pruning "
-                "and training need dense weights. Leave it out; it takes effect when the saved model is loaded."
+                f"Argument `compressed` = {self.hparams.compressed} is for validate, test and predict, but this is fit: "
+                "pruning and training need dense weights. Leave it out; it takes effect when the saved model is loaded."
             )
 
     def _compress(self) -> None:

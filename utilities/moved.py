@@ -2,9 +2,9 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any
 
-Init = TypeVar("Init", bound=Callable[..., None])
+Init = Callable[..., None]
 
 
 def refuse_moved(moved: Mapping[str, str]) -> Callable[[Init], Init]:
@@ -16,7 +16,7 @@ def refuse_moved(moved: Mapping[str, str]) -> Callable[[Init], Init]:
 
     def decorate(init: Init) -> Init:
         @functools.wraps(init)  # jsonargparse reads the arguments through this
-        def checked(self, *args, **kwargs):
+        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
             if former := next((name for name in kwargs if name in moved), None):
                 raise ValueError(f"Argument `{former}` has moved: it is `{moved[former]}` now.")
             init(self, *args, **kwargs)

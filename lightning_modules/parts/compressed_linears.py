@@ -74,9 +74,7 @@ def compress_linears(
     return found
 
 
-def compress_model(
-    blocks: Sequence[nn.Module], kind: Kind, path: str, dtype: torch.dtype, device: torch.device | None
-) -> None:
+def compress_model(blocks: Sequence[nn.Module], kind: Kind, path: str, dtype: torch.dtype, device: torch.device | None) -> None:
     """Compress a model that was loaded for inference, and tell what became of it.
 
     Args:

@@ -1,5 +1,7 @@
 """CsrLinear: a linear with zeros anywhere as a sparse matrix of torch, multiplied by MKL on a CPU; for inference only."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,10 @@ class CsrLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.register_buffer("weight", weight)
+        # Three plain buffers: a sparse tensor can be neither copied with its module nor written into a file.
+        self.register_buffer("starts", weight.crow_indices())
+        self.register_buffer("columns", weight.col_indices())
+        self.register_buffer("values", weight.values())
         self.register_buffer("bias", bias)
 
     @staticmethod
@@ -35,16 +40,23 @@ class CsrLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "CsrLinear":
         """Compress the weight of a linear; MKL takes int32 indices without copying them."""
-        found = linear.weight.detach().to_sparse_csr()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+            found = linear.weight.detach().to_sparse_csr()
         indices = found.crow_indices().int(), found.col_indices().int()
         weight = torch.sparse_csr_tensor(*indices, found.values(), found.shape, check_invariants=False)
         return cls(weight, None if linear.bias is None else linear.bias.detach())
 
     @property
+    def weight(self) -> Tensor:
+        """Weight as a sparse tensor, (O, I), which shares the buffers."""
+        shape = self.out_features, self.in_features
+        return torch.sparse_csr_tensor(self.starts, self.columns, self.values, shape, check_invariants=False)
+
+    @property
     def nbytes(self) -> int:
-        """Number of bytes of the weight's three parts and the bias."""
-        parts = self.weight.crow_indices(), self.weight.col_indices(), self.weight.values()
-        return sum(part.nbytes for part in parts) + (0 if self.bias is None else self.bias.nbytes)
+        """Number of bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers())
 
     def dense(self) -> Tensor:
         """Return the dense weight, (O, I)."""
@@ -52,18 +64,18 @@ class CsrLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x, (..., I), and return (..., O)."""
-        if x.dtype != torch.float32 or self.weight.dtype != torch.float32:  # as under autocast
+        if x.dtype != torch.float32 or self.values.dtype != torch.float32:  # as under autocast
             return nn.functional.linear(x, self.dense(), self.bias)
         flat = x.reshape(-1, self.in_features)
         # One token has a routine of its own, several times faster than that for a matrix of one column.
-        y = torch.mv(self.weight, flat[0])[None] if len(flat) == 1 else (self.weight @ flat.T).T
+        weight = self.weight
+        y = torch.mv(weight, flat[0])[None] if len(flat) == 1 else (weight @ flat.T).T
         y = y if self.bias is None else y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Return the same description as ``nn.Linear``, with the share of zeros."""
-        zeros = 1 - self.weight.values().numel() / self.weight.numel()
+        zeros = 1 - self.values.numel() / (self.out_features * self.in_features)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"zeros={zeros:.1%}"
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, zeros={zeros:.1%}"
         )

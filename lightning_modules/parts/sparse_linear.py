@@ -63,8 +63,7 @@ class SparseLinear(nn.Module):
         """Return the same description as ``nn.Linear``, with the share of zeros."""
         zeros = 1 - self.values.numel() / (self.out_features * self.in_features)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"zeros={zeros:.1%}"
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, zeros={zeros:.1%}"
         )
 
 
