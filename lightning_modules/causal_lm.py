@@ -70,6 +70,8 @@ class CausalLM(PrunableModule, WritesText):
         ValueError: If an argument is out of range, or does not apply to a model in memory.
     """
 
+    reads_compressed = True
+
     @refuse_moved(MOVED)
     def __init__(
         self,

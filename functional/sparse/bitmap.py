@@ -101,5 +101,15 @@ def compressed_bytes(rows: int, columns: int, kept: int, itemsize: int) -> int:
     return rows * -(-columns // BITS) + kept * itemsize
 
 
+def count_kept(mask: Tensor) -> int:
+    """Return how many bits of a mask are set, which is how many values there are.
+
+    Examples:
+        >>> count_kept(compress(torch.tensor([[0.0, 5.0, 0.0, 7.0]])).mask)
+        2
+    """
+    return int((mask[..., None] >> _shifts(mask.device) & 1).sum())
+
+
 def _shifts(device: torch.device) -> Tensor:
     return torch.arange(BITS, dtype=torch.uint8, device=device)
