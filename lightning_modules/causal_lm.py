@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_modules.base.prunable import PrunableModule
-from lightning_modules.parts.compressed_linears import Kind, compress_model
+from lightning_modules.parts.compressed_linears import MANY, ONE, Kind, compress_model
 from lightning_modules.parts.discovery import Discovery, discover
 from lightning_modules.parts.language_models import check_given, load_model, load_tokenizer, read_config
 from lightning_modules.parts.load_streamed import check_stage, discover_streamed, load_streamed
@@ -59,8 +59,9 @@ class CausalLM(PrunableModule, WritesText):
         compressed: Form of the linears of the blocks after loading, for validate, test and predict. 2:4: those that are 2:4
             take 9/16 of their memory at 16 bit (`Linear24`), and on a GPU `predict` reads no more than that for up to 16
             windows in a batch. unstructured: those with enough zeros keep a bit for every weight and the values
-            (`SparseLinear`). auto: each takes the form that is fastest on this device, by times that are measured once and
-            kept in a cache file; never slower than dense. none leaves all dense.
+            (`SparseLinear`). auto: each takes the form that is fastest on this device, perhaps dense, by times that are
+            measured once and kept in a cache file: with one token for predict, with many for validate and test. none leaves
+            all dense.
         static_cache: Whether `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a
             step, once for each batch size, so that launching kernels no longer limits the speed.
         stream: Whether blocks stay in their safetensors files and are read when they are needed, for models that are larger
@@ -170,7 +171,8 @@ class CausalLM(PrunableModule, WritesText):
     def _compress(self) -> None:
         """Replace linears of the blocks by compressed ones."""
         device = None if self._trainer is None else self._trainer.strategy.root_device  # faster on a GPU
-        given = self.hparams.compressed, self.path, self.model.dtype, device
+        evaluates = self._trainer is not None and self._trainer.state.fn != TrainerFn.PREDICTING
+        given = self.hparams.compressed, self.path, self.model.dtype, device, MANY if evaluates else ONE
         compress_model(list(self.blocks.values()), *given)
 
     def _check_length(self, config: Any) -> None:

@@ -20,6 +20,8 @@ FORMS = {"2:4": Linear24, "unstructured": SparseLinear, "csr": CsrLinear}
 """Name of a form -> its module."""
 ON_GPU, ON_CPU = ("2:4", "unstructured"), ("csr",)
 """Forms with a product of their own on a device; the others make the dense weight for every call."""
+ONE, MANY = 1, 128
+"""Tokens at a time with which forms are timed: those of decoding, and of evaluation."""
 
 
 @dataclass
@@ -45,7 +47,11 @@ class Compression:
 
 
 def compress_linears(
-    blocks: Sequence[nn.Module], kind: Kind = "2:4", device: torch.device | None = None, timed: Sequence[str] | None = None
+    blocks: Sequence[nn.Module],
+    kind: Kind = "2:4",
+    device: torch.device | None = None,
+    timed: Sequence[str] | None = None,
+    tokens: int = ONE,
 ) -> Compression:
     """Replace linears of some blocks by compressed ones.
 
@@ -55,6 +61,7 @@ def compress_linears(
             faster than dense. auto: each as it is fastest, perhaps dense.
         device: Device of the work and of its result; that of the weights when None.
         timed: Forms that are timed on the device; those of `ON_GPU` or `ON_CPU` when None.
+        tokens: Tokens at a time that they are timed with.
     """
     found, times = Compression(), {}
     for block in blocks:
@@ -63,7 +70,7 @@ def compress_linears(
                 continue
             linear.to(device or linear.weight.device)
             size = sum(parameter.nbytes for parameter in linear.parameters())
-            form = _form_of(linear, kind, timed, times)
+            form = _form_of(linear, kind, timed, times, tokens)
             compressed = None if form == DENSE else FORMS[form].from_linear(linear)
             found.total, found.before = found.total + 1, found.before + size
             found.after += size if compressed is None else compressed.nbytes
@@ -74,7 +81,9 @@ def compress_linears(
     return found
 
 
-def compress_model(blocks: Sequence[nn.Module], kind: Kind, path: str, dtype: torch.dtype, device: torch.device | None) -> None:
+def compress_model(
+    blocks: Sequence[nn.Module], kind: Kind, path: str, dtype: torch.dtype, device: torch.device | None, tokens: int = ONE
+) -> None:
     """Compress a model that was loaded for inference, and tell what became of it.
 
     Args:
@@ -83,13 +92,14 @@ def compress_model(blocks: Sequence[nn.Module], kind: Kind, path: str, dtype: to
         path: Name of the model, for the error.
         dtype: Dtype of its weights.
         device: Device that it will run on; None if that is not known.
+        tokens: Tokens at a time that it will run on.
 
     Raises:
         ValueError: If no linear has the zeros for it, or kernels do not run on the device.
     """
     on_gpu = device is not None and device.type == "cuda"
     timed = [name for name in ON_GPU if _runs(name, kind, device)] if on_gpu else None
-    found = compress_linears(blocks, kind, device, timed)
+    found = compress_linears(blocks, kind, device, timed, tokens)
     if not found.replaced and kind != "auto":
         lacking = {
             "2:4": "2:4 with a multiple of 4 inputs. Give a model that was pruned with `pattern` = 2:4",
@@ -112,7 +122,9 @@ def compress_model(blocks: Sequence[nn.Module], kind: Kind, path: str, dtype: to
         )
 
 
-def _form_of(linear: nn.Linear, kind: Kind, timed: Sequence[str] | None, times: dict[torch.device, FormTimes]) -> str:
+def _form_of(
+    linear: nn.Linear, kind: Kind, timed: Sequence[str] | None, times: dict[torch.device, FormTimes], tokens: int
+) -> str:
     """Return the form that a linear gets, which is on its final device."""
     if kind == "2:4":
         return kind if Linear24.fits(linear) else DENSE
@@ -128,7 +140,7 @@ def _form_of(linear: nn.Linear, kind: Kind, timed: Sequence[str] | None, times: 
         if device not in times:
             times[device] = FormTimes(device)
         makes = {DENSE: lambda: linear} | {name: lambda made=FORMS[name]: made.from_linear(linear) for name in fitting}
-        chosen = fastest(times[device].of(makes, linear, zeros_of(linear)))
+        chosen = fastest(times[device].of(makes, linear, zeros_of(linear), tokens))
         if chosen != DENSE:
             return chosen
     return "unstructured" if kind == "unstructured" else DENSE

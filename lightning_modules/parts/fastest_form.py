@@ -1,7 +1,8 @@
 """Choose the fastest form of a linear by times that are measured once on a machine and kept in a file.
 
 The file lies in ``$XDG_CACHE_HOME/d2prune``, or ``~/.cache/d2prune``: one for each device, version of torch and `KERNELS`. It
-holds microseconds of forms, by shape, dtype and share of zeros. One that is broken, or of another machine, is measured anew.
+holds microseconds of forms, by shape, dtype, share of zeros and number of tokens. One that is broken, or of another machine, is
+measured anew.
 """
 
 import copy
@@ -36,7 +37,7 @@ COLD_BYTES = 256 * 2**20
 SECONDS, LEAST_ROUNDS = 0.2, 5
 """Time that the forms of a linear are measured for, and how many rounds there are at least."""
 
-Measure = Callable[[Mapping[str, nn.Module]], dict[str, float]]
+Measure = Callable[[Mapping[str, nn.Module], int], dict[str, float]]
 
 
 def fastest(times: Mapping[str, float]) -> str:
@@ -58,7 +59,8 @@ class FormTimes:
 
     Args:
         device: The device.
-        measure: Measures modules, form -> module, and returns form -> microseconds; `measure_forms` when None.
+        measure: Measures modules, form -> module, with a number of tokens, and returns form -> microseconds; `measure_forms`
+            when None.
     """
 
     def __init__(self, device: torch.device, measure: Measure | None = None) -> None:
@@ -69,20 +71,23 @@ class FormTimes:
         self._measure = measure or measure_forms
         self._times = _read(self.path, self.facts)
 
-    def of(self, forms: Mapping[str, Callable[[], nn.Module]], linear: nn.Linear, zeros: float) -> dict[str, float]:
+    def of(
+        self, forms: Mapping[str, Callable[[], nn.Module]], linear: nn.Linear, zeros: float, tokens: int = 1
+    ) -> dict[str, float]:
         """Return the times of the forms of a linear; if one is not known, all are measured beside one another, and kept.
 
         Args:
             forms: Form -> what makes it of the linear.
             linear: The dense linear.
             zeros: Its share of zeros.
+            tokens: Number of tokens that are multiplied at a time.
 
         Returns:
-            Form -> microseconds for one token.
+            Form -> microseconds.
         """
-        keys = {form: key_of(form, linear, zeros) for form in forms}
+        keys = {form: key_of(form, linear, zeros, tokens) for form in forms}
         if any(key not in self._times for key in keys.values()):
-            found = self._measure({form: make() for form, make in forms.items()})
+            found = self._measure({form: make() for form, make in forms.items()}, tokens)
             self._times |= {keys[form]: value for form, value in found.items()}
             self._write()
         return {form: self._times[key] for form, key in keys.items()}
@@ -95,16 +100,16 @@ class FormTimes:
             log.warning("Times of linears are not kept for the next run: %s cannot be written (%s).", self.path, error.strerror)
 
 
-def key_of(form: str, linear: nn.Linear, zeros: float) -> str:
+def key_of(form: str, linear: nn.Linear, zeros: float, tokens: int) -> str:
     """Return the name of a time in the file: form, shape, dtype, share of zeros, number of tokens.
 
     Examples:
-        >>> key_of("2:4", nn.Linear(64, 32), zeros=0.51)
-        '2:4 32x64 float32 50% zeros 1 token'
+        >>> key_of("2:4", nn.Linear(64, 32), zeros=0.51, tokens=1)
+        '2:4 32x64 float32, 50% zeros, tokens: 1'
     """
     rows, columns = linear.weight.shape
     dtype = str(linear.weight.dtype).removeprefix("torch.")
-    return f"{form} {rows}x{columns} {dtype} {STEP * round(100 * zeros / STEP)}% zeros 1 token"
+    return f"{form} {rows}x{columns} {dtype}, {STEP * round(100 * zeros / STEP)}% zeros, tokens: {tokens}"
 
 
 def cache_folder() -> Path:
@@ -124,9 +129,14 @@ def device_name(device: torch.device) -> str:
 
 
 @torch.inference_mode()
-def measure_forms(modules: Mapping[str, nn.Module]) -> dict[str, float]:
-    """Return form -> median microseconds of a product with one token; forms take turns, so that all meet the same load."""
-    runs = {form: _over_copies(module) for form, module in modules.items()}
+def measure_forms(modules: Mapping[str, nn.Module], tokens: int) -> dict[str, float]:
+    """Return form -> median microseconds of a product; forms take turns, so that all meet the same load of the machine.
+
+    Args:
+        modules: Form -> module.
+        tokens: Number of tokens that are multiplied at a time.
+    """
+    runs = {form: _over_copies(module, tokens) for form, module in modules.items()}
     found: dict[str, list[float]] = {form: [] for form in modules}
     for run, _ in runs.values():
         run()
@@ -141,12 +151,12 @@ def measure_forms(modules: Mapping[str, nn.Module]) -> dict[str, float]:
     return {form: median(times) for form, times in found.items()}
 
 
-def _over_copies(module: nn.Module) -> tuple[Callable[[], Any], int]:
-    """Return what runs a linear and enough copies of it on one token each, from a CUDA graph on a GPU; and how many."""
+def _over_copies(module: nn.Module, tokens: int) -> tuple[Callable[[], Any], int]:
+    """Return what runs a linear and enough copies of it on some tokens, from a CUDA graph on a GPU; and how many."""
     tensor = next(tensor for tensor in (*module.parameters(), *module.buffers()))
     size = getattr(module, "nbytes", None) or sum(parameter.nbytes for parameter in module.parameters())
     turns = [module, *(copy.deepcopy(module) for _ in range(math.ceil(COLD_BYTES / size) - 1))]
-    x = torch.ones(1, module.in_features, dtype=_dtype_of(module), device=tensor.device)
+    x = torch.ones(tokens, module.in_features, dtype=_dtype_of(module), device=tensor.device)
 
     def run() -> None:
         for turn in turns:

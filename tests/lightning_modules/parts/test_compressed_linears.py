@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch import nn
 
+from datamodules import TextDataModule
 from functional.pruning.masks import Pattern, keep_largest_of_groups
 from lightning_modules import CausalLM
 from lightning_modules.parts import compressed_linears, fastest_form
@@ -12,7 +13,7 @@ from lightning_modules.parts.compressed_linears import compress_linears, compres
 from lightning_modules.parts.csr_linear import CsrLinear
 from lightning_modules.parts.linear24 import Linear24
 from lightning_modules.parts.sparse_linear import SparseLinear
-from tests.helpers.tiny import make_tokenizer
+from tests.helpers.tiny import make_tokenizer, quiet
 
 CPU = torch.device("cpu")
 SLOW, FAST = {"dense": 10.0, "csr": 20.0}, {"dense": 10.0, "csr": 5.0}
@@ -31,7 +32,9 @@ def timed(monkeypatch):
 
     def set_times(times):
         monkeypatch.setattr(
-            fastest_form, "measure_forms", lambda modules: calls.append(list(modules)) or {n: times[n] for n in modules}
+            fastest_form,
+            "measure_forms",
+            lambda modules, tokens: calls.append([*modules, tokens]) or {n: times[n] for n in modules},
         )
         return calls
 
@@ -71,7 +74,7 @@ def test_unstructured_on_a_cpu_takes_sparse_rows_where_they_are_fast(timed):
     calls, block = timed(FAST), block_of()
     assert compress_linears([block], "unstructured").forms == {"csr": 2}
     assert kinds(block) == [nn.Linear, CsrLinear, CsrLinear]
-    assert calls == [["dense", "csr"]] * 2  # 50 % and 70 %
+    assert calls == [["dense", "csr", 1]] * 2  # 50 % and 70 %
 
 
 @needs_mkl
@@ -108,7 +111,7 @@ def test_auto_in_16_bit_on_a_cpu_leaves_all_dense(timed):
 def test_auto_among_the_forms_of_a_gpu(timed, times, expected):
     calls, block = timed(times), block_of(torch.bfloat16)
     compress_linears([block], "auto", timed=("2:4", "unstructured"))
-    assert kinds(block) == expected and calls == [["dense", "2:4", "unstructured"], ["dense", "unstructured"]]
+    assert kinds(block) == expected and calls == [["dense", "2:4", "unstructured", 1], ["dense", "unstructured", 1]]
 
 
 def test_kernels_that_do_not_run_are_left_out_of_auto_only(monkeypatch):
@@ -146,6 +149,15 @@ def test_logits_equal_those_of_the_dense_model(sparse_model, kind, timed, capsys
         module.eval()
     with torch.inference_mode():
         torch.testing.assert_close(compressed(ids), dense(ids), rtol=1e-4, atol=1e-4)
+
+
+@needs_mkl
+@pytest.mark.parametrize(("stage", "tokens"), [("validate", 128), ("test", 128), ("predict", 1)])
+def test_forms_are_timed_with_the_tokens_of_the_stage(stage, tokens, sparse_model, text_file, timed, tmp_path):
+    calls = timed(FAST)
+    data = TextDataModule(sparse_model, source=text_file, seq_len=16, num_calibration=1, num_heldout=2, batch_size=2)
+    getattr(quiet(tmp_path), stage)(CausalLM(sparse_model, compressed="auto", max_new_tokens=2), data)
+    assert {call[-1] for call in calls} == {tokens} and all(call[:2] == ["dense", "csr"] for call in calls)
 
 
 def test_what_has_too_few_zeros_is_refused_unless_auto_decides(tiny_model):

@@ -19,8 +19,8 @@ class Timer:
     def __init__(self, *times):
         self.left, self.calls = list(times), []
 
-    def __call__(self, modules):
-        self.calls.append(list(modules))
+    def __call__(self, modules, tokens):
+        self.calls.append([*modules, tokens] if tokens > 1 else [*modules])
         return dict(zip(modules, self.left.pop(0), strict=True))
 
 
@@ -51,7 +51,7 @@ def test_the_fastest_and_never_slower_than_dense(times, expected):
 
 
 def test_measured_once_for_a_shape_a_dtype_and_a_share_of_zeros(folder):
-    linear, timer = nn.Linear(64, 32), Timer((2.0, 1.0), (3.0, 4.0), (5.0, 6.0), (7.0, 8.0), (9.0, 1.0, 2.0))
+    linear, timer = nn.Linear(64, 32), Timer((2.0, 1.0), (3.0, 4.0), (5.0, 6.0), (7.0, 8.0), (9.0, 1.0, 2.0), (8.0, 6.0))
     times, two = FormTimes(CPU, timer), ("dense", "csr")
     assert times.of(forms(linear, *two), linear, 0.71) == {"dense": 2.0, "csr": 1.0}
     assert times.of(forms(linear, *two), linear, 0.69) == {"dense": 2.0, "csr": 1.0}
@@ -62,13 +62,17 @@ def test_measured_once_for_a_shape_a_dtype_and_a_share_of_zeros(folder):
     linear = linear.float()
     third = times.of(forms(linear, *two, "2:4"), linear, 0.7)  # a form that is not known: all are measured side by side
     assert third == {"dense": 9.0, "csr": 1.0, "2:4": 2.0} and timer.calls == [[*two]] * 4 + [[*two, "2:4"]]
+    assert times.of(forms(linear, *two), linear, 0.7, tokens=128) == {"dense": 8.0, "csr": 6.0} and timer.calls[-1] == [
+        *two,
+        128,
+    ]
     again = FormTimes(CPU, Timer())  # another run: nothing is measured
     assert again.of(forms(linear, *two, "2:4"), linear, 0.7) == third
     (file,) = folder.iterdir()
     content = json.loads(file.read_text())
     assert content["device"] == device_name(CPU) and content["torch"] == torch.__version__ and content["kernels"] == 1
-    assert content["microseconds"]["csr 32x64 float32 70% zeros 1 token"] == 1.0
-    assert key_of("csr", linear, 0.7) == "csr 32x64 float32 70% zeros 1 token"
+    assert content["microseconds"]["csr 32x64 float32, 70% zeros, tokens: 1"] == 1.0
+    assert key_of("csr", linear, 0.7, 1) == "csr 32x64 float32, 70% zeros, tokens: 1"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,7 @@ def test_measured_once_for_a_shape_a_dtype_and_a_share_of_zeros(folder):
         "[]",
         "null",
         '{"microseconds": {}}',
-        '{"device": "another", "torch": "?", "kernels": 1, "microseconds": {"dense 32x64 float32 70% zeros 1 token": 1.0}}',
+        '{"device": "another", "torch": "?", "kernels": 1, "microseconds": {"dense 32x64 float32, 70% zeros, tokens: 1": 1.0}}',
         "wrong time",
         "binary",
     ],
@@ -145,12 +149,12 @@ def test_every_form_is_run_as_often(monkeypatch):
 
     class Noting(nn.Linear):
         def forward(self, x):
-            assert x.shape == (1, 64) and x.dtype == self.weight.dtype
+            assert x.shape == (3, 64) and x.dtype == self.weight.dtype
             calls.append(id(self))
             return super().forward(x)
 
     modules = {"dense": Noting(64, 32, bias=False), "other": Noting(64, 32, bias=False)}
-    found = measure_forms(modules)
+    found = measure_forms(modules, 3)
     assert list(found) == ["dense", "other"] and min(found.values()) > 0
     assert len(calls) == 2 * 3 * (1 + fastest_form.LEAST_ROUNDS) and len(set(calls)) == 2 * 3
     assert calls[6:9] != calls[9:12] and calls[6:12] == calls[12:18]
