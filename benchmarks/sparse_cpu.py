@@ -1,7 +1,7 @@
 """Time of linears with zeros anywhere on a CPU, dense and compressed -> results/sparse_cpu.csv.
 
-    python -m benchmarks.sparse_cpu                     float32 and bfloat16, 50 to 90 % zeros, 1 and 16 tokens
-    python -m benchmarks.sparse_cpu --threads 2
+    python -m benchmarks.sparse_cpu                     float32 and bfloat16, 50 to 90 % zeros, 1, 16 and 128 tokens
+    python -m benchmarks.sparse_cpu --dtypes float32 --tokens 1 --threads 2
 
 dense is nn.Linear; packed, the dense weight in oneDNN's own layout; csr, sparse rows of torch (`CsrLinear`), which it
 multiplies in float32 only; bitmap, `SparseLinear`, which makes the dense weight for every call. Forms take turns, and each
@@ -126,7 +126,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--zeros", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1.0, help="time of a row")
     parser.add_argument("--least-rounds", type=int, default=11)

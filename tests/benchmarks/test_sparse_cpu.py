@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import sparse_cpu
+from benchmarks import sparse_cpu, speed_tables
 
 
 @pytest.fixture
@@ -46,3 +46,12 @@ def test_other_products_are_seen(monkeypatch):
     row = {"outputs": 8, "inputs": 16, "zeros": 0.5, "dtype": "float32", "tokens": 2}
     with pytest.raises(AssertionError, match="bitmap"), torch.inference_mode():
         sparse_cpu.measure(row, options)
+
+
+def test_table(rows, monkeypatch, tmp_path):
+    rows("--dtypes", "float32")
+    monkeypatch.setattr("benchmarks.speed_tables.read", lambda name: list(csv.DictReader((tmp_path / "rows.csv").open())))
+    lines = speed_tables.sparse_cpu().splitlines()
+    assert lines[0] == "|  | dense, µs | packed, µs | dense / sparse rows, 50% | dense / sparse rows, 90% |"
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| tiny, 24 x 32, tokens: 1", "| tiny, 24 x 32, tokens: 3"]
+    assert "1 thread, float32, torch" in lines[-1]
