@@ -130,7 +130,7 @@ def compress_directory(directory: Path) -> None:
             tensors |= {name: tensor} if found is None else {f"{name}.mask": found[0], f"{name}.values": found[1]}
             if found is not None:
                 shapes[name] = list(tensor.shape)
-        write_shard(written, tensors, {SHAPES: json.dumps(shapes)})
+        write_shard(written, tensors, (SHAPES, json.dumps(shapes)))
         files |= dict.fromkeys(tensors, written.name)
         path.unlink()
     if (directory / INDEX).is_file():

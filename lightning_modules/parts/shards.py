@@ -139,13 +139,13 @@ def files_of(directory: Path, single: str) -> list[Path] | None:
         raise ValueError(f"Argument `model_name_or_path`: {index} is damaged ({brief(error)}). Get the file again.") from error
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str, str] = ("format", "pt")) -> str:
     """Write tensors to a file, under another name first, flush it to the disk and rename it.
 
     Args:
         path: The file.
         tensors: Tensors by name.
-        metadata: Texts by name that the head of the file holds beside the format.
+        metadata: Name and text that the head of the file holds; one only, since safetensors writes several in any order.
 
     Returns:
         SHA-256 of the file, 64 hexadecimal digits.
@@ -156,7 +156,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     partial = path.with_name(f"{path.name}.partial")
     try:
         found = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(found, partial, {"format": "pt", **(metadata or {})})
+        save_file(found, partial, dict([metadata]))
         _flush(partial)
         digest = digest_of_file(partial)
         os.replace(partial, path)

@@ -121,6 +121,16 @@ def test_a_matrix_that_would_not_get_smaller_stays(tmp_path):
     assert load_file(tmp_path / "compressed.safetensors").keys() == {"a", "b.mask", "b.values"}
 
 
+def test_equal_weights_make_equal_files(tmp_path):
+    """Which safetensors does not see to if the head of a file has several texts."""
+    for number in range(8):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        save_file({"a": torch.eye(16), "b": torch.eye(8)}, directory / "model.safetensors", {"format": "pt"})
+        compress_directory(directory)
+    assert len({(tmp_path / str(number) / "compressed.safetensors").read_bytes() for number in range(8)}) == 1
+
+
 def test_negative_zeros_become_positive_and_all_other_numbers_stay(tmp_path):
     weight = torch.zeros(8, 8)
     weight[0] = torch.tensor([-0.0, float("nan"), float("inf"), -1e-45, 1e-45, 5, -5, 0])
