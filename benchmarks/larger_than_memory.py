@@ -69,7 +69,7 @@ def write_random(config: LlamaConfig, directory: Path) -> tuple[int, int]:
         files |= dict.fromkeys(parameters, file)
         print(f"{file}: {block}", flush=True)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    write_index(directory, files, size)
+    write_index(directory, files, {"total_size": size})
     config.save_pretrained(directory)
     return sum(parameter.numel() for parameter in model.parameters()), size
 

@@ -24,7 +24,8 @@ from benchmarks.quality import ENVIRONMENT, append, environment
 from benchmarks.sparse24_tuning import tune
 from functional.pruning.masks import Pattern, keep_largest_of_groups
 from functional.sparse24 import MOST_TOKENS
-from lightning_modules.parts.linear24 import Linear24, compress_linears
+from lightning_modules.parts.compressed_linears import compress_linears
+from lightning_modules.parts.linear24 import Linear24
 
 PATTERN = Pattern(2, 4)
 WITHOUT_MASK = "sdpa_without_mask"

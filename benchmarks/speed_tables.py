@@ -1,4 +1,6 @@
-"""Tables of the docs on time: prune_speed.csv, multi_gpu.csv, csg2l_scaling.csv."""
+"""Tables of the docs on time, of prune_speed, multi_gpu, csg2l_scaling, sparse24, sparse_cpu and streaming.csv."""
+
+from statistics import median
 
 from benchmarks.markdown import read, table
 
@@ -144,6 +146,22 @@ def sparse24() -> str:
     return "\n\n".join([*tables, note])
 
 
+def sparse_cpu() -> str:
+    """Times of a dense float32 linear on a CPU, and how many times as fast sparse rows are, by share of zeros."""
+    rows = [row for row in read("sparse_cpu.csv") if row["dtype"] == "float32"]
+    first, shares = rows[0], sorted({row["zeros"] for row in rows})
+    lines = []
+    for what, tokens in dict.fromkeys((row["what"], row["tokens"]) for row in rows):
+        found = {row["zeros"]: row for row in rows if (row["what"], row["tokens"]) == (what, tokens)}
+        dense = [median(float(row[f"{form}_us"]) for row in found.values()) for form in ("dense", "packed")]
+        speedups = [f"{float(found[share]['speedup']):.2f}" if share in found else "" for share in shares]
+        size = next(f"{row['outputs']} x {row['inputs']}" for row in found.values())
+        lines.append([f"{what}, {size}, tokens: {tokens}", *(f"{value:,.0f}" for value in dense), *speedups])
+    header = ["", "dense, µs", "packed, µs", *(f"dense / sparse rows, {float(share):.0%}" for share in shares)]
+    threads = f"{first['threads']} thread{'s'[: first['threads'] != '1']}"
+    return f"{table(header, lines)}\n\n{first['hardware']}, {threads}, float32, torch {first['torch']}, seed {first['seed']}."
+
+
 def streaming() -> str:
     """Return memory and time of streamed runs, and of runs in memory beside them."""
     rows, lines = read("streaming.csv"), []
@@ -158,4 +176,4 @@ def streaming() -> str:
 
 
 TABLES = {"prune-speed": prune_speed, "joint-cost": joint_cost, "multi-gpu": multi_gpu, "graphs-scaling": graph_scaling}
-TABLES |= {"sparse24": sparse24, "streaming": streaming}
+TABLES |= {"sparse24": sparse24, "sparse-cpu": sparse_cpu, "streaming": streaming}

@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from callbacks.base.push import check_access, check_repository, upload
+from callbacks.base.saving import check_compressed
 from callbacks.blockwise.allocations import Allocation, AllocationName
 from callbacks.blockwise.exchange import give_back, processes_of
 from callbacks.blockwise.placement import Placement, give_back_placement, windows_at_a_time
@@ -101,6 +102,8 @@ class BlockwisePruning(Callback):
         diagnostics: Measurements and drawings beside the pruning itself.
         push_to_hub: Repository on the Hugging Face hub, owner/name, to which the finished directory is uploaded; created as a
             private one if it does not exist. Nothing is uploaded when None.
+        save_compressed: Whether matrices that get smaller are stored as masks and values: about 0.56 of their bytes at 50 %
+            zeros and 16 bit. Only CausalLM loads the directory; `python -m lightning_modules.expand` makes a plain one.
 
     Raises:
         ValueError: If a setting is out of range, or does not apply beside the others.
@@ -125,6 +128,7 @@ class BlockwisePruning(Callback):
         offload: bool = False,
         diagnostics: Diagnostics | None = None,
         push_to_hub: str | None = None,
+        save_compressed: bool = False,
     ) -> None:
         check_repository(push_to_hub)
         self.settings = PruningSettings.of(
@@ -142,6 +146,7 @@ class BlockwisePruning(Callback):
             () if ignore is None else ignore,
         )
         self.output_dir, self.resume, self.offload, self.push_to_hub = output_dir, resume, offload, push_to_hub
+        self.save_compressed = save_compressed
         self.diagnostics = diagnostics or Diagnostics()
         self.diagnostics.check(self.settings)
         self.records: list[BlockRecord] = []
@@ -166,6 +171,7 @@ class BlockwisePruning(Callback):
             raise TypeError(f"BlockwisePruning needs a PrunableModule such as CausalLM but got {type(pl_module).__name__}.")
         self._processes = processes_of(trainer)
         check_streaming(pl_module, self.settings, self.offload)
+        check_compressed(pl_module, self.save_compressed, self.push_to_hub)
         check_access(trainer, self.push_to_hub)
         if any(isinstance(callback, Checkpoint) for callback in trainer.callbacks):
             log.info("BlockwisePruning writes its own result; checkpoints of every epoch are off.")
@@ -200,8 +206,10 @@ class BlockwisePruning(Callback):
             kept = state is not None and not (module.streams and can_share(state, output.path.parent))  # less than the model
             hidden = spilled_bytes(trainer, module, self.settings)
             what = "The pruned model" + (" with its finished blocks" if kept else "")
+            what += " beside the dense files that are compressed" if self.save_compressed else ""
             what += " with hidden states that host memory has no room for" if hidden else ""
-            check_space(output.path.parent, (1 + kept) * size_of(module) + hidden, what)
+            copies = 1 + kept + self.save_compressed
+            check_space(output.path.parent, copies * size_of(module) + hidden, what)
         except ValueError:
             output.close()
             raise
@@ -235,6 +243,7 @@ class BlockwisePruning(Callback):
             self._state_directory(trainer, self._output),
             self._placement,
             self._processes,
+            self.save_compressed,
         )
         self._run.start()
 

@@ -8,25 +8,26 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from functional.sparse24 import DTYPES
 from lightning_modules.base.prunable import PrunableModule
+from lightning_modules.parts.compressed_linears import MANY, ONE, Kind, compress_model
 from lightning_modules.parts.discovery import Discovery, discover
 from lightning_modules.parts.language_models import check_given, load_model, load_tokenizer, read_config
-from lightning_modules.parts.linear24 import compress_linears, try_kernels
 from lightning_modules.parts.load_streamed import check_stage, discover_streamed, load_streamed
 from lightning_modules.parts.predictions import Predictions
 from lightning_modules.parts.self_text import sample_batch, start_token
 from lightning_modules.parts.streamed_passes import StreamedPasses
 from lightning_modules.parts.vision_language import copy_processor
+from utilities.checks import check_one_of
 from utilities.contract import ModelFacts, WritesText, data_of
+from utilities.moved import refuse_moved
 
 PRINTED = 4
 """Number of continuations that `predict` prints; all of them are written."""
@@ -37,6 +38,8 @@ DISCOVERY_TOKENS = 24
 """Length of the window that a model which is in no table is run on."""
 LARGEST_LOSS = 88.0
 """Largest loss whose exponential float32 holds; the loss itself is logged beside the perplexity."""
+MOVED = {"sparse24": "compressed (2:4 in place of true)"}
+"""Former settings of `CausalLM` -> their present names, for errors."""
 
 
 class CausalLM(PrunableModule, WritesText):
@@ -53,8 +56,12 @@ class CausalLM(PrunableModule, WritesText):
         attn_implementation: Attention of transformers (sdpa, eager, flash_attention_2); transformers chooses when None.
         learning_rate: Learning rate of AdamW, for ordinary training.
         max_new_tokens: Length of the continuations that `predict` writes.
-        sparse24: Whether linears of the blocks that are 2:4 are compressed after loading (`Linear24`). They take 9/16 of their
-            memory at 16 bit, and on a GPU `predict` reads no more than that for up to 16 windows in a batch. Not for `fit`.
+        compressed: Form of the linears of the blocks after loading, for validate, test and predict. 2:4: those that are 2:4
+            take 9/16 of their memory at 16 bit (`Linear24`), and on a GPU `predict` reads no more than that for up to 16
+            windows in a batch. unstructured: those with enough zeros keep a bit for every weight and the values
+            (`SparseLinear`). auto: each takes the form that is fastest on this device, perhaps dense, by times that are
+            measured once and kept in a cache file: with one token for predict, with many for validate and test. none leaves
+            all dense.
         static_cache: Whether `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a
             step, once for each batch size, so that launching kernels no longer limits the speed.
         stream: Whether blocks stay in their safetensors files and are read when they are needed, for models that are larger
@@ -64,6 +71,9 @@ class CausalLM(PrunableModule, WritesText):
         ValueError: If an argument is out of range, or does not apply to a model in memory.
     """
 
+    reads_compressed = True
+
+    @refuse_moved(MOVED)
     def __init__(
         self,
         model_name_or_path: str | nn.Module,
@@ -71,15 +81,16 @@ class CausalLM(PrunableModule, WritesText):
         attn_implementation: str | None = None,
         learning_rate: float = 1e-5,
         max_new_tokens: int = 64,
-        sparse24: bool = False,
+        compressed: Kind = "none",
         static_cache: bool = False,
         stream: bool = False,
     ) -> None:
         super().__init__()
-        if stream and sparse24:
+        check_one_of("compressed", compressed, get_args(Kind))
+        if stream and compressed != "none":
             raise ValueError(
-                "Argument `sparse24` = True compresses blocks in memory, but `stream` = True leaves them in their files. Leave "
-                "one of them out."
+                f"Argument `compressed` = {compressed} compresses blocks in memory, but `stream` = True leaves them in their "
+                "files. Leave one of them out."
             )
         for name, value, least in (("learning_rate", learning_rate, 0), ("max_new_tokens", max_new_tokens, 1)):
             if not value >= least:
@@ -110,7 +121,7 @@ class CausalLM(PrunableModule, WritesText):
 
     def configure_model(self) -> None:
         """Load tokenizer and weights, once."""
-        self._check_sparse24()
+        self._check_compressed()
         if self.streams:
             check_stage(self._trainer, prunes=self.calibration_step is not None)
         if self._ready:
@@ -123,7 +134,7 @@ class CausalLM(PrunableModule, WritesText):
         if self.model is None:
             given = self.path, self.hparams.dtype, self.hparams.attn_implementation
             self.model, self.streamed = load_streamed(*given) if self.streams else (load_model(*given), None)
-        if self.hparams.sparse24:
+        if self._compresses:
             self._compress()
         self._ready = True
 
@@ -145,33 +156,24 @@ class CausalLM(PrunableModule, WritesText):
         """Return the hyperparameters, and the class of a model in memory."""
         return {"model_name_or_path": self.path or type(self.model).__name__, **super().described()}
 
-    def _check_sparse24(self) -> None:
-        """Refuse `fit` with `sparse24` before weights are read."""
-        if self.hparams.sparse24 and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+    @property
+    def _compresses(self) -> bool:
+        return self.hparams.compressed != "none"
+
+    def _check_compressed(self) -> None:
+        """Refuse `fit` with compressed linears before weights are read."""
+        if self._compresses and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             raise ValueError(
-                "Argument `sparse24` = True is for validate, test and predict, but this is fit: pruning and training need "
-                "dense weights. Leave it out; a saved model is dense, and is compressed when it is loaded."
+                f"Argument `compressed` = {self.hparams.compressed} is for validate, test and predict, but this is fit: "
+                "pruning and training need dense weights. Leave it out; it takes effect when the saved model is loaded."
             )
 
     def _compress(self) -> None:
-        """Replace the 2:4 linears of the blocks by compressed ones."""
+        """Replace linears of the blocks by compressed ones."""
         device = None if self._trainer is None else self._trainer.strategy.root_device  # faster on a GPU
-        if device is not None and device.type == "cuda":
-            try_kernels(device)
-        replaced, total, before, after = compress_linears(list(self.blocks.values()), device)
-        if not replaced:
-            raise ValueError(
-                f"Argument `sparse24` = True, but none of the {total} linears in the blocks of {self.path!r} is "
-                "2:4 with a multiple of 4 inputs. Give a model that was pruned with `pattern` = 2:4, or leave `sparse24` out."
-            )
-        rank_zero_info(
-            f"{replaced} of {total} linears are 2:4 and were compressed: {before / 2**20:.1f} -> {after / 2**20:.1f} MiB."
-        )
-        if self.model.dtype not in DTYPES:
-            rank_zero_warn(
-                f"Weights of {self.model.dtype} are compressed, but no kernel multiplies them: every product makes them dense "
-                "anew, which is many times slower than without `sparse24`. Give `dtype` = bfloat16 or float16."
-            )
+        evaluates = self._trainer is not None and self._trainer.state.fn != TrainerFn.PREDICTING
+        given = self.hparams.compressed, self.path, self.model.dtype, device, MANY if evaluates else ONE
+        compress_model(list(self.blocks.values()), *given)
 
     def _check_length(self, config: Any) -> None:
         """Refuse windows longer than the positions that a model has learned; warn if positions are rotary."""
@@ -296,10 +298,10 @@ class CausalLM(PrunableModule, WritesText):
         Raises:
             ValueError: If linears are compressed.
         """
-        if self.hparams.sparse24:
+        if self._compresses:
             raise ValueError(
-                "Argument `sparse24` = True: compressed linears are not saved, no library would read them. The directory that "
-                "this model was loaded from is dense and can be copied; or load it with `sparse24` = False."
+                f"Argument `compressed` = {self.hparams.compressed}: linears that were compressed in memory are not saved. The "
+                "directory that this model was loaded from can be copied; or load it with `compressed` = none."
             )
         (self.model.save_pretrained if self.streamed is None else self.streamed.save)(directory)
         if self.tokenizer is not None:

@@ -52,7 +52,9 @@ def test_every_config_is_instantiated(config, tmp_path, monkeypatch):
     elif config.stem == "deit_digits_full":
         assert type(cli.model).__name__ == "ImageClassifier" and {"KeepSparsity", "SaveModel"} <= callbacks
     elif config.stem == "generate_24":
-        assert type(cli.model).__name__ == "CausalLM" and cli.model.hparams.sparse24 and cli.model.hparams.static_cache
+        assert (
+            type(cli.model).__name__ == "CausalLM" and cli.model.hparams.compressed == "2:4" and cli.model.hparams.static_cache
+        )
     else:
         assert cli.model.model is None  # made when the run starts
         expected = {"smollm2_lora": "LoRA", "smollm2_full": "KeepSparsity"}

@@ -142,6 +142,12 @@ PRUNING = [
         [PRUNE + "ignore", "[head]"],
         "`ignore`: 'head' matches no linear. Names look like 'model.layers.0.self_attn.q_proj'",
     ),
+    (
+        "llama",
+        ["--model.sparse24", "true"],
+        r"`model.sparse24` has moved: it is `model.compressed \(2:4 in place of true\)` now",
+    ),
+    ("llama", ["--model.compressed", "3:4"], "`model.compressed` expected one of none, auto, 2:4, unstructured but got '3:4'"),
     ("llama", [PRUNE + "ignore", "['*']"], r"`ignore` = \['\*'\] leaves no linear to prune"),
     (
         "llama",

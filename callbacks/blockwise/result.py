@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.base.model_card import CardContent, card_of, facts_of, write_card
+from callbacks.base.saving import how_stored, save_model
 from callbacks.blockwise.records import BlockRecord, sparsity_of
 from lightning_modules.base.prunable import PrunableModule
 from utilities.files import OutputDirectory, write_json
@@ -31,7 +32,7 @@ def check_output(path: Path) -> None:
         )
 
 
-def publish(module: PrunableModule, output: OutputDirectory, report: dict[str, Any], card: ModelCard) -> None:
+def publish(module: PrunableModule, output: OutputDirectory, report: dict[str, Any], card: ModelCard, compressed: bool) -> None:
     """Write the model, its report and its card into the output directory, all at once.
 
     Args:
@@ -39,10 +40,11 @@ def publish(module: PrunableModule, output: OutputDirectory, report: dict[str, A
         output: The directory, open.
         report: Content of pruning.json.
         card: Model card.
+        compressed: Whether weights are stored as masks and values.
     """
 
     def write(directory: Path) -> None:
-        module.save(directory)
+        save_model(module, directory, compressed)
         write_json(directory / REPORT, report)
         write_card(directory, card)
 
@@ -62,22 +64,22 @@ def report_of(trainer: Trainer, module: PrunableModule, run: dict[str, Any], rec
     return {**facts_of(trainer, module), **run, "sparsity": sparsity_of(records), "blocks": blocks}
 
 
-def pruning_card(trainer: Trainer, module: PrunableModule, report: dict[str, Any]) -> ModelCard:
+def pruning_card(trainer: Trainer, module: PrunableModule, report: dict[str, Any], compressed: bool) -> ModelCard:
     """Return the model card of a pruned model.
 
     Args:
         trainer: Trainer of the run.
         module: Module whose model was pruned.
         report: Content of pruning.json; metrics of the pruned model may still be missing.
+        compressed: Whether weights are stored as masks and values.
     """
     settings = report["settings"]
     rule_source = settings.get("update_rule", {}).get("init_args", {}).get("source") or ()
     content = CardContent(
         title=f"{settings['method']} at {settings['pattern'] or settings['sparsity']}",
         summary=(
-            f"Pruned block by block after training: {report['sparsity']:.2%} of the weights of the pruned linears are zero. It "
-            "loads as the dense model does, and zeros are stored like other weights, so the files are as large. "
-            f"`{REPORT}` has every block and linear."
+            f"Pruned block by block after training: {report['sparsity']:.2%} of the weights of the pruned linears are zero. "
+            f"{how_stored(compressed)} `{REPORT}` has every block and linear."
         ),
         settings={"pruning": settings} | {name: report[name] for name in ("calibration", "processes")},
         metrics=report["metrics"],

@@ -93,6 +93,7 @@ class PruningRun:
         state: Directory for finished steps; None keeps none.
         placement: Moves blocks between device and host memory.
         processes: Processes that share the work.
+        save_compressed: Whether the result is stored as masks and values.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class PruningRun:
         state: Path | None,
         placement: Placement,
         processes: Processes,
+        save_compressed: bool = False,
     ) -> None:
         self.records: list[BlockRecord] = []
         """Records of the blocks of this round; after `finish`, those of the best round."""
@@ -115,6 +117,7 @@ class PruningRun:
         """Time of the whole run, dense validation included; set at its end."""
         self._trainer, self._module, self._settings, self._diagnostics = trainer, module, settings, diagnostics
         self._plan, self._output, self._placement, self._processes = plan, output, placement, processes
+        self._save_compressed = save_compressed
         self._blocks = list(module.blocks)
         self._rounds_held = settings.update_rule.rounds(pruned_roles(module, plan))
         self._started = time.perf_counter()
@@ -225,7 +228,8 @@ class PruningRun:
             self.metrics |= {f"hold_{name}": metrics for name, metrics in self._rounds.metrics.items()}
         self.seconds = self._seconds_now()
         report = self._report(held)  # saved before the pruned model is validated, which could fail
-        self._processes.in_first(lambda: publish(self._module, self._output, report, self._card(report)))
+        given = self._module, self._output, report, self._card(report), self._save_compressed
+        self._processes.in_first(lambda: publish(*given))
         if (streamed := self._module.streamed) is not None:
             self._processes.together(lambda: streamed.move_to(self._output.path))
         self.metrics["pruned"] = self.validate()
@@ -343,7 +347,7 @@ class PruningRun:
 
     def _card(self, report: dict[str, Any]) -> ModelCard:
         """Return the model card of the result."""
-        return pruning_card(self._trainer, self._module, report)
+        return pruning_card(self._trainer, self._module, report, self._save_compressed)
 
     def _restore_modes(self) -> None:
         for module, mode in self._modes.items():

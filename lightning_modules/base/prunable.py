@@ -39,6 +39,8 @@ class PrunableModule(ResumableModule, TellsModelFacts):
     model: nn.Module
     judge = "val/loss"
     """Name of the logged metric by which pruned models are compared; lower is better. Never one of test data."""
+    reads_compressed = False
+    """Whether the module loads directories with compressed weights."""
 
     def __init__(self) -> None:
         super().__init__()

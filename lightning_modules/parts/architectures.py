@@ -328,7 +328,7 @@ def find_linears(block: nn.Module, architecture: Architecture, config: Any = Non
                 continue
             raise ValueError(
                 f"{name!r} of {type(block).__name__} is a {type(module).__name__}, not a plain nn.Linear. "
-                "Load the model without quantisation, adapters or `sparse24`."
+                "Load the model without quantisation, adapters or `compressed`."
             )
         if name not in architecture.fused:
             linears[name] = PrunableLinear(module)

@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_modules.parts.adapters import has_adapters
+from lightning_modules.parts.adapters import CONFIG, has_adapters
+from lightning_modules.parts.compressed_files import is_compressed, open_shards
 from lightning_modules.parts.vision_language import auto_class
 from utilities.hub import has_tokenizer, resolve_model_path
 from utilities.safe_load import brief
@@ -49,9 +50,34 @@ def load_model(path: str, dtype: str, attn_implementation: str | None) -> nn.Mod
         options |= _dequantised(dtype)
     elif Path(name).is_dir():
         has_adapters(name)
+        if is_compressed(Path(name)):
+            return _load_compressed(path, Path(name), dtype, attn_implementation)
         options["use_safetensors"] = True  # not for hub ids: OPT has only pickled weights there
     with loading(path):
         model = auto_class(name, arguments).from_pretrained(name, **arguments, **options, weights_only=True)
+    keep_soft_cap(model, attn_implementation)
+    return model
+
+
+def _load_compressed(path: str, directory: Path, dtype: str, attn_implementation: str | None) -> nn.Module:
+    """Load a model whose weights are compressed in a directory, as `load_model` does; they are dense afterwards."""
+    from transformers import GenerationConfig
+
+    if (directory / CONFIG).is_file():
+        raise ValueError(
+            f"Argument `model_name_or_path`: {path!r} has adapters ({CONFIG}) beside compressed weights. Write a plain "
+            f"directory with `python -m lightning_modules.expand {path} OUT`, and give that one."
+        )
+    shards, config = open_shards(directory), read_config(path)
+    weights = dict(zip(shards.names, shards.read(shards.names), strict=True))
+    with loading(path):
+        with torch.device("meta"):
+            cls = type(auto_class(str(directory), {}).from_config(config))
+        options = {"dtype": dtype, "attn_implementation": attn_implementation}
+        model = cls.from_pretrained(None, config=config, state_dict=weights, **options)
+        if (directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+    model.name_or_path = model.config.name_or_path = str(directory)  # as `from_pretrained` notes a path
     keep_soft_cap(model, attn_implementation)
     return model
 

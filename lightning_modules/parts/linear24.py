@@ -40,6 +40,11 @@ class Linear24(nn.Module):
         self.register_buffer("packed", None, persistent=False)
         self.algorithm = [0, 1, -1]
 
+    @staticmethod
+    def fits(linear: nn.Linear) -> bool:
+        """Return whether a linear is 2:4, with a multiple of 4 inputs."""
+        return linear.in_features % GROUP == 0 and not groups_over_two(linear.weight.detach())
+
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "Linear24":
         """Compress the weight of a linear on its device.
@@ -114,33 +119,6 @@ def try_kernels(device: torch.device) -> None:
         decode(weight, compress(weight))
     except Exception as error:  # Triton raises many classes
         raise ValueError(
-            "Argument `sparse24` = True needs Triton, a C compiler and, for a GPU, compute capability 8.0 or more, but its "
-            f"kernels do not run here ({error}). Install them, or leave `sparse24` out."
+            "Argument `compressed` = 2:4 needs Triton, a C compiler and, for a GPU, compute capability 8.0 or more, but its "
+            f"kernels do not run here ({error}). Install them, or leave `compressed` out."
         ) from error
-
-
-def compress_linears(blocks: list[nn.Module], device: torch.device | None = None) -> tuple[int, int, int, int]:
-    """Replace every ``nn.Linear`` of some blocks that is 2:4 by a `Linear24`.
-
-    Args:
-        blocks: Blocks, changed in place.
-        device: Device of the work and of its result; that of the weights when None.
-
-    Returns:
-        Numbers of replaced linears and of all linears; bytes of all linears before and after.
-    """
-    replaced = total = before = after = 0
-    for block in blocks:
-        for path, linear in list(block.named_modules()):
-            if not isinstance(linear, nn.Linear):
-                continue
-            total, size = total + 1, sum(parameter.nbytes for parameter in linear.parameters())
-            before, after = before + size, after + size
-            linear.to(device or linear.weight.device)
-            if linear.in_features % GROUP or groups_over_two(linear.weight.detach()):
-                continue
-            compressed = Linear24.from_linear(linear)
-            parent, _, name = path.rpartition(".")
-            setattr(block.get_submodule(parent), name, compressed)
-            replaced, after = replaced + 1, after - size + compressed.nbytes
-    return replaced, total, before, after

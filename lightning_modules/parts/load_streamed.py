@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from lightning_modules.parts.adapters import CONFIG
 from lightning_modules.parts.architectures import ARCHITECTURES, find_blocks
+from lightning_modules.parts.compressed_files import open_shards
 from lightning_modules.parts.discovery import Discovery, chain_of, discover
 from lightning_modules.parts.language_models import keep_soft_cap, loading, read_config
-from lightning_modules.parts.shards import Shards, find_shards
+from lightning_modules.parts.shards import Shards
 from lightning_modules.parts.streamed import HOST, META, StreamedBlocks, places
 from lightning_modules.parts.vision_language import auto_class
 from utilities.contract import data_of
 from utilities.distributed import need_whole_weights
 from utilities.hub import resolve_model_path
 
-FILES = ["config.json", "generation_config.json", CONFIG, "model*.safetensors", "model.safetensors.index.json"]
+FILES = ["config.json", "generation_config.json", CONFIG, "model*.safetensors", "model.safetensors.index.json", "compressed*"]
 """Files of a repository that streaming reads."""
 CONVERT = "Load it with transformers and write it with `save_pretrained` on a machine that holds it, or leave `stream` out."
 
@@ -44,7 +45,7 @@ def load_streamed(path: str, dtype: str, attn_implementation: str | None) -> tup
 
     directory, config = _directory_of(path), read_config(path)
     _check_config(path, config)
-    shards = Shards(find_shards(directory))
+    shards = open_shards(directory)
     options: dict[str, Any] = {"dtype": _dtype_of(dtype, config, shards)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation

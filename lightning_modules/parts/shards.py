@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -65,12 +66,12 @@ class Shards:
         """Return the shape of a tensor."""
         return self._shapes[name]
 
-    def read(self, names: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
+    def read(self, names: Sequence[str], dtype: torch.dtype | None = None) -> list[Tensor]:
         """Read some tensors; each file is opened once.
 
         Args:
             names: Their names.
-            dtype: Dtype that they get.
+            dtype: Dtype that they get; as stored when None.
 
         Returns:
             The tensors in this order, on the host, in memory of their own: the files may change or vanish afterwards.
@@ -79,16 +80,24 @@ class Shards:
         for path in dict.fromkeys(self._files[name] for name in names):
             with safe_open(path, "pt") as file:
                 for name in (name for name in names if self._files[name] == path):
-                    found[name] = file.get_tensor(name).to(dtype=dtype, copy=True)
+                    found[name] = self._content(file, name, dtype)
         return [found[name] for name in names]
+
+    def _content(self, file: Any, name: str, dtype: torch.dtype | None) -> Tensor:
+        """Return a tensor of an open file, in memory of its own."""
+        return file.get_tensor(name).to(dtype=dtype, copy=True)
+
+    def _note(self, path: Path, file: Any) -> None:
+        """Note the tensors of an open file."""
+        for name in file.keys():  # noqa: SIM118  (this is no dict)
+            part = file.get_slice(name)
+            self._files[name], self._shapes[name] = path, tuple(part.get_shape())
+            self._dtypes[name] = part.get_dtype()
 
     def _read_head(self, path: Path) -> None:
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  (this is no dict)
-                    part = file.get_slice(name)
-                    self._files[name], self._shapes[name] = path, tuple(part.get_shape())
-                    self._dtypes[name] = part.get_dtype()
+                self._note(path, file)
         except Exception as error:  # a damaged file may make the reader raise anything
             raise ValueError(
                 f"Argument `model_name_or_path`: {path} cannot be read ({brief(error)}). Get the file again."
@@ -101,30 +110,42 @@ def find_shards(directory: Path) -> list[Path]:
     Raises:
         ValueError: If there is neither model.safetensors nor an index, or the index is damaged.
     """
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    if not (directory / INDEX).is_file():
+    found = files_of(directory, SINGLE)
+    if found is None:
         pickled = [path.name for path in sorted(directory.glob("pytorch_model*.bin"))]
         raise ValueError(
             f"Argument `stream` = True expected safetensors in `model_name_or_path`, but {str(directory)!r} has "
             f"{f'pickled weights, {pickled[0]}' if pickled else f'neither {SINGLE} nor {INDEX}'}. Load it with transformers "
             "and write it with `save_pretrained` on a machine that holds it, or leave `stream` out."
         )
+    return found
+
+
+def files_of(directory: Path, single: str) -> list[Path] | None:
+    """Return the files of a set of shards: one of this name, or those that its index lists; None if there is neither.
+
+    Raises:
+        ValueError: If the index is damaged.
+    """
+    index = directory / f"{single}.index.json"
+    if (directory / single).is_file():
+        return [directory / single]
+    if not index.is_file():
+        return None
     try:
-        files = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return [directory / Path(file).name for file in sorted(files)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"Argument `model_name_or_path`: {directory / INDEX} is damaged ({brief(error)}). Get the file again."
-        ) from error
+        raise ValueError(f"Argument `model_name_or_path`: {index} is damaged ({brief(error)}). Get the file again.") from error
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: tuple[str, str] = ("format", "pt")) -> str:
     """Write tensors to a file, under another name first, flush it to the disk and rename it.
 
     Args:
         path: The file.
         tensors: Tensors by name.
+        metadata: Name and text that the head of the file holds; one only, since safetensors writes several in any order.
 
     Returns:
         SHA-256 of the file, 64 hexadecimal digits.
@@ -134,15 +155,16 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, {"format": "pt"})
+        found = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(found, partial, dict([metadata]))
         _flush(partial)
-        found = digest_of_file(partial)
+        digest = digest_of_file(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     _flush(path.parent)
-    return found
+    return digest
 
 
 def digest_of_file(path: Path) -> str:
@@ -154,20 +176,25 @@ def digest_of_file(path: Path) -> str:
     return found.hexdigest()
 
 
-def write_index(directory: Path, files: Mapping[str, str], size: int) -> None:
+def write_index(directory: Path, files: Mapping[str, str], metadata: Mapping[str, Any], name: str = INDEX) -> None:
     """Write the index that transformers looks for beside several shards.
 
     Args:
         directory: Directory of the shards.
         files: Tensor -> name of its file.
-        size: Bytes of all tensors.
+        metadata: Facts on all tensors, such as total_size, their bytes.
+        name: Name of the index.
     """
-    partial = directory / f"{INDEX}.partial"
-    content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(directory / name, json.dumps({"metadata": metadata, "weight_map": dict(sorted(files.items()))}, indent=2) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file of text whole or not at all, and flush it to the disk."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(content, encoding="utf-8")
     _flush(partial)
-    os.replace(partial, directory / INDEX)
-    _flush(directory)
+    os.replace(partial, path)
+    _flush(path.parent)
 
 
 def give_second_name(file: Path, name: Path) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.parts.compressed_files import open_shards
 from lightning_modules.parts.host_memory import return_freed_memory
-from lightning_modules.parts.shards import Shards, find_shards, give_second_name, write_index, write_shard
+from lightning_modules.parts.shards import Shards, give_second_name, write_index, write_shard
 from lightning_modules.parts.stored import Conversion, StoredTensors
 from utilities.digest import checksum
 
@@ -126,11 +127,11 @@ class StreamedBlocks:
             else:
                 write_shard(file, self._conversion.revert(self._others()))
             files |= dict.fromkeys(Shards([file]).names, file.name)
-        write_index(directory, files, size)
+        write_index(directory, files, {"total_size": size})
 
     def move_to(self, directory: Path) -> None:
         """Read all blocks from what `save` has written, and free them."""
-        self._stored = self._tensors_in(Shards(find_shards(directory)))
+        self._stored = self._tensors_in(open_shards(directory))
         self.forget_pruned()
 
     def forget_pruned(self) -> None:

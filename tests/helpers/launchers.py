@@ -233,9 +233,11 @@ def _change_source(path: str, folder: Path) -> None:
 
 def _places() -> dict[str, tuple[Any, str]]:
     """Name of a place -> object and attribute that is called there."""
+    import callbacks.base.saving
     import callbacks.blockwise.resume.state
     import callbacks.blockwise.run
     import functional.pruning.solver
+    import lightning_modules.parts.compressed_files
     import lightning_modules.parts.shards
     import lightning_modules.parts.streamed
     import utilities.files
@@ -258,6 +260,8 @@ def _places() -> dict[str, tuple[Any, str]]:
         "before a shard is written": (lightning_modules.parts.shards, "save_file"),
         "before a shard gets its name": (lightning_modules.parts.streamed, "give_second_name"),
         "before the index is written": (lightning_modules.parts.streamed, "write_index"),
+        "before weights are compressed": (callbacks.base.saving, "compress_directory"),
+        "before the mark is written": (lightning_modules.parts.compressed_files, "write_text"),
         "state removed": (callbacks.blockwise.resume.state.PruningState, "remove"),
     }
 

@@ -333,5 +333,5 @@ def test_prediction_and_models_in_memory_are_refused(split_model, text_file, tmp
         quiet(tmp_path).predict(CausalLM(model, stream=True), data_of(model, text_file))
     with pytest.raises(ValueError, match=r"`stream` = True says how a model is loaded, but .* is a model in memory"):
         CausalLM(make_model("llama"), stream=True)
-    with pytest.raises(ValueError, match="`sparse24` = True compresses blocks in memory, but `stream` = True"):
-        CausalLM(model, stream=True, sparse24=True)
+    with pytest.raises(ValueError, match="`compressed` = 2:4 compresses blocks in memory, but `stream` = True"):
+        CausalLM(model, stream=True, compressed="2:4")

@@ -1,4 +1,4 @@
-"""Linear24 against the dense linear; CausalLM with `sparse24`, which must give what the dense model gives."""
+"""Linear24 against the dense linear; CausalLM with `compressed: 2:4`, which must give what the dense model gives."""
 
 import os
 import re
@@ -18,7 +18,8 @@ from functional.pruning.masks import Pattern, keep_largest_of_groups
 from functional.sparse24 import decode, prefill
 from lightning_modules import CausalLM
 from lightning_modules.parts import linear24
-from lightning_modules.parts.linear24 import Linear24, compress_linears, try_kernels
+from lightning_modules.parts.compressed_linears import compress_linears
+from lightning_modules.parts.linear24 import Linear24, try_kernels
 from tests.helpers.tiny import FAMILIES, make_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -166,10 +167,10 @@ def test_compiled_in_one_piece(tokens, dtype, monkeypatch):
 def test_only_what_is_24_is_compressed():
     block = nn.ModuleDict({"a": linear_24(), "b": nn.Linear(64, 8), "c": nn.ModuleList([nn.Linear(12, 4), nn.LayerNorm(4)])})
     before = [sum(p.nbytes for p in module.parameters()) for module in (block["a"], block["b"], block["c"][0])]
-    replaced, total, dense, compressed = compress_linears([block])
-    assert (replaced, total, dense) == (1, 3, sum(before))
+    found = compress_linears([block])
+    assert (found.replaced, found.total, found.before) == (1, 3, sum(before)) and found.forms == {"2:4": 1}
     assert isinstance(block["a"], Linear24) and isinstance(block["b"], nn.Linear) and isinstance(block["c"][0], nn.Linear)
-    assert compressed == block["a"].nbytes + before[1] + before[2]
+    assert found.after == block["a"].nbytes + before[1] + before[2]
 
 
 def quiet_trainer(tmp_path):
@@ -180,7 +181,7 @@ def quiet_trainer(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_those_of_the_dense_model(family, pruned, tmp_path):
     ids = torch.randint(2, 12, (2, 14), generator=torch.Generator().manual_seed(0))
-    dense, compressed = CausalLM(pruned(family)), CausalLM(pruned(family), sparse24=True)
+    dense, compressed = CausalLM(pruned(family)), CausalLM(pruned(family), compressed="2:4")
     for module in (dense, compressed):
         module.configure_model()
         module.eval()
@@ -193,7 +194,7 @@ def test_logits_equal_those_of_the_dense_model(family, pruned, tmp_path):
 
 def test_a_bfloat16_model_goes_through_the_kernel(pruned, through_the_kernel):
     ids = torch.randint(2, 12, (2, 7), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    dense, compressed = (CausalLM(pruned("llama"), dtype="bfloat16", sparse24=sparse) for sparse in (False, True))
+    dense, compressed = (CausalLM(pruned("llama"), dtype="bfloat16", compressed=form) for form in ("none", "2:4"))
     for module in (dense, compressed):
         module.configure_model()
         module.to(DEVICE).eval()
@@ -204,7 +205,7 @@ def test_a_bfloat16_model_goes_through_the_kernel(pruned, through_the_kernel):
 
 def test_float32_weights_are_warned_of(pruned):
     with pytest.warns(UserWarning, match=r"Weights of torch.float32 .* no kernel .* Give `dtype` = bfloat16 or float16"):
-        CausalLM(pruned("llama"), sparse24=True).configure_model()
+        CausalLM(pruned("llama"), compressed="2:4").configure_model()
 
 
 def test_perplexity_and_continuations_equal_those_of_the_dense_model(pruned, text_file, tmp_path):
@@ -213,8 +214,8 @@ def test_perplexity_and_continuations_equal_those_of_the_dense_model(pruned, tex
     found = {}
     for name, options in {
         "dense": {},
-        "sparse": {"sparse24": True},
-        "static": {"sparse24": True, "static_cache": True},
+        "sparse": {"compressed": "2:4"},
+        "static": {"compressed": "2:4", "static_cache": True},
     }.items():
         module = CausalLM(directory, max_new_tokens=5, **options)
         (metrics,) = quiet_trainer(tmp_path).validate(module, data, verbose=False)
@@ -241,19 +242,19 @@ def test_fit_and_dense_models_are_refused(tiny_model, text_file, tmp_path):
     directory = tiny_model("llama")
     data = TextDataModule(tokenizer=directory, source=text_file, seq_len=16, num_calibration=1, num_heldout=1)
     with pytest.raises(ValueError, match=rf"none of the 21 linears in the blocks of '{directory}' is 2:4 .* `pattern` = 2:4"):
-        quiet_trainer(tmp_path).validate(CausalLM(directory, sparse24=True), data, verbose=False)
-    with pytest.raises(ValueError, match="`sparse24` = True is for validate, test and predict, but this is fit"):
-        quiet_trainer(tmp_path).fit(CausalLM("no/such/model", sparse24=True), data)  # before it looks for weights
+        quiet_trainer(tmp_path).validate(CausalLM(directory, compressed="2:4"), data, verbose=False)
+    with pytest.raises(ValueError, match="`compressed` = 2:4 is for validate, test and predict, but this is fit"):
+        quiet_trainer(tmp_path).fit(CausalLM("no/such/model", compressed="2:4"), data)  # before it looks for weights
 
 
 def test_a_compressed_model_is_neither_trained_nor_saved(pruned, text_file, tmp_path):
     directory = pruned("llama")
     data = TextDataModule(tokenizer=directory, source=text_file, seq_len=16, num_calibration=1, num_heldout=1)
-    module = CausalLM(directory, sparse24=True)
+    module = CausalLM(directory, compressed="2:4")
     quiet_trainer(tmp_path).validate(module, data, verbose=False)
-    with pytest.raises(ValueError, match="`sparse24` = True is for validate, test and predict, but this is fit"):
+    with pytest.raises(ValueError, match="`compressed` = 2:4 is for validate, test and predict, but this is fit"):
         quiet_trainer(tmp_path).fit(module, data)
-    with pytest.raises(ValueError, match="compressed linears are not saved"):
+    with pytest.raises(ValueError, match="linears that were compressed in memory are not saved"):
         module.save(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -276,13 +277,13 @@ def test_predict_by_the_command_line_is_that_of_the_dense_model(pruned, text_fil
     content["trainer"] |= {"accelerator": "cpu", "callbacks": None, "logger": False}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
     shown = []
-    for flag in ("false", "true"):
-        command = [sys.executable, str(ROOT / "train.py"), "predict", "--config", "mine.yaml", "--model.sparse24", flag]
+    for flag in ("none", "2:4"):
+        command = [sys.executable, str(ROOT / "train.py"), "predict", "--config", "mine.yaml", "--model.compressed", flag]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800, check=False)
         assert done.returncode == 0, done.stderr
         lines = [line for line in done.stdout.splitlines() if " >>> " in line]
-        note = re.search(r"21 of 21 linears are 2:4 and were compressed: \S+ -> \S+ MiB", done.stdout + done.stderr)
-        assert bool(note) == (flag == "true")
+        note = re.search(r"21 of 21 linears were compressed \(21 as 2:4\): \S+ -> \S+ MiB", done.stdout + done.stderr)
+        assert bool(note) == (flag == "2:4")
         shown.append(lines)
     assert len(shown[0]) == 3 and shown[0] == shown[1]

@@ -1,0 +1,160 @@
+"""Replace the linears of a model's blocks by compressed ones: `compressed` of CausalLM."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from functional.sparse24 import DTYPES
+from lightning_modules.parts.csr_linear import CsrLinear
+from lightning_modules.parts.fastest_form import DENSE, FormTimes, fastest
+from lightning_modules.parts.linear24 import Linear24, try_kernels
+from lightning_modules.parts.sparse_linear import LEAST_ZEROS, SparseLinear, zeros_of
+
+Kind = Literal["none", "auto", "2:4", "unstructured"]
+FORMS = {"2:4": Linear24, "unstructured": SparseLinear, "csr": CsrLinear}
+"""Name of a form -> its module."""
+ON_GPU, ON_CPU = ("2:4", "unstructured"), ("csr",)
+"""Forms with a product of their own on a device; the others make the dense weight for every call."""
+ONE, MANY = 1, 128
+"""Tokens at a time with which forms are timed: those of decoding, and of evaluation."""
+
+
+@dataclass
+class Compression:
+    """What was compressed.
+
+    Attributes:
+        forms: Form -> number of linears that have it now.
+        total: Number of linears.
+        before: Bytes of all linears before.
+        after: Bytes of all linears now.
+    """
+
+    forms: Counter = field(default_factory=Counter)
+    total: int = 0
+    before: int = 0
+    after: int = 0
+
+    @property
+    def replaced(self) -> int:
+        """Number of linears that were replaced."""
+        return self.forms.total()
+
+
+def compress_linears(
+    blocks: Sequence[nn.Module],
+    kind: Kind = "2:4",
+    device: torch.device | None = None,
+    timed: Sequence[str] | None = None,
+    tokens: int = ONE,
+) -> Compression:
+    """Replace linears of some blocks by compressed ones.
+
+    Args:
+        blocks: Blocks, changed in place.
+        kind: 2:4: every linear that is. unstructured: those with enough zeros, on a CPU as sparse rows where these are
+            faster than dense. auto: each as it is fastest, perhaps dense.
+        device: Device of the work and of its result; that of the weights when None.
+        timed: Forms that are timed on the device; those of `ON_GPU` or `ON_CPU` when None.
+        tokens: Tokens at a time that they are timed with.
+    """
+    found, times = Compression(), {}
+    for block in blocks:
+        for path, linear in list(block.named_modules()):
+            if not isinstance(linear, nn.Linear):
+                continue
+            linear.to(device or linear.weight.device)
+            size = sum(parameter.nbytes for parameter in linear.parameters())
+            form = _form_of(linear, kind, timed, times, tokens)
+            compressed = None if form == DENSE else FORMS[form].from_linear(linear)
+            found.total, found.before = found.total + 1, found.before + size
+            found.after += size if compressed is None else compressed.nbytes
+            if compressed is not None:
+                parent, _, name = path.rpartition(".")
+                setattr(block.get_submodule(parent), name, compressed)
+                found.forms[form] += 1
+    return found
+
+
+def compress_model(
+    blocks: Sequence[nn.Module], kind: Kind, path: str, dtype: torch.dtype, device: torch.device | None, tokens: int = ONE
+) -> None:
+    """Compress a model that was loaded for inference, and tell what became of it.
+
+    Args:
+        blocks: Its blocks.
+        kind: As in `compress_linears`, not none.
+        path: Name of the model, for the error.
+        dtype: Dtype of its weights.
+        device: Device that it will run on; None if that is not known.
+        tokens: Tokens at a time that it will run on.
+
+    Raises:
+        ValueError: If no linear has the zeros for it, or kernels do not run on the device.
+    """
+    on_gpu = device is not None and device.type == "cuda"
+    timed = [name for name in ON_GPU if _runs(name, kind, device)] if on_gpu else None
+    found = compress_linears(blocks, kind, device, timed, tokens)
+    if not found.replaced and kind != "auto":
+        lacking = {
+            "2:4": "2:4 with a multiple of 4 inputs. Give a model that was pruned with `pattern` = 2:4",
+            "unstructured": f"to {LEAST_ZEROS:.0%} zero. Give a pruned model",
+        }
+        raise ValueError(
+            f"Argument `compressed` = {kind}, but none of the {found.total} linears in the blocks of {path!r} is "
+            f"{lacking[kind]}, or leave `compressed` out."
+        )
+    forms = ", ".join(f"{count} as {name}" for name, count in found.forms.items()) or "each is fastest dense"
+    rank_zero_info(
+        f"{found.replaced} of {found.total} linears were compressed ({forms}): {found.before / 2**20:.1f} -> "
+        f"{found.after / 2**20:.1f} MiB."
+    )
+    if (found.forms["2:4"] and dtype not in DTYPES) or (found.forms["unstructured"] and not on_gpu):
+        rank_zero_warn(
+            f"Weights of {dtype} on {device or 'this device'} are compressed, but no kernel multiplies them: every product "
+            "makes them dense anew, which is many times slower than without `compressed`. Give `dtype` = bfloat16 or float16 "
+            "on a GPU, or `compressed` = auto for the fastest form."
+        )
+
+
+def _form_of(
+    linear: nn.Linear, kind: Kind, timed: Sequence[str] | None, times: dict[torch.device, FormTimes], tokens: int
+) -> str:
+    """Return the form that a linear gets, which is on its final device."""
+    if kind == "2:4":
+        return kind if Linear24.fits(linear) else DENSE
+    device = linear.weight.device
+    if timed is None:
+        timed = ON_CPU if device.type == "cpu" else ON_GPU
+    if kind == "unstructured":
+        if not SparseLinear.fits(linear):
+            return DENSE
+        timed = [name for name in timed if name in ON_CPU]  # the memory counts; sparse rows only where they are fast
+    fitting = [name for name in timed if FORMS[name].fits(linear)]
+    if fitting:
+        if device not in times:
+            times[device] = FormTimes(device)
+        makes = {DENSE: lambda: linear} | {name: lambda made=FORMS[name]: made.from_linear(linear) for name in fitting}
+        chosen = fastest(times[device].of(makes, linear, zeros_of(linear), tokens))
+        if chosen != DENSE:
+            return chosen
+    return "unstructured" if kind == "unstructured" else DENSE
+
+
+def _runs(form: str, kind: Kind, device: torch.device) -> bool:
+    """Return whether the kernels of a form run on a GPU; where the form was asked for, they have to."""
+    if form != "2:4" or kind == "unstructured":
+        return True
+    try:
+        try_kernels(device)
+    except ValueError as error:
+        if kind == form:
+            raise
+        rank_zero_warn(f"Argument `compressed` = auto leaves 2:4 out. {error}")
+        return False
+    return True
