@@ -12,14 +12,17 @@ from torch import nn
 from functional.sparse24 import DTYPES
 from lightning_modules.parts.csr_linear import CsrLinear
 from lightning_modules.parts.fastest_form import DENSE, FormTimes, fastest
+from lightning_modules.parts.lane_linear import LaneLinear, try_lanes
 from lightning_modules.parts.linear24 import Linear24, try_kernels
 from lightning_modules.parts.sparse_linear import LEAST_ZEROS, SparseLinear, zeros_of
 
 Kind = Literal["none", "auto", "2:4", "unstructured"]
-FORMS = {"2:4": Linear24, "unstructured": SparseLinear, "csr": CsrLinear}
+FORMS = {"2:4": Linear24, "unstructured": SparseLinear, "lanes": LaneLinear, "csr": CsrLinear}
 """Name of a form -> its module."""
-ON_GPU, ON_CPU = ("2:4", "unstructured"), ("csr",)
+ON_GPU, ON_CPU = ("2:4", "lanes"), ("csr",)
 """Forms with a product of their own on a device; the others make the dense weight for every call."""
+ASKED = {"2:4": "2:4", "lanes": "unstructured"}
+"""Form of a GPU -> kind that asks for it."""
 ONE, MANY = 1, 128
 """Tokens at a time with which forms are timed: those of decoding, and of evaluation."""
 
@@ -57,8 +60,8 @@ def compress_linears(
 
     Args:
         blocks: Blocks, changed in place.
-        kind: 2:4: every linear that is. unstructured: those with enough zeros, on a CPU as sparse rows where these are
-            faster than dense. auto: each as it is fastest, perhaps dense.
+        kind: 2:4: every linear that is. unstructured: those with enough zeros, on a GPU in lanes if they are of 16 bit, on a
+            CPU as sparse rows where these are faster than dense. auto: each as it is fastest, perhaps dense.
         device: Device of the work and of its result; that of the weights when None.
         timed: Forms that are timed on the device; those of `ON_GPU` or `ON_CPU` when None.
         tokens: Tokens at a time that they are timed with.
@@ -98,7 +101,7 @@ def compress_model(
         ValueError: If no linear has the zeros for it, or kernels do not run on the device.
     """
     on_gpu = device is not None and device.type == "cuda"
-    timed = [name for name in ON_GPU if _runs(name, kind, device)] if on_gpu else None
+    timed = [form for form in ON_GPU if _runs(form, kind, device)] if on_gpu else None
     found = compress_linears(blocks, kind, device, timed, tokens)
     if not found.replaced and kind != "auto":
         lacking = {
@@ -114,7 +117,7 @@ def compress_model(
         f"{found.replaced} of {found.total} linears were compressed ({forms}): {found.before / 2**20:.1f} -> "
         f"{found.after / 2**20:.1f} MiB."
     )
-    if (found.forms["2:4"] and dtype not in DTYPES) or (found.forms["unstructured"] and not on_gpu):
+    if (found.forms["2:4"] and dtype not in DTYPES) or found.forms["unstructured"]:
         rank_zero_warn(
             f"Weights of {dtype} on {device or 'this device'} are compressed, but no kernel multiplies them: every product "
             "makes them dense anew, which is many times slower than without `compressed`. Give `dtype` = bfloat16 or float16 "
@@ -134,6 +137,8 @@ def _form_of(
     if kind == "unstructured":
         if not SparseLinear.fits(linear):
             return DENSE
+        if "lanes" in timed and LaneLinear.fits(linear):
+            return "lanes"
         timed = [name for name in timed if name in ON_CPU]  # the memory counts; sparse rows only where they are fast
     fitting = [name for name in timed if FORMS[name].fits(linear)]
     if fitting:
@@ -148,13 +153,14 @@ def _form_of(
 
 def _runs(form: str, kind: Kind, device: torch.device) -> bool:
     """Return whether the kernels of a form run on a GPU; where the form was asked for, they have to."""
-    if form != "2:4" or kind == "unstructured":
+    asked = ASKED[form]
+    if kind not in (asked, "auto"):
         return True
     try:
-        try_kernels(device)
+        (try_kernels if form == "2:4" else try_lanes)(device)
     except ValueError as error:
-        if kind == form:
+        if kind == asked:
             raise
-        rank_zero_warn(f"Argument `compressed` = auto leaves 2:4 out. {error}")
+        rank_zero_warn(f"Argument `compressed` = auto leaves {asked} out. {error}")
         return False
     return True

@@ -11,6 +11,7 @@ from lightning_modules import CausalLM
 from lightning_modules.parts import compressed_linears, fastest_form
 from lightning_modules.parts.compressed_linears import compress_linears, compress_model
 from lightning_modules.parts.csr_linear import CsrLinear
+from lightning_modules.parts.lane_linear import LaneLinear
 from lightning_modules.parts.linear24 import Linear24
 from lightning_modules.parts.sparse_linear import SparseLinear
 from tests.helpers.tiny import make_tokenizer, quiet
@@ -103,26 +104,36 @@ def test_auto_in_16_bit_on_a_cpu_leaves_all_dense(timed):
 @pytest.mark.parametrize(
     ("times", "expected"),
     [
-        ({"dense": 10.0, "2:4": 5.0, "unstructured": 6.0}, [nn.Linear, Linear24, SparseLinear]),
-        ({"dense": 10.0, "2:4": 8.0, "unstructured": 6.0}, [nn.Linear, SparseLinear, SparseLinear]),
-        ({"dense": 10.0, "2:4": 8.0, "unstructured": 12.0}, [nn.Linear, Linear24, nn.Linear]),
+        ({"dense": 10.0, "2:4": 5.0, "lanes": 6.0}, [nn.Linear, Linear24, LaneLinear]),
+        ({"dense": 10.0, "2:4": 8.0, "lanes": 6.0}, [nn.Linear, LaneLinear, LaneLinear]),
+        ({"dense": 10.0, "2:4": 8.0, "lanes": 12.0}, [nn.Linear, Linear24, nn.Linear]),
     ],
 )
 def test_auto_among_the_forms_of_a_gpu(timed, times, expected):
     calls, block = timed(times), block_of(torch.bfloat16)
-    compress_linears([block], "auto", timed=("2:4", "unstructured"))
-    assert kinds(block) == expected and calls == [["dense", "2:4", "unstructured", 1], ["dense", "unstructured", 1]]
+    compress_linears([block], "auto", timed=("2:4", "lanes"))
+    assert kinds(block) == expected and calls == [["dense", "2:4", "lanes", 1], ["dense", "lanes", 1]]
 
 
-def test_kernels_that_do_not_run_are_left_out_of_auto_only(monkeypatch):
+def test_unstructured_on_a_gpu_takes_lanes_for_16_bit_and_a_bitmap_for_32():
+    block = block_of(torch.bfloat16)
+    assert compress_linears([block], "unstructured", timed=("2:4", "lanes")).forms == {"lanes": 2}
+    assert kinds(block) == [nn.Linear, LaneLinear, LaneLinear]
+    block = block_of()
+    assert compress_linears([block], "unstructured", timed=("2:4", "lanes")).forms == {"unstructured": 2}
+
+
+@pytest.mark.parametrize(("form", "kind", "check"), [("2:4", "2:4", "try_kernels"), ("lanes", "unstructured", "try_lanes")])
+def test_kernels_that_do_not_run_are_left_out_of_auto_only(monkeypatch, form, kind, check):
     def fails(device):
-        raise ValueError("Argument `compressed` = 2:4 needs Triton")
+        raise ValueError(f"Argument `compressed` = {kind} needs Triton")
 
-    monkeypatch.setattr(compressed_linears, "try_kernels", fails)
-    with pytest.warns(UserWarning, match="`compressed` = auto leaves 2:4 out. Argument `compressed` = 2:4 needs Triton"):
-        assert not compressed_linears._runs("2:4", "auto", CPU)
+    monkeypatch.setattr(compressed_linears, check, fails)
+    with pytest.warns(UserWarning, match=f"`compressed` = auto leaves {kind} out. Argument `compressed` = {kind} needs Triton"):
+        assert not compressed_linears._runs(form, "auto", CPU)
     with pytest.raises(ValueError, match="needs Triton"):
-        compressed_linears._runs("2:4", "2:4", CPU)
+        compressed_linears._runs(form, kind, CPU)
+    assert compressed_linears._runs(form, "none", CPU)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,78 @@
+"""LaneLinear against the dense linear."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from functional.sparse import decode
+from lightning_modules.parts import lane_linear
+from lightning_modules.parts.lane_linear import LaneLinear, try_lanes
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def sparse_linear(dtype=torch.bfloat16, bias=True, inputs=64, outputs=48):
+    torch.manual_seed(0)
+    linear = nn.Linear(inputs, outputs, bias=bias).to(DEVICE, dtype).requires_grad_(False)
+    linear.weight[torch.rand(outputs, inputs, device=DEVICE) < 0.6] = 0
+    return linear
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (2, 4, 64), (3, 7, 64)], ids=str)
+def test_equals_the_dense_linear(shape, bias):
+    linear = sparse_linear(bias=bias)
+    x = torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
+    y = LaneLinear.from_linear(linear)(x)
+    assert y.shape == (*shape[:-1], 48)
+    torch.testing.assert_close(y, linear(x), rtol=2e-2, atol=2e-2)
+
+
+def test_few_tokens_go_through_the_kernel_and_many_do_not(monkeypatch):
+    seen = []
+
+    def counted(x, *others):
+        seen.append(len(x))
+        return decode(x, *others)
+
+    monkeypatch.setattr(lane_linear, "decode", counted)
+    monkeypatch.setattr(lane_linear, "on_gpu", lambda x: True)
+    linear = sparse_linear()
+    lanes = LaneLinear.from_linear(linear)
+    for tokens in (1, 8, 9):
+        x = torch.randn(tokens, 64, device=DEVICE, dtype=torch.bfloat16)
+        torch.testing.assert_close(lanes(x), linear(x), rtol=2e-2, atol=2e-2)
+    assert seen == [1, 8]
+    assert lanes(x[:1].float()).dtype == torch.float32 and seen == [1, 8]
+
+
+def test_buffers_are_saved_and_moved():
+    linear = sparse_linear()
+    lanes = LaneLinear.from_linear(linear)
+    again = LaneLinear.from_linear(sparse_linear(bias=True))
+    again.load_state_dict(copy.deepcopy(lanes.state_dict()))
+    assert torch.equal(again.dense(), linear.weight) and torch.equal(lanes.dense(), linear.weight)
+    assert lanes.nbytes == sum(value.nbytes for value in lanes.state_dict().values())
+    assert str(lanes) == "LaneLinear(in_features=64, out_features=48, bias=True)" and not list(lanes.parameters())
+
+
+def test_which_linears_fit():
+    assert LaneLinear.fits(sparse_linear()) and LaneLinear.fits(sparse_linear(torch.float16))
+    assert not LaneLinear.fits(sparse_linear(torch.float32))
+    assert not LaneLinear.fits(nn.Linear(64, 48, dtype=torch.bfloat16))  # no zeros
+    long = nn.Linear(40_000, 1, dtype=torch.bfloat16).requires_grad_(False)
+    long.weight[:] = 0
+    assert not LaneLinear.fits(long)
+
+
+def test_kernels_that_do_not_run(monkeypatch):
+    try_lanes(torch.device(DEVICE))
+
+    def fails(*arguments):
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(lane_linear, "decode", fails)
+    with pytest.raises(ValueError, match=r"`compressed` = unstructured needs Triton .* \(no C compiler\). Install them"):
+        try_lanes(torch.device(DEVICE))
