@@ -46,6 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "edges": {},
     "joint, balanced": JOINT | BALANCED,
     "dropped edges, balanced": {"view": "drop"} | BALANCED,
+    "edges, balanced": BALANCED | {"contrast_weight": DEFAULT["contrast_weight"]},
+    "knn and edges, balanced": KNN | BALANCED | {"edge_weight": 1.0},
     "decoupled, labels alone": DECOUPLED | {"fusion": "local", "pseudo_weight": 0.0, "balanced": False, "clean": False},
     "decoupled, dropped edges": DECOUPLED | {"view": "drop"},
     "decoupled, edges": DECOUPLED,

@@ -92,8 +92,8 @@ def measure_linear(name: str, outputs: int, inputs: int, tokens: int, options: a
     return row | {"dense_error": dense_error, "error": error(last[0], x, linear.weight)}
 
 
-def random_model(options: argparse.Namespace) -> nn.Module:
-    """LLaMA-2-7B's shape, or a smaller one, 2:4 in its blocks."""
+def random_model(options: argparse.Namespace, zeros: bool = True) -> nn.Module:
+    """LLaMA-2-7B's shape, or a smaller one, 2:4 in its blocks unless they shall have no zeros."""
     config = LlamaConfig(
         hidden_size=options.hidden, intermediate_size=options.intermediate, num_hidden_layers=options.layers,
         num_attention_heads=max(1, options.hidden // 128), vocab_size=32000 if options.hidden >= 1024 else 128,
@@ -102,7 +102,7 @@ def random_model(options: argparse.Namespace) -> nn.Module:
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype), attn_implementation="sdpa")
     model.eval().requires_grad_(False)
-    for linear in linears_of(model):
+    for linear in linears_of(model) if zeros else ():
         make_24(linear.weight)
     return model
 

@@ -1,7 +1,7 @@
 """Torch operators that multiply a matrix in lanes with a few tokens, and that restore the dense matrix, by kernels.
 
-As operators they can be captured by CUDA graphs and pass through torch.compile. They need a GPU; with ``TRITON_INTERPRET=1`` they
-run on a CPU too, for tests.
+As operators they can be captured by CUDA graphs and pass through torch.compile. They need a GPU; with ``TRITON_INTERPRET=1``
+they run on a CPU too, for tests.
 """
 
 import torch

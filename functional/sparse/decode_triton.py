@@ -1,8 +1,8 @@
 """Triton kernels on matrices in lanes (lanes.py): multiply with up to 8 tokens, and restore the dense matrix.
 
-A lane keeps the sums of its part of a row in registers. For each entry it moves on by a step and reads the inputs of that column
-from the cache; lanes of a warp are near each other, so that these are in a few lines. Tensors have one element for each lane of a
-program, so that an element is a register. Parts are added at the end, always in the same order.
+A lane keeps the sums of its part of a row in registers. For each entry it moves on by a step and reads the inputs of that
+column from the cache; lanes of a warp are near each other, so that these are in a few lines. Tensors have one element for each
+lane of a program, so that an element is a register. Parts are added at the end, always in the same order.
 
 With ``TRITON_INTERPRET=1`` the kernels run on CPU tensors, by the same operations.
 """

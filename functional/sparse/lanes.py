@@ -2,9 +2,9 @@
 
 Rows are sorted by their number of entries and cut into slices of H rows; each row of a slice is cut into P parts of equal
 length, so that all H · P lanes of a program end together. A lane's entries are the weights of its part that are not zero, each
-with the step from the column before it, in 4 bits. A gap of more than 15 columns is bridged by entries of value 0. Eight entries
-are a chunk: 16 bytes of values at 16 bit, 4 bytes of steps. Lane p · H + h has part p of row h; chunk c of all lanes of a slice
-lies before chunk c + 1, in the order of the lanes, so that a warp reads consecutive bytes.
+with the step from the column before it, in 4 bits. A gap of more than 15 columns is bridged by entries of value 0. Eight
+entries are a chunk: 16 bytes of values at 16 bit, 4 bytes of steps. Lane p · H + h has part p of row h; chunk c of all lanes of
+a slice lies before chunk c + 1, in the order of the lanes, so that a warp reads consecutive bytes.
 
 Storage is 20 bits an entry at 16 bit: 5/8 of the dense bytes at 50 % zeros, 3/8 at 70 %, plus some 1 % where parts begin and
 where rows of a slice differ. Streams of deltas in place of a mask: GPUs of 4.8 TB/s wait for the instructions that decode, not
@@ -162,7 +162,7 @@ def _entries(weight: Tensor) -> tuple[_Entries, Tensor]:
 
 
 def _cut(chunk: Tensor, chunks: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """Return the part that a chunk of a row belongs to and its number there; the first parts have one more where they differ."""
+    """Return the part that a chunk of a row belongs to, and its number there; where parts differ the first have one more."""
     short, longer = chunks // parts, chunks % parts
     within = longer * (short + 1)
     late = chunk - within

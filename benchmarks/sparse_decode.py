@@ -1,0 +1,184 @@
+"""Speed of linears with zeros anywhere, and of 2:4 ones, beside dense ones -> results/sparse_decode.csv.
+
+    python -m benchmarks.sparse_decode --part linears     one linear at a time, LLaMA-2-7B's shapes
+    python -m benchmarks.sparse_decode --part model       the whole model: tokens/s after a prompt, bytes, and where time goes
+
+Weights are random; zeros are the smallest of a matrix, or two of every four. All is replayed from CUDA graphs. Linears take
+turns among enough copies that none is found in the L2 cache, and dense is measured beside every form in the same process; times
+are medians. `error` is relative to float64, `dense_error` what dense has. A model decodes greedily with keys and values in a
+static cache; norms, feed-forward networks and rotary embeddings are compiled by torch.compile (`compiled`) or not. `same_tokens`
+is the share of its tokens that are those of the same weights kept dense. On a CPU (`--device cpu`) nothing is captured: this
+only tries the script.
+"""
+
+import argparse
+import copy
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+from transformers.models.llama import modeling_llama
+
+from benchmarks.cuda_graphs import captured, cold_copies, seconds, wait
+from benchmarks.quality import ENVIRONMENT, append, environment
+from benchmarks.sparse24 import error, make_24, random_model, shapes, shown
+from lightning_modules.parts.compressed_linears import compress_linears
+from lightning_modules.parts.lane_linear import LaneLinear
+from lightning_modules.parts.linear24 import Linear24
+
+SETTING = ("part", "what", "inputs", "outputs", "tokens", "form", "zeros", "compiled", "layers", "prompt", "dtype", "seed")
+MEASURED = ("us", "dense_us", "speedup", "bytes_share", "tokens_s", "gib", "same_tokens", "dense_error", "error")
+COLUMNS = (*SETTING, *MEASURED, *ENVIRONMENT)
+TOKENS, ZEROS = (1, 2, 4, 8, 16), (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+FORMS = {"dense": 0.0, "2:4": 0.5, "unstructured, 50 %": 0.5, "unstructured, 70 %": 0.7}
+"""Forms of the whole model -> share of zeros."""
+LONGEST_NAME = 90
+
+
+def make_zeros(weight: Tensor, share: float) -> None:
+    """Set the smallest weights of a matrix to zero, in place."""
+    magnitude = weight.abs().float().flatten()
+    weight[weight.abs() <= magnitude.kthvalue(max(1, int(share * magnitude.numel())))[0]] = 0
+
+
+def linears(options: argparse.Namespace) -> Iterator[dict]:
+    """Rows of every shape, number of tokens, form and share of zeros."""
+    for name, (outputs, inputs) in shapes(options.hidden, options.intermediate).items():
+        dense = nn.Linear(inputs, outputs, bias=False, device=options.device, dtype=getattr(torch, options.dtype))
+        dense.requires_grad_(False).weight.normal_(0, 0.02)
+        base = {tokens: timed(dense, tokens) for tokens in options.tokens}
+        for form, zeros in (("2:4", 0.5), *(("unstructured", share) for share in options.zeros)):
+            linear = copy.deepcopy(dense)
+            if form == "2:4":
+                make_24(linear.weight)
+            else:
+                make_zeros(linear.weight, zeros)
+            compressed = (Linear24 if form == "2:4" else LaneLinear).from_linear(linear)
+            for tokens in options.tokens:
+                took = timed(compressed, tokens)
+                x = torch.randn(tokens, inputs, device=options.device, dtype=linear.weight.dtype)
+                yield {
+                    "part": "linears", "what": name, "inputs": inputs, "outputs": outputs, "tokens": tokens, "form": form,
+                    "zeros": zeros, "us": 1e6 * took, "dense_us": 1e6 * base[tokens], "speedup": base[tokens] / took,
+                    "bytes_share": compressed.nbytes / linear.weight.nbytes, "error": error(compressed(x), x, linear.weight),
+                    "dense_error": error(linear(x), x, linear.weight),
+                }  # fmt: skip
+
+
+def timed(module: nn.Module, tokens: int) -> float:
+    """Seconds of a product with some tokens."""
+    tensor = next(tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
+    x, turns = torch.randn(tokens, module.in_features, device=tensor.device, dtype=tensor.dtype), cold_copies(module)
+
+    def run() -> None:
+        for turn in turns:
+            turn(x)
+
+    return seconds(captured(run, tensor.device), tensor.device) / len(turns)
+
+
+def models(options: argparse.Namespace) -> Iterator[dict]:
+    """Rows of the whole model in every form: dense as it is, the others from weights that were made sparse."""
+    base = random_model(options, zeros=False)
+    prompt = torch.randint(base.config.vocab_size, (1, options.prompt), device=options.device)
+    if options.compile:
+        compile_parts()
+    for form, zeros in FORMS.items():
+        if form not in options.forms:
+            continue
+        model = copy.deepcopy(base) if form != "dense" else base
+        for linear in [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]:
+            if form == "2:4":
+                make_24(linear.weight)
+            elif form != "dense":
+                make_zeros(linear.weight, zeros)
+        _, expected = decoded(model, prompt, options.steps) if form != "dense" else (None, None)
+        blocks = list(model.model.layers)
+        if form != "dense":
+            compress_linears(blocks, form.split(",")[0], timed=("2:4", "lanes"))
+        took, tokens = decoded(model, prompt, options.steps, options.profile)
+        kept = [t for block in blocks for m in block.modules() if isinstance(m, nn.Linear | Linear24 | LaneLinear)
+                for t in (*m.parameters(), *m.buffers())]  # fmt: skip
+        yield {
+            "part": "model", "what": "decoding", "tokens": 1, "form": form, "zeros": zeros, "compiled": options.compile,
+            "layers": options.layers, "prompt": options.prompt, "us": 1e6 * took, "tokens_s": 1 / took,
+            "gib": sum(tensor.nbytes for tensor in kept) / 2**30,
+            "same_tokens": "" if expected is None else (tokens == expected).double().mean().item(),
+        }  # fmt: skip
+
+
+def compile_parts() -> None:
+    """Let torch.compile fuse what surrounds the linears; once for all layers, and for every number of tokens."""
+    torch._dynamo.config.recompile_limit = 64
+    for cls in (modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP):
+        cls.forward = torch.compile(cls.forward, dynamic=False)
+    modeling_llama.apply_rotary_pos_emb = torch.compile(modeling_llama.apply_rotary_pos_emb, dynamic=False)
+
+
+def decoded(model: nn.Module, prompt: Tensor, steps: int, profiled: bool = False) -> tuple[float, Tensor]:
+    """Return the seconds of a step after a prompt, each a replay of one graph, and the tokens."""
+    device, length = prompt.device, prompt.shape[1]
+    cache = StaticCache(config=model.config, max_cache_len=length + steps + 5)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    logits = model(input_ids=prompt, use_cache=True, logits_to_keep=1, **{name: cache}).logits
+    token, position = logits[:, -1:].argmax(-1), torch.full((1, 1), length, device=device)
+    tokens = torch.zeros(steps + 8, dtype=torch.long, device=device)
+
+    def run() -> None:
+        found = model(input_ids=token, position_ids=position, use_cache=True, **{name: cache}).logits
+        token.copy_(found[:, -1:].argmax(-1))
+        tokens.index_copy_(0, position[0] - length, token[0])
+        position.add_(1)
+
+    replay = captured(run, device)
+    took = seconds(replay, device, steps)
+    if profiled and device.type == "cuda":
+        profile(replay)
+    return took, tokens[:steps].cpu()
+
+
+def profile(replay) -> None:
+    """Print which kernels of a step take its time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        replay()
+        wait()
+    for entry in sorted(found.key_averages(), key=lambda entry: -entry.device_time_total)[:12]:
+        print(f"{entry.device_time_total:9.0f} us {entry.count:5d} x {entry.key[:LONGEST_NAME]}", flush=True)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["linears", "model"], required=True)
+    parser.add_argument("--out", type=Path, default=Path("results/sparse_decode.csv"))
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=11008)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of linears")
+    parser.add_argument("--zeros", type=float, nargs="+", default=ZEROS, help="of linears")
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS), help="of the model")
+    parser.add_argument("--prompt", type=int, default=2048, help="tokens before decoding")
+    parser.add_argument("--steps", type=int, default=32, help="tokens that are decoded")
+    parser.add_argument("--compile", action="store_true", help="compile norms, feed-forward networks and rotary embeddings")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure one part, and append its rows as they come."""
+    options = parse()
+    torch.manual_seed(0)
+    fixed = {"dtype": options.dtype, "seed": 0} | environment()
+    for row in linears(options) if options.part == "linears" else models(options):
+        print({key: shown(value) for key, value in row.items()}, flush=True)
+        append(options.out, {key: shown(value) for key, value in (fixed | row).items()}, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()
