@@ -6,8 +6,8 @@
 Weights are random; zeros are the smallest of a matrix, or two of every four. All is replayed from CUDA graphs. Linears take
 turns among enough copies that none is found in the L2 cache, and dense is measured beside every form in the same process; times
 are medians. `error` is relative to float64, `dense_error` what dense has. A model decodes greedily with keys and values in a
-static cache; norms, feed-forward networks and rotary embeddings are compiled by torch.compile (`compiled`) or not. `same_tokens`
-is the share of its tokens that are those of the same weights kept dense. On a CPU (`--device cpu`) nothing is captured: this
+static cache; norms, feed-forward networks and rotary embeddings are compiled by torch.compile (`compiled`) or not.
+`same_tokens` is the share of its tokens that are those of the same weights kept dense. On a CPU nothing is captured: this
 only tries the script.
 """
 
