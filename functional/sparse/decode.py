@@ -9,8 +9,10 @@ from torch import Tensor
 
 from functional.sparse.lanes import Lanes
 
-MOST_TOKENS = 8
-"""Lanes read the inputs of all tokens for each entry: with more of them a product with the dense matrix is as fast."""
+OF_A_PASS = 8
+"""Tokens of a pass over the weights."""
+MOST_TOKENS = 64
+"""Restoring the dense matrix takes as long as some twelve passes (results/sparse_decode.csv: 16 tokens, which it did before)."""
 DTYPES = (torch.bfloat16, torch.float16)
 TALL = 32
 """Rows of a slice from which a lane has two chunks on their way at a time: there are few lanes then."""
@@ -20,7 +22,7 @@ def decode(x: Tensor, weight: Lanes, bias: Tensor | None = None) -> Tensor:
     """Compute x Wᵀ + bias with float32 sums; repeated calls give the same bits.
 
     Args:
-        x: (tokens, I), at most 8 tokens, bfloat16 or float16.
+        x: (tokens, I), at most 64 tokens, bfloat16 or float16; eight at a time.
         weight: (O, I), of x's dtype, from `to_lanes`.
         bias: (O,), of x's dtype.
 
@@ -45,7 +47,9 @@ def decode(x: Tensor, weight: Lanes, bias: Tensor | None = None) -> Tensor:
             f"Argument `bias` expected ({weight.rows},) of {x.dtype} but got {tuple(bias.shape)} of {bias.dtype}. Cast it, or "
             "give None."
         )
-    return _decode(x, *(part.contiguous() for part in weight[:5]), bias, weight.rows)
+    parts = [part.contiguous() for part in weight[:5]]
+    passes = [_decode(some, *parts, bias, weight.rows) for some in x.split(OF_A_PASS)]
+    return passes[0] if len(passes) == 1 else torch.cat(passes)
 
 
 def expand(weight: Lanes) -> Tensor:
