@@ -1,4 +1,4 @@
-"""Tables of the docs on time, of prune_speed, multi_gpu, csg2l_scaling, sparse24, sparse_cpu and streaming.csv."""
+"""Tables of the docs on time: prune_speed, multi_gpu, csg2l_scaling, sparse24, sparse_decode, sparse_cpu, streaming.csv."""
 
 from statistics import median
 
@@ -146,6 +146,34 @@ def sparse24() -> str:
     return "\n\n".join([*tables, note])
 
 
+def sparse_decode() -> str:
+    """How many times as fast as dense linears with zeros are on a GPU, by number of tokens; and the whole model."""
+    rows = read("sparse_decode.csv")
+    linears = [row for row in rows if row["part"] == "linears"]
+    tokens = list(dict.fromkeys(row["tokens"] for row in linears))
+    found = {(row["what"], row["form"], row["zeros"], row["tokens"]): row for row in linears}
+    lines = []
+    for what in dict.fromkeys(row["what"] for row in linears):
+        here = [row for row in linears if row["what"] == what]
+        dense = {row["tokens"]: float(row["dense_us"]) for row in here}
+        size = f"{here[0]['outputs']} x {here[0]['inputs']}"
+        lines.append([f"{what}, {size}: dense, µs", "1", *(f"{dense[count]:.1f}" for count in tokens)])
+        for form, zeros in dict.fromkeys((row["form"], row["zeros"]) for row in here):
+            cells = [found[what, form, zeros, count] for count in tokens]
+            name = form if form == "2:4" else f"{float(zeros):.0%} zeros"
+            lines.append([f"{what}, {name}", f"{float(cells[0]['bytes_share']):.2f}",
+                          *(f"{float(cell['speedup']):.2f}" for cell in cells)])  # fmt: skip
+    model = [
+        [f"{row['form']}, {'parts compiled' if row['compiled'] == 'True' else 'eager'}",
+         f"{float(row['tokens_s']):.0f}", f"{float(row['gib']):.2f}"]
+        for row in rows if row["part"] == "model"
+    ]  # fmt: skip
+    first = rows[0]
+    note = f"{first['hardware']}, {first['dtype']}, torch {first['torch']}, transformers {first['transformers']}, seed 0."
+    header = ["dense / form", "bytes", *(f"tokens: {count}" for count in tokens)]
+    return "\n\n".join([table(header, lines), table(["whole model", "tokens/s", "linears, GiB"], model), note])
+
+
 def sparse_cpu() -> str:
     """Times of a dense float32 linear on a CPU, and how many times as fast sparse rows are, by share of zeros."""
     rows = [row for row in read("sparse_cpu.csv") if row["dtype"] == "float32"]
@@ -176,4 +204,4 @@ def streaming() -> str:
 
 
 TABLES = {"prune-speed": prune_speed, "joint-cost": joint_cost, "multi-gpu": multi_gpu, "graphs-scaling": graph_scaling}
-TABLES |= {"sparse24": sparse24, "sparse-cpu": sparse_cpu, "streaming": streaming}
+TABLES |= {"sparse24": sparse24, "sparse-decode": sparse_decode, "sparse-cpu": sparse_cpu, "streaming": streaming}

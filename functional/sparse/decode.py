@@ -12,7 +12,7 @@ from functional.sparse.lanes import Lanes
 OF_A_PASS = 8
 """Tokens of a pass over the weights."""
 MOST_TOKENS = 64
-"""Restoring the dense matrix takes as long as some twelve passes (results/sparse_decode.csv: 16 tokens, which it did before)."""
+"""Restoring the dense matrix takes as long as some twelve passes (results/sparse_decode.csv, whose 16 tokens did so)."""
 DTYPES = (torch.bfloat16, torch.float16)
 TALL = 32
 """Rows of a slice from which a lane has two chunks on their way at a time: there are few lanes then."""

@@ -1,0 +1,63 @@
+"""benchmarks/sparse_decode.py on tiny shapes and a CPU, where nothing is captured."""
+
+import csv
+import sys
+
+import pytest
+import torch
+
+from benchmarks import sparse_decode, speed_tables
+from benchmarks.sparse_decode import make_zeros
+
+TINY = ["--device", "cpu", "--hidden", "64", "--intermediate", "128", "--layers", "1", "--prompt", "8", "--steps", "3"]
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """Runs the script and reads what it wrote."""
+
+    def run(*arguments):
+        output = tmp_path / "rows.csv"
+        monkeypatch.setattr(sys, "argv", ["sparse_decode.py", *TINY, "--out", str(output), *arguments])
+        sparse_decode.main()
+        with output.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    return run
+
+
+def test_linears(rows):
+    found = rows("--part", "linears", "--tokens", "1", "3", "--zeros", "0.5", "0.7")
+    assert len(found) == 3 * 2 * 3 and {row["what"] for row in found} == {"q", "gate", "down"}
+    assert [(row["form"], row["zeros"], row["tokens"]) for row in found[:6]] == [
+        (form, zeros, tokens)
+        for form, zeros in (("2:4", "0.5"), ("unstructured", "0.5"), ("unstructured", "0.7"))
+        for tokens in "13"
+    ]
+    for row in found:
+        assert float(row["speedup"]) == pytest.approx(float(row["dense_us"]) / float(row["us"]), rel=1e-3)
+        assert float(row["error"]) < 0.01 and float(row["dense_error"]) < 0.01 and row["torch"] and row["commit"]
+
+
+def test_model(rows):
+    found = rows("--part", "model")
+    assert [row["form"] for row in found] == list(sparse_decode.FORMS)
+    dense = float(found[0]["gib"])
+    assert float(found[1]["gib"]) == pytest.approx(9 / 16 * dense, rel=1e-3)
+    assert all(float(row["tokens_s"]) == pytest.approx(1e6 / float(row["us"]), rel=1e-3) for row in found)
+    assert found[0]["same_tokens"] == "" and all(0 <= float(row["same_tokens"]) <= 1 for row in found[1:])
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_zeros_are_the_smallest(share):
+    torch.manual_seed(0)
+    weight = torch.randn(40, 50)
+    made = weight.clone()
+    make_zeros(made, share)
+    assert int((made == 0).sum()) == round(share * 2000)
+    assert weight[made == 0].abs().max() < weight[made != 0].abs().min() and torch.equal(made[made != 0], weight[made != 0])
+
+
+def test_table():
+    text = speed_tables.sparse_decode()
+    assert "| q, 70% zeros | 0.38 |" in text and "| unstructured, 70 %, parts compiled |" in text
