@@ -10,23 +10,7 @@ With ``TRITON_INTERPRET=1`` the kernels run on CPU tensors, by the same operatio
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _two_numbers(words, BFLOAT16: tl.constexpr):
-    """Return the lower and the upper half of 32 bits as float32."""
-    if BFLOAT16:
-        return (words << 16).to(tl.float32, bitcast=True), (words >> 16 << 16).to(tl.float32, bitcast=True)
-    low, high = words.to(tl.int16).to(tl.float16, bitcast=True), (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return low.to(tl.float32), high.to(tl.float32)
-
-
-@triton.jit
-def _four_words(words, LANES: tl.constexpr):
-    """Split (lanes, 4), 16 bytes of each lane, into four registers."""
-    even, odd = tl.split(tl.reshape(words, (LANES, 2, 2)))
-    w0, w2 = tl.split(even)
-    w1, w3 = tl.split(odd)
-    return w0, w1, w2, w3
+from functional.words_triton import four_words, two_numbers
 
 
 @triton.jit
@@ -35,18 +19,18 @@ def _inputs(x_ptr, column, TOKENS: tl.constexpr, BFLOAT16: tl.constexpr, LANES: 
     if TOKENS == 1:
         found = (tl.load(x_ptr + column).to(tl.float32),)
     elif TOKENS == 2:
-        found = _two_numbers(tl.load(x_ptr + column), BFLOAT16)
+        found = two_numbers(tl.load(x_ptr + column), BFLOAT16)
     elif TOKENS == 4:
         w0, w1 = tl.split(tl.load(x_ptr + (2 * column)[:, None] + tl.arange(0, 2)[None, :]))
-        a, b = _two_numbers(w0, BFLOAT16)
-        c, d = _two_numbers(w1, BFLOAT16)
+        a, b = two_numbers(w0, BFLOAT16)
+        c, d = two_numbers(w1, BFLOAT16)
         found = (a, b, c, d)
     else:
-        w0, w1, w2, w3 = _four_words(tl.load(x_ptr + (4 * column)[:, None] + tl.arange(0, 4)[None, :]), LANES)
-        a, b = _two_numbers(w0, BFLOAT16)
-        c, d = _two_numbers(w1, BFLOAT16)
-        e, f = _two_numbers(w2, BFLOAT16)
-        g, h = _two_numbers(w3, BFLOAT16)
+        w0, w1, w2, w3 = four_words(tl.load(x_ptr + (4 * column)[:, None] + tl.arange(0, 4)[None, :]), LANES)
+        a, b = two_numbers(w0, BFLOAT16)
+        c, d = two_numbers(w1, BFLOAT16)
+        e, f = two_numbers(w2, BFLOAT16)
+        g, h = two_numbers(w3, BFLOAT16)
         found = (a, b, c, d, e, f, g, h)
     return found
 
@@ -105,10 +89,10 @@ def decode_kernel(
             for entry in tl.static_range(8):
                 column += steps[ahead] >> (4 * entry) & 15
                 x += (_inputs(x_ptr, column, TOKENS, BFLOAT16, LANES),)
-            w0, w1, w2, w3 = _four_words(words[ahead], LANES)
+            w0, w1, w2, w3 = four_words(words[ahead], LANES)
             pairs = (w0, w1, w2, w3)
             for pair in tl.static_range(4):
-                low, high = _two_numbers(pairs[pair], BFLOAT16)
+                low, high = two_numbers(pairs[pair], BFLOAT16)
                 added = ()
                 for token in tl.static_range(TOKENS):
                     added += (sums[token] + low * x[2 * pair][token] + high * x[2 * pair + 1][token],)

@@ -11,6 +11,8 @@ With ``TRITON_INTERPRET=1`` the kernels run on CPU tensors; INTERPRETED then rep
 import triton
 import triton.language as tl
 
+from functional.words_triton import four_words, two_numbers
+
 
 @triton.jit
 def _places(nibble, first_value, second_value):
@@ -46,23 +48,14 @@ def _product(sums, a, b, index, STEP: tl.constexpr, BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def _two_numbers(words, BFLOAT16: tl.constexpr):
-    """Return the lower and the upper half of 32 bits as float32."""
-    if BFLOAT16:
-        return (words << 16).to(tl.float32, bitcast=True), (words >> 16 << 16).to(tl.float32, bitcast=True)
-    low, high = words.to(tl.int16).to(tl.float16, bitcast=True), (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return low.to(tl.float32), high.to(tl.float32)
-
-
-@triton.jit
 def _dense_rows(a, index, HALF: tl.constexpr, STEP: tl.constexpr, BFLOAT16: tl.constexpr, WARPS: tl.constexpr):
     """Return rows g (HALF 0) or g + 8 (HALF 1) of `a` with their zeros: (WARPS, 8, 32)."""
     member = tl.arange(0, 4)[None, None, :]
     index = tl.reshape(index, (WARPS, 8, 4))
     nibbles0 = tl.sum(tl.where(member == 2 * STEP, index, 0), 2)[:, :, None] >> (16 * HALF + 4 * member) & 15
     nibbles1 = tl.sum(tl.where(member == 2 * STEP + 1, index, 0), 2)[:, :, None] >> (16 * HALF + 4 * member) & 15
-    first0, second0 = _two_numbers(tl.reshape(a[HALF], (WARPS, 8, 4)), BFLOAT16)
-    first1, second1 = _two_numbers(tl.reshape(a[2 + HALF], (WARPS, 8, 4)), BFLOAT16)
+    first0, second0 = two_numbers(tl.reshape(a[HALF], (WARPS, 8, 4)), BFLOAT16)
+    first1, second1 = two_numbers(tl.reshape(a[2 + HALF], (WARPS, 8, 4)), BFLOAT16)
     w0, w1, w2, w3 = _places(nibbles0, first0, second0)
     left = tl.reshape(_four_in_order(w0, w1, w2, w3), (WARPS, 8, 16))
     w0, w1, w2, w3 = _places(nibbles1, first1, second1)
@@ -75,10 +68,10 @@ def _product_by_plain_operations(
     sums, a, b, index, STEP: tl.constexpr, BFLOAT16: tl.constexpr, WARPS: tl.constexpr
 ):  # fmt: skip
     """Compute the same as `_product`."""
-    low0, high0 = _two_numbers(b[0], BFLOAT16)
-    low1, high1 = _two_numbers(b[1], BFLOAT16)
-    low2, high2 = _two_numbers(b[2], BFLOAT16)
-    low3, high3 = _two_numbers(b[3], BFLOAT16)
+    low0, high0 = two_numbers(b[0], BFLOAT16)
+    low1, high1 = two_numbers(b[1], BFLOAT16)
+    low2, high2 = two_numbers(b[2], BFLOAT16)
+    low3, high3 = two_numbers(b[3], BFLOAT16)
     words = tl.join(_four_in_order(low0, low1, low2, low3), _four_in_order(high0, high1, high2, high3))
     x = tl.reshape(tl.permute(tl.reshape(words, (WARPS, 8, 4, 4, 2)), (0, 1, 3, 2, 4)), (WARPS, 1, 8, 32))
     upper = tl.sum(_dense_rows(a, index, 0, STEP, BFLOAT16, WARPS)[:, :, None, :] * x, 3)
@@ -105,22 +98,13 @@ def _load(ptr, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _registers(words, WARPS: tl.constexpr):
-    """Split (threads, 4), 16 bytes of each thread, into four registers."""
-    even, odd = tl.split(tl.reshape(words, (32 * WARPS, 2, 2)))
-    w0, w2 = tl.split(even)
-    w1, w3 = tl.split(odd)
-    return w0, w1, w2, w3
-
-
-@triton.jit
 def _inputs(words, odd, WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
     """Bring the inputs of a step into the order of groups of compress.py.
 
     Lane t of four has loaded groups 2 t and 2 t + 1 of a token's 32 inputs. Afterwards register i of lanes 2 u and 2 u + 1 has
     the two halves of group 4 u + i.
     """
-    w0, w1, w2, w3 = _registers(words, WARPS)
+    w0, w1, w2, w3 = four_words(words, 32 * WARPS)
     other0 = _of_neighbour(tl.where(odd, w0, w1), WARPS, INTERPRETED)
     other1 = _of_neighbour(tl.where(odd, w2, w3), WARPS, INTERPRETED)
     return tl.where(odd, other0, w0), tl.where(odd, other1, w2), tl.where(odd, w1, other0), tl.where(odd, w3, other1)
@@ -136,8 +120,8 @@ def _place(turn, warp, strips, EVEN: tl.constexpr, WARPS: tl.constexpr):
 @triton.jit
 def _tile(values_at, indices_at, at, mask, EVEN: tl.constexpr, WARPS: tl.constexpr):
     """Load the registers of both steps of a strip of a tile, and its nibbles; zeros if there is no such strip."""
-    a0 = _registers(_load(values_at + at[:, None] * 256, mask, EVEN), WARPS)
-    a1 = _registers(_load(values_at + at[:, None] * 256 + 128, mask, EVEN), WARPS)
+    a0 = four_words(_load(values_at + at[:, None] * 256, mask, EVEN), 32 * WARPS)
+    a1 = four_words(_load(values_at + at[:, None] * 256 + 128, mask, EVEN), 32 * WARPS)
     return a0, a1, tl.load(indices_at + at * 32)
 
 
