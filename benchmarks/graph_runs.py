@@ -10,7 +10,8 @@ import json
 import multiprocessing
 import os
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -217,22 +218,28 @@ def run_all(rows: list[tuple[dict, dict]], workers: int, write, stop_at: float, 
 
     `together` runs take turns in a process, on a GPU that one of them leaves idle.
     """
-    context = multiprocessing.get_context("spawn")
     groups = [rows[first : first + together] for first in range(0, len(rows), together)]
+    for group, future in _ended(_task, groups, workers, stop_at):
+        for (row, _), result in zip(group, future.result(), strict=True):
+            if isinstance(result, Exception):
+                print("failed:", row["method"], row["dataset"], row["arguments"], repr(result), flush=True)
+            else:
+                write(result)
+
+
+def _ended(task: Callable, entries: list, workers: int, stop_at: float) -> Iterator[tuple[Any, Future]]:
+    """Run a task on entries in worker processes, and yield each with its future when it ends; after `stop_at` begin none."""
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(context.Value("i", 0),)) as pool:
-        waiting, running = iter(groups), {}
-        for group in itertools.islice(waiting, workers):
-            running[pool.submit(_task, group)] = group
+        waiting, running = iter(entries), {}
+        for entry in itertools.islice(waiting, workers):
+            running[pool.submit(task, entry)] = entry
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                for (row, _), result in zip(running.pop(future), future.result(), strict=True):
-                    if isinstance(result, Exception):
-                        print("failed:", row["method"], row["dataset"], row["arguments"], repr(result), flush=True)
-                    else:
-                        write(result)
+                yield running.pop(future), future
                 following = next(waiting, None) if time.time() < stop_at else None
                 if following is not None:
-                    running[pool.submit(_task, following)] = following
+                    running[pool.submit(task, following)] = following
 
 
 def _prepare(data: dict[str, Any]) -> None:
@@ -246,19 +253,9 @@ def prepare_all(graphs: list[dict[str, Any]], workers: int, stop_at: float) -> N
 
     After `stop_at` none is begun. What fails is printed; the runs that need it fail for the same reason.
     """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(context.Value("i", 0),)) as pool:
-        waiting, running = iter(graphs), {}
-        for data in itertools.islice(waiting, workers):
-            running[pool.submit(_prepare, data)] = data
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                data = running.pop(future)
-                if error := future.exception():
-                    print("failed:", data, repr(error), flush=True)
-                following = next(waiting, None) if time.time() < stop_at else None
-                if following is not None:
-                    running[pool.submit(_prepare, following)] = following
+    for data, future in _ended(_prepare, graphs, workers, stop_at):
+        if error := future.exception():
+            print("failed:", data, repr(error), flush=True)
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -163,15 +163,23 @@ def sparse_decode() -> str:
             name = form if form == "2:4" else f"{float(zeros):.0%} zeros"
             lines.append([f"{what}, {name}", f"{float(cells[0]['bytes_share']):.2f}",
                           *(f"{float(cell['speedup']):.2f}" for cell in cells)])  # fmt: skip
-    model = [
+    header = ["dense / form", "bytes", *(f"tokens: {count}" for count in tokens)]
+    return f"{table(header, lines)}\n\n{sparse_model()}"
+
+
+def sparse_model() -> str:
+    """Tokens a second of a whole model by the form of its linears, and their bytes."""
+    rows = [row for row in read("sparse_decode.csv") if row["part"] == "model"]
+    lines = [
         [f"{row['form']}, {'parts compiled' if row['compiled'] == 'True' else 'eager'}",
-         f"{float(row['tokens_s']):.0f}", f"{float(row['gib']):.2f}"]
-        for row in rows if row["part"] == "model"
+         f"{float(row['tokens_s']):.0f}", f"{float(row['gib']):.2f}"] for row in rows
     ]  # fmt: skip
     first = rows[0]
-    note = f"{first['hardware']}, {first['dtype']}, torch {first['torch']}, transformers {first['transformers']}, seed 0."
-    header = ["dense / form", "bytes", *(f"tokens: {count}" for count in tokens)]
-    return "\n\n".join([table(header, lines), table(["whole model", "tokens/s", "linears, GiB"], model), note])
+    note = (
+        f"One sequence after {first['prompt']} tokens, random weights, seed {first['seed']}; {first['hardware']}, "
+        f"{first['dtype']}, torch {first['torch']}, transformers {first['transformers']}."
+    )
+    return f"{table(['whole model', 'tokens/s', 'linears, GiB'], lines)}\n\n{note}"
 
 
 def sparse_cpu() -> str:
@@ -204,4 +212,10 @@ def streaming() -> str:
 
 
 TABLES = {"prune-speed": prune_speed, "joint-cost": joint_cost, "multi-gpu": multi_gpu, "graphs-scaling": graph_scaling}
-TABLES |= {"sparse24": sparse24, "sparse-decode": sparse_decode, "sparse-cpu": sparse_cpu, "streaming": streaming}
+TABLES |= {
+    "sparse24": sparse24,
+    "sparse-decode": sparse_decode,
+    "sparse-model": sparse_model,
+    "sparse-cpu": sparse_cpu,
+    "streaming": streaming,
+}

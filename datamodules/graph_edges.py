@@ -3,6 +3,8 @@
 graph_attacks.py has those that mean harm. Legend: N nodes, E directed edges (each undirected edge twice), F features.
 """
 
+from math import inf
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,6 +14,32 @@ NOISE_STREAM = 1
 """Stream of the draws from a seed; the split, the neighbours and the attacks have others."""
 _BLOCK = 4096
 """Edges whose features are held at once."""
+
+
+def check_noise(share: float) -> None:
+    """Check `edge_noise`.
+
+    Raises:
+        ValueError: If it is no number of at least 0.
+    """
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < inf:
+        raise ValueError(
+            f"Argument `edge_noise` expected to be a number of at least 0 but got {share!r}; 0.1 adds a tenth of the edges."
+        )
+
+
+def check_dissimilar(threshold: float | None) -> None:
+    """Check `drop_dissimilar`.
+
+    Raises:
+        ValueError: If it is neither None nor a number in [0, 1).
+    """
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if threshold is not None and not (number and 0 <= threshold < 1):
+        raise ValueError(
+            f"Argument `drop_dissimilar` expected to be a number in [0, 1) but got {threshold!r}; 0 removes edges between nodes "
+            "without a common word."
+        )
 
 
 def add_edges(edge_index: Tensor, num_nodes: int, share: float, seed: int) -> Tensor:

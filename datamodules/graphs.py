@@ -7,7 +7,6 @@ Legend: N nodes, E directed edges (each undirected edge twice), F features.
 """
 
 import copy
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from datamodules.graph_attacks import SHARE, Attack, Surrogate, check_attack, dice, kept_on_disk, prbcd
-from datamodules.graph_edges import add_edges, drop_dissimilar
+from datamodules.graph_edges import add_edges, check_dissimilar, check_noise, drop_dissimilar
 from datamodules.graph_sources import load_graph
 from datamodules.graph_splits import split_nodes
 from datamodules.graph_types import Graph
@@ -125,18 +124,9 @@ class GraphDataModule(LightningDataModule, GraphData):
         check_integer("fold", fold, 0, "0 is the first split")
         if split == "random" and fold:
             raise ValueError(f"Argument `fold` expected to be 0 with split = random but got {fold}; vary `seed` instead.")
-        if isinstance(edge_noise, bool) or not isinstance(edge_noise, int | float) or not 0 <= edge_noise < math.inf:
-            raise ValueError(
-                f"Argument `edge_noise` expected to be a number of at least 0 but got {edge_noise!r}; 0.1 adds a tenth of the "
-                "edges."
-            )
+        check_noise(edge_noise)
         check_attack(edge_attack, attack_share, attack_surrogate, edge_noise)
-        number = isinstance(drop_dissimilar, int | float) and not isinstance(drop_dissimilar, bool)
-        if drop_dissimilar is not None and not (number and 0 <= drop_dissimilar < 1):
-            raise ValueError(
-                f"Argument `drop_dissimilar` expected to be a number in [0, 1) but got {drop_dissimilar!r}; 0 removes edges "
-                "between nodes without a common word."
-            )
+        check_dissimilar(drop_dissimilar)
         check_integer("knn", knn, 1, "10 is usual")
         if not isinstance(row_normalize, bool):
             raise ValueError(f"Argument `row_normalize` expected to be true or false but got {row_normalize!r}; choose one.")

@@ -58,8 +58,9 @@ class CausalLM(PrunableModule, WritesText):
         max_new_tokens: Length of the continuations that `predict` writes.
         compressed: Form of the linears of the blocks after loading, for validate, test and predict. 2:4: those that are 2:4
             take 9/16 of their memory at 16 bit (`Linear24`), and on a GPU `predict` reads no more than that for up to 16
-            windows in a batch. unstructured: those with enough zeros keep a bit for every weight and the values
-            (`SparseLinear`). auto: each takes the form that is fastest on this device, perhaps dense, by times that are
+            windows in a batch. unstructured: those with enough zeros, on a GPU at 16 bit in lanes
+            (`LaneLinear`), which `predict` multiplies without unpacking; else a bit for every weight and the values
+            (`SparseLinear`), on a CPU sparse rows where these are faster (`CsrLinear`). auto: each takes the form that is fastest on this device, perhaps dense, by times that are
             measured once and kept in a cache file: with one token for predict, with many for validate and test. none leaves
             all dense.
         static_cache: Whether `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a

@@ -10,11 +10,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from functional.sparse24 import DTYPES
+from lightning_modules.parts.compressed_base import zeros_of
 from lightning_modules.parts.csr_linear import CsrLinear
 from lightning_modules.parts.fastest_form import DENSE, FormTimes, fastest
 from lightning_modules.parts.lane_linear import LaneLinear, try_lanes
 from lightning_modules.parts.linear24 import Linear24, try_kernels
-from lightning_modules.parts.sparse_linear import LEAST_ZEROS, SparseLinear, zeros_of
+from lightning_modules.parts.sparse_linear import LEAST_ZEROS, SparseLinear
 
 Kind = Literal["none", "auto", "2:4", "unstructured"]
 FORMS = {"2:4": Linear24, "unstructured": SparseLinear, "lanes": LaneLinear, "csr": CsrLinear}

@@ -5,13 +5,13 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.parts.sparse_linear import zeros_of
+from lightning_modules.parts.compressed_base import CompressedLinear, bias_of, zeros_of
 
 LEAST_ZEROS = 0.5
 """Share of zeros from which the form, a value and a column of 4 bytes each, is no larger than the dense weight."""
 
 
-class CsrLinear(nn.Module):
+class CsrLinear(CompressedLinear):
     """``nn.Linear`` with a float32 weight in compressed sparse rows: as many bytes at 50 % zeros, 0.6 of them at 70 %.
 
     torch has this product for float32 on a CPU only. How fast it is depends on shape and zeros (docs/speed.md).
@@ -22,13 +22,11 @@ class CsrLinear(nn.Module):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
+        super().__init__(*weight.shape, bias)
         # Three plain buffers: a sparse tensor can be neither copied with its module nor written into a file.
         self.register_buffer("starts", weight.crow_indices())
         self.register_buffer("columns", weight.col_indices())
         self.register_buffer("values", weight.values())
-        self.register_buffer("bias", bias)
 
     @staticmethod
     def fits(linear: nn.Linear) -> bool:
@@ -45,7 +43,7 @@ class CsrLinear(nn.Module):
             found = linear.weight.detach().to_sparse_csr()
         indices = found.crow_indices().int(), found.col_indices().int()
         weight = torch.sparse_csr_tensor(*indices, found.values(), found.shape, check_invariants=False)
-        return cls(weight, None if linear.bias is None else linear.bias.detach())
+        return cls(weight, bias_of(linear))
 
     @property
     def weight(self) -> Tensor:
@@ -53,29 +51,19 @@ class CsrLinear(nn.Module):
         shape = self.out_features, self.in_features
         return torch.sparse_csr_tensor(self.starts, self.columns, self.values, shape, check_invariants=False)
 
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes of all buffers."""
-        return sum(buffer.nbytes for buffer in self.buffers())
-
     def dense(self) -> Tensor:
         """Return the dense weight, (O, I)."""
         return self.weight.to_dense()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply x, (..., I), and return (..., O)."""
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply tokens, (tokens, I), and return (tokens, O)."""
         if x.dtype != torch.float32 or self.values.dtype != torch.float32:  # as under autocast
-            return nn.functional.linear(x, self.dense(), self.bias)
-        flat = x.reshape(-1, self.in_features)
+            return super().multiply(x)
         # One token has a routine of its own, several times faster than that for a matrix of one column.
         weight = self.weight
-        y = torch.mv(weight, flat[0])[None] if len(flat) == 1 else (weight @ flat.T).T
-        y = y if self.bias is None else y + self.bias
-        return y.reshape(*x.shape[:-1], self.out_features)
+        y = torch.mv(weight, x[0])[None] if len(x) == 1 else (weight @ x.T).T
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """Return the same description as ``nn.Linear``, with the share of zeros."""
-        zeros = 1 - self.values.numel() / (self.out_features * self.in_features)
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, zeros={zeros:.1%}"
-        )
+        return f"{super().extra_repr()}, zeros={1 - self.values.numel() / (self.out_features * self.in_features):.1%}"

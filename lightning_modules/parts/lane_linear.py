@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from functional.sparse import DTYPES, MOST_COLUMNS, MOST_TOKENS, Lanes, decode, expand, from_lanes, lanes_of, to_lanes
-from lightning_modules.parts.linear24 import on_gpu
-from lightning_modules.parts.sparse_linear import LEAST_ZEROS, zeros_of
+from lightning_modules.parts.compressed_base import CompressedLinear, bias_of, on_gpu, try_product, zeros_of
+from lightning_modules.parts.sparse_linear import LEAST_ZEROS
 
 
-class LaneLinear(nn.Module):
+class LaneLinear(CompressedLinear):
     """``nn.Linear`` with a compressed weight of 16 bit: some 0.63 of its bytes at 50 % zeros, 0.38 at 70 %.
 
     On a GPU, up to 64 tokens are multiplied with the compressed form, eight at a time: one token faster than with a dense
@@ -21,12 +21,10 @@ class LaneLinear(nn.Module):
     """
 
     def __init__(self, weight: Lanes, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.rows, weight.columns
+        super().__init__(weight.rows, weight.columns, bias)
         for name, value in weight._asdict().items():
             if isinstance(value, Tensor):
                 self.register_buffer(name, value)
-        self.register_buffer("bias", bias)
 
     @staticmethod
     def fits(linear: nn.Linear) -> bool:
@@ -42,7 +40,7 @@ class LaneLinear(nn.Module):
             ValueError: If a row has too many columns.
         """
         weight = linear.weight.detach()
-        return cls(to_lanes(weight, *lanes_of(*weight.shape)), None if linear.bias is None else linear.bias.detach())
+        return cls(to_lanes(weight, *lanes_of(*weight.shape)), bias_of(linear))
 
     @property
     def compressed(self) -> Lanes:
@@ -50,28 +48,16 @@ class LaneLinear(nn.Module):
         tensors = (self.values, self.steps, self.firsts, self.starts, self.order)
         return Lanes(*tensors, self.out_features, self.in_features)
 
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes of all buffers."""
-        return sum(buffer.nbytes for buffer in self.buffers())
-
     def dense(self) -> Tensor:
         """Return the dense weight, (O, I)."""
         return (expand if self.values.is_cuda and self.values.dtype in DTYPES else from_lanes)(self.compressed)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply x, (..., I), and return (..., O)."""
-        flat = x.reshape(-1, self.in_features)
-        as_stored = x.dtype == self.values.dtype and x.dtype in DTYPES
-        if on_gpu(x) and as_stored and len(flat) <= MOST_TOKENS:
-            y = decode(flat, self.compressed, self.bias)
-        else:
-            y = nn.functional.linear(flat, self.dense().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        return y.reshape(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        """Return the same description as ``nn.Linear``."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply tokens, (tokens, I), and return (tokens, O)."""
+        if on_gpu(x) and x.dtype == self.values.dtype and x.dtype in DTYPES and len(x) <= MOST_TOKENS:
+            return decode(x, self.compressed, self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.dense().to(x.dtype), bias)
 
 
 def try_lanes(device: torch.device) -> None:
@@ -81,10 +67,4 @@ def try_lanes(device: torch.device) -> None:
         ValueError: If they do not, because Triton or a C compiler is missing.
     """
     weight = torch.zeros(1, 1, device=device, dtype=torch.bfloat16)
-    try:
-        decode(weight, to_lanes(weight))
-    except Exception as error:  # Triton raises many classes
-        raise ValueError(
-            "Argument `compressed` = unstructured needs Triton and a C compiler on a GPU, but its kernels do not run here "
-            f"({error}). Install them, or leave `compressed` out."
-        ) from error
+    try_product(lambda: decode(weight, to_lanes(weight)), "unstructured", "Triton and a C compiler on a GPU")

@@ -15,9 +15,10 @@ from functional.sparse24 import (
     groups_over_two,
     prefill,
 )
+from lightning_modules.parts.compressed_base import CompressedLinear, bias_of, on_gpu, try_product
 
 
-class Linear24(nn.Module):
+class Linear24(CompressedLinear):
     """``nn.Linear`` with a compressed 2:4 weight: 9/16 of its bytes at 16 bit, 17/32 at 32 bit.
 
     On a GPU, up to 16 tokens are multiplied with the compressed form of a 16 bit weight (times: docs/speed.md). More tokens,
@@ -32,11 +33,9 @@ class Linear24(nn.Module):
     """
 
     def __init__(self, weight: Compressed, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.rows, weight.columns
+        super().__init__(weight.rows, weight.columns, bias)
         self.register_buffer("values", weight.values)
         self.register_buffer("indices", weight.indices)
-        self.register_buffer("bias", bias)
         self.register_buffer("packed", None, persistent=False)
         self.algorithm = [0, 1, -1]
 
@@ -52,17 +51,12 @@ class Linear24(nn.Module):
         Raises:
             ValueError: If the weight is not 2:4, or the number of inputs is no multiple of 4.
         """
-        return cls(compress(linear.weight.detach()), None if linear.bias is None else linear.bias.detach())
+        return cls(compress(linear.weight.detach()), bias_of(linear))
 
     @property
     def compressed(self) -> Compressed:
         """Weight as it is stored."""
         return Compressed(self.values, self.indices, self.out_features, self.in_features)
-
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes of all buffers."""
-        return sum(buffer.nbytes for buffer in self.buffers())
 
     def dense(self) -> Tensor:
         """Return the dense weight, (O, I)."""
@@ -80,27 +74,15 @@ class Linear24(nn.Module):
         self.algorithm = prefill.fastest(self.packed, self.values.new_zeros(tokens, self.in_features))
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply x, (..., I), and return (..., O)."""
-        flat = x.reshape(-1, self.in_features)
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply tokens, (tokens, I), and return (tokens, O)."""
         as_stored = x.dtype == self.values.dtype and x.dtype in DTYPES
-        if on_gpu(x) and as_stored and flat.shape[0] <= MOST_TOKENS:
-            y = decode(flat, self.compressed, self.bias)
-        elif as_stored and self.packed is not None and in_graph():
-            y = prefill.multiply(flat, self.packed, self.out_features, self.algorithm)
-            y = y if self.bias is None else y + self.bias
-        else:  # outside a graph cuSPARSELt plans for 0.45 ms in each call; making the dense weight takes some 0.03 ms
-            y = nn.functional.linear(flat, self.dense(), self.bias)
-        return y.reshape(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        """Return the same description as ``nn.Linear``."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-def on_gpu(x: Tensor) -> bool:
-    """Return whether the kernels can read a tensor."""
-    return x.is_cuda
+        if on_gpu(x) and as_stored and len(x) <= MOST_TOKENS:
+            return decode(x, self.compressed, self.bias)
+        if as_stored and self.packed is not None and in_graph():
+            y = prefill.multiply(x, self.packed, self.out_features, self.algorithm)
+            return y if self.bias is None else y + self.bias
+        return super().multiply(x)  # outside a graph cuSPARSELt plans for 0.45 ms a call; a dense weight takes some 0.03 ms
 
 
 def in_graph() -> bool:
@@ -115,10 +97,5 @@ def try_kernels(device: torch.device) -> None:
         ValueError: If they do not, because Triton or a C compiler is missing, or the GPU has no sparse tensor cores.
     """
     weight = torch.zeros(1, GROUP, device=device, dtype=torch.bfloat16)
-    try:
-        decode(weight, compress(weight))
-    except Exception as error:  # Triton raises many classes
-        raise ValueError(
-            "Argument `compressed` = 2:4 needs Triton, a C compiler and, for a GPU, compute capability 8.0 or more, but its "
-            f"kernels do not run here ({error}). Install them, or leave `compressed` out."
-        ) from error
+    needs = "Triton, a C compiler and, for a GPU, compute capability 8.0 or more"
+    try_product(lambda: decode(weight, compress(weight)), "2:4", needs)
