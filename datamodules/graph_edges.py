@@ -37,8 +37,8 @@ def check_dissimilar(threshold: float | None) -> None:
     number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
     if threshold is not None and not (number and 0 <= threshold < 1):
         raise ValueError(
-            f"Argument `drop_dissimilar` expected to be a number in [0, 1) but got {threshold!r}; 0 removes edges between nodes "
-            "without a common word."
+            f"Argument `drop_dissimilar` expected to be a number in [0, 1) but got {threshold!r}; 0 removes edges between "
+            "nodes without a common word."
         )
 
 

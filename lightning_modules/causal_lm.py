@@ -58,11 +58,11 @@ class CausalLM(PrunableModule, WritesText):
         max_new_tokens: Length of the continuations that `predict` writes.
         compressed: Form of the linears of the blocks after loading, for validate, test and predict. 2:4: those that are 2:4
             take 9/16 of their memory at 16 bit (`Linear24`), and on a GPU `predict` reads no more than that for up to 16
-            windows in a batch. unstructured: those with enough zeros, on a GPU at 16 bit in lanes
-            (`LaneLinear`), which `predict` multiplies without unpacking; else a bit for every weight and the values
-            (`SparseLinear`), on a CPU sparse rows where these are faster (`CsrLinear`). auto: each takes the form that is fastest on this device, perhaps dense, by times that are
-            measured once and kept in a cache file: with one token for predict, with many for validate and test. none leaves
-            all dense.
+            windows in a batch. unstructured: those with enough zeros, on a GPU at 16 bit in lanes (`LaneLinear`), which
+            `predict` multiplies without unpacking; else as a bit for every weight and the values (`SparseLinear`), on a CPU
+            as sparse rows where these are faster (`CsrLinear`). auto: each takes the form that is fastest on this device,
+            perhaps dense, by times that are measured once and kept in a cache file: with one token for predict, with many
+            for validate and test. none leaves all dense.
         static_cache: Whether `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a
             step, once for each batch size, so that launching kernels no longer limits the speed.
         stream: Whether blocks stay in their safetensors files and are read when they are needed, for models that are larger
