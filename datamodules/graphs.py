@@ -115,8 +115,8 @@ class GraphDataModule(LightningDataModule, GraphData):
             check_integer("labels_per_class", labels_per_class, 1, "null takes 20, or what the split has")
             if split == "uniform":
                 raise ValueError(
-                    f"Argument `labels_per_class` expected to be null with split = uniform but got {labels_per_class}; leave it "
-                    "out, or use random."
+                    f"Argument `labels_per_class` expected to be null with split = uniform but got {labels_per_class}; leave "
+                    "it out, or use random."
                 )
         check_integer("num_val", num_val, 1, "choices need validation nodes")
         if val_per_class is not None:
