@@ -3,12 +3,12 @@
     python -m benchmarks.graph_contrast --data FOLDER --study choose     # candidates, on splits of their own
     python -m benchmarks.graph_contrast --data FOLDER                    # the chosen ones, on fresh splits
 
-The base is "knn and edges, balanced" of graph_few.py: a GCN, a second view of the edges joined with the 15 nearest neighbours by
-features, balanced softmax on pseudo-labels, no contrast. Groups add one thing to it: the contrast with all pairs alike (β = 0),
-the contrast weighed by R (β > 0), or R in the cross-entropy on pseudo-labels (`pseudo_beta`). `choose` trains the candidates of
-every group with 3 and 5 labels a class; the highest mean validation accuracy over both data sets chooses one of each group. The
-final study trains these and the base with 1, 3 and 5 labels a class on splits that `choose` does not use. 30 validation nodes a
-class, all others for the test. Test nodes choose nothing; rows are appended and not run again.
+The base is "knn and edges, balanced" of graph_few.py: a GCN, whose second view is the edges joined with the 15 nearest
+neighbours by features, balanced softmax on pseudo-labels, no contrast. Groups add one thing to it: the contrast with all pairs
+alike (β = 0), the contrast weighed by R (β > 0), or R in the cross-entropy on pseudo-labels (`pseudo_beta`). `choose` trains
+the candidates of every group with 3 and 5 labels a class; the highest mean validation accuracy over both data sets chooses one
+of each group. The final study trains these and the base with 1, 3 and 5 labels a class on splits that `choose` does not use. 30
+validation nodes a class, all others for the test. Test nodes choose nothing; rows are appended and not run again.
 """
 
 import argparse
@@ -47,7 +47,10 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
     ],
     LABELLED: [{"pseudo_beta": beta} for beta in (-4.0, -1.0, 1.0, 4.0)],
 }
-"""Group -> candidates, each what is different from BASE. With β = 0, hsan is the form negatives."""
+"""Group -> candidates, each what is different from BASE.
+
+With β = 0, hsan is the form negatives. R has four candidates more than the contrast without it, to its advantage.
+"""
 
 
 def main() -> None:

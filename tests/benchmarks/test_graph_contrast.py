@@ -36,7 +36,7 @@ def test_groups_have_the_same_weights_and_no_candidate_twice():
         assert weights[:3] == [0.3, 1.0, 3.0] and set(weights[3:]) == {1.0}
     for candidates in graph_contrast.GROUPS.values():
         assert len({json.dumps(c, sort_keys=True) for c in candidates}) == len(candidates)
-    assert graph_contrast.BASE == graph_few.METHODS["knn and edges, balanced"]
+    assert graph_few.METHODS["knn and edges, balanced"] == graph_contrast.BASE
 
 
 def test_validation_chooses_on_the_cells_that_all_candidates_have(tmp_path):
