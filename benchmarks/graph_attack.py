@@ -49,10 +49,13 @@ METHODS: dict[str, dict[str, Any]] = {
         PREFIX + name: DEFAULT | changed
         for name, changed in {
             "joint, balanced": JOINT | BALANCED,
+            "dropped edges, balanced": {"view": "drop"} | BALANCED,
             "knn, balanced": KNN | BALANCED,
             "purified, joint": PURIFIED | JOINT | BALANCED,
+            "purified, knn": PURIFIED | KNN | BALANCED,
             "purified, purified": PURIFIED | {"base": "purified", "rank": 20, "mix": 1.0} | BALANCED,
             "decoupled, joint": DECOUPLED | JOINT,
+            "decoupled, dropped edges": DECOUPLED | {"view": "drop"},
             "decoupled, knn": DECOUPLED | KNN,
             "decoupled, mlp, knn": DECOUPLED | MLP | KNN,
         }.items()

@@ -3,11 +3,13 @@
     python -m benchmarks.graph_few --data FOLDER --study choose     # candidates, on splits of their own
     python -m benchmarks.graph_few --data FOLDER                    # named methods, on fresh splits
     python -m benchmarks.graph_few --data FOLDER --study unlike     # local views where neighbours differ
+    python -m benchmarks.graph_few --data FOLDER --study unlike_fresh     # some of them again, on fresh splits
 
 Random balanced splits with 1, 3, 5 or 20 labels a class, 30 validation nodes a class, all others for the test. `choose` trains
 candidates on splits that the final study does not use, and prints their mean validation accuracy: that is what chooses. The
 final study trains what METHODS names, every method on the same splits, one seed each. `unlike` takes the ten geom-gcn splits of
-graphs whose neighbours differ. Test nodes choose nothing; rows are appended and not run again.
+graphs whose neighbours differ, `unlike_fresh` random splits of the same sizes (GraphDataModule's split uniform) that nobody
+looked at when the methods were made. Test nodes choose nothing; rows are appended and not run again.
 """
 
 import argparse
@@ -24,7 +26,8 @@ KEYS = ("phase", "dataset", "labels", "method", "arguments", "seed", "data_seed"
 COLUMNS = (*KEYS, *EARLY, *FACTS)
 DATASETS, LABELS, VAL_PER_CLASS = ("Cora", "CiteSeer"), (1, 3, 5, 20), 30
 UNLIKE_DATASETS, FOLDS = ("texas", "cornell", "wisconsin"), 10
-CHOOSING_SEED, FIRST_SEED = 3000, 4000
+FRESH_DATASETS = (*UNLIKE_DATASETS, "Actor")
+CHOOSING_SEED, FIRST_SEED, FRESH_SEED = 3000, 4000, 7000
 PREFIX = "csg2l, default: "
 NO_CONTRAST = {"contrast_weight": 0.0}
 JOINT = {"base": "joint", "mix": 1.0}
@@ -41,6 +44,8 @@ UNLIKE: dict[str, dict[str, Any]] = {
     "mlp, knn, gate": MLP | KNN | NO_CONTRAST | {"fusion": "attention"},
 }
 """Where neighbours differ: local view, other view."""
+FRESH = {name: UNLIKE[name] for name in ("edges", "mlp alone", "mlp, knn, gate, no pseudo-labels", "mlp, knn, gate")}
+"""Of them those that fresh splits judge."""
 DECOUPLED = BALANCED | {"encoder": "decoupled", "hidden_channels": 256, "weight_decay": 1e-2}
 METHODS: dict[str, dict[str, Any]] = {
     "edges": {},
@@ -70,7 +75,7 @@ def main() -> None:
     """Run one of the studies and print what validation says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--study", choices=["final", "choose", "unlike"], default="final")
+    parser.add_argument("--study", choices=["final", "choose", "unlike", "unlike_fresh"], default="final")
     parser.add_argument("--out", type=Path, default=Path("results/csg2l_few.csv"))
     parser.add_argument("--datasets", nargs="+", help="default those of the study")
     parser.add_argument("--labels", nargs="+", type=int, default=LABELS)
@@ -78,13 +83,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     options = parser.parse_args()
     options.stop_at = time.time() + options.seconds
-    final = options.study == "final"
-    methods = {"final": METHODS, "choose": CANDIDATES, "unlike": UNLIKE}[options.study]
+    methods = {"final": METHODS, "choose": CANDIDATES, "unlike": UNLIKE, "unlike_fresh": FRESH}[options.study]
     methods = {name: methods[name] for name in options.methods or methods}
-    first, known = FIRST_SEED if final else CHOOSING_SEED, sources(options.data)
-    seeds = range(first, first + options.seeds)
+    first = {"final": FIRST_SEED, "unlike_fresh": FRESH_SEED}.get(options.study, CHOOSING_SEED)
+    known, seeds = sources(options.data), range(first, first + options.seeds)
     if options.study == "unlike":
         rows = folds(known, methods, options.datasets or UNLIKE_DATASETS)
+    elif options.study == "unlike_fresh":
+        rows = uniform(known, methods, options.datasets or FRESH_DATASETS, seeds)
     else:
         rows = tasks(options.study, known, methods, options.datasets or DATASETS, options.labels, seeds)
     run_missing(rows, options.out, KEYS, COLUMNS, options)
@@ -114,6 +120,17 @@ def folds(known: dict, methods: dict[str, dict], datasets) -> list[tuple[dict, d
             for name, changed in methods.items():
                 row = ("unlike", dataset, "", PREFIX + name, json.dumps(DEFAULT | changed), fold, 0)
                 found.append((dict(zip(KEYS, row, strict=True)), known[dataset] | {"split": "geom-gcn", "fold": fold}))
+    return found
+
+
+def uniform(known: dict, methods: dict[str, dict], datasets, seeds) -> list[tuple[dict, dict]]:
+    """Rows and data of random splits of the sizes of geom-gcn's, split by split; `labels` is empty."""
+    found = []
+    for seed in seeds:
+        for dataset in datasets:
+            for name, changed in methods.items():
+                row = ("unlike_fresh", dataset, "", PREFIX + name, json.dumps(DEFAULT | changed), seed, seed)
+                found.append((dict(zip(KEYS, row, strict=True)), known[dataset] | {"split": "uniform"}))
     return found
 
 

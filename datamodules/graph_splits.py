@@ -8,6 +8,8 @@ from datamodules.graph_types import Graph, Masks, as_mask
 
 SPLIT_STREAM = 0
 """Stream of the draws from a seed; noise and neighbours have others."""
+UNIFORM_SHARES = (0.48, 0.32)
+"""Shares of training and validation nodes of split uniform, those of the geom-gcn splits."""
 
 
 def split_nodes(
@@ -24,7 +26,7 @@ def split_nodes(
 
     Args:
         graph: Graph with its own splits.
-        split: public, random or geom-gcn.
+        split: public, random, geom-gcn or uniform.
         labels_per_class: Number of training nodes of each class; None takes 20, or all that the split has.
         num_val: Number of validation nodes, where they are drawn.
         num_test: Number of test nodes, where they are drawn; None takes the rest.
@@ -37,6 +39,8 @@ def split_nodes(
     """
     rng = np.random.default_rng([seed, SPLIT_STREAM])
     labelled = torch.ones(len(graph.y), dtype=torch.bool) if graph.unlabelled is None else ~graph.unlabelled
+    if split == "uniform":
+        return _uniform(graph, labelled, rng), f"uniform, seed {seed}"
     if split == "random":
         count = 20 if labels_per_class is None else labels_per_class
         train, val, test = _subsample(graph, labelled, count, "", rng), None, None
@@ -61,6 +65,13 @@ def split_nodes(
     if (train & val).any() or (train & test).any() or (val & test).any():
         raise ValueError(f"Argument `split` = {split!r} of {graph.name} has nodes in two parts; use random.")
     return (train, val, test), f"{name}, seed {seed}" if drawn else name
+
+
+def _uniform(graph: Graph, labelled: Tensor, rng: np.random.Generator) -> Masks:
+    """Draw 48, 32 and 20 % of the labelled nodes, as masks (N,), whatever their classes are."""
+    train, val = (round(share * int(labelled.sum())) for share in UNIFORM_SHARES)
+    parts = _draw(graph, labelled, {"train": train, "num_val": val, "num_test": None}, rng)
+    return parts["train"], parts["num_val"], parts["num_test"]
 
 
 def _stored_split(graph: Graph, split: str, labels_per_class: int | None, fold: int) -> tuple[Masks, int | None, str]:

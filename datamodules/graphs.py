@@ -26,7 +26,7 @@ from datamodules.neighbors import NeighborSampler, SeedLoader
 from utilities.checks import check_integer
 from utilities.contract import GraphData, GraphFacts
 
-Split = Literal["public", "random", "geom-gcn"]
+Split = Literal["public", "random", "geom-gcn", "uniform"]
 LARGEST_SEED = 2**32 - 1
 
 
@@ -54,9 +54,10 @@ class GraphDataModule(LightningDataModule, GraphData):
             labels (`datamodules.graph_files.read_npz`).
         root: Folder in which data sets are, or to which they are downloaded; null takes data.
         split: random: `labels_per_class` nodes of each class for training, then `num_val` and `num_test` of the others. public:
-            that of the data set; what it lacks is drawn as in random. geom-gcn: the ten splits of Pei et al. (2020).
+            that of the data set; what it lacks is drawn as in random. geom-gcn: the ten splits of Pei et al. (2020). uniform:
+            48 % of all nodes for training, 32 % for validation and 20 % for the test, drawn as those ten were, by `seed`.
         labels_per_class: Number of training nodes of each class; null takes 20, or all that a public or geom-gcn split has. Of
-            these splits, fewer are drawn; a .npz file has its own training nodes for 20, 40 and 60.
+            these splits, fewer are drawn; a .npz file has its own training nodes for 20, 40 and 60. Not with uniform.
         num_val: Number of validation nodes; of no effect on splits that have them.
         num_test: Number of test nodes; of no effect on splits that have them; -1 or null takes all that are left.
         fold: Number of the public or geom-gcn split, of several, from 0.
@@ -112,6 +113,11 @@ class GraphDataModule(LightningDataModule, GraphData):
             raise ValueError(f"Argument `split` expected to be one of {accepted} but got {split!r}; random suits every source.")
         if labels_per_class is not None:
             check_integer("labels_per_class", labels_per_class, 1, "null takes 20, or what the split has")
+            if split == "uniform":
+                raise ValueError(
+                    f"Argument `labels_per_class` expected to be null with split = uniform but got {labels_per_class}; leave "
+                    "it out, or use random."
+                )
         check_integer("num_val", num_val, 1, "choices need validation nodes")
         if val_per_class is not None:
             check_integer("val_per_class", val_per_class, 1, "null draws num_val of all classes alike")
@@ -122,8 +128,8 @@ class GraphDataModule(LightningDataModule, GraphData):
         if num_test is not None and num_test != -1:
             check_integer("num_test", num_test, 1, "-1 takes all nodes that are left")
         check_integer("fold", fold, 0, "0 is the first split")
-        if split == "random" and fold:
-            raise ValueError(f"Argument `fold` expected to be 0 with split = random but got {fold}; vary `seed` instead.")
+        if split in ("random", "uniform") and fold:
+            raise ValueError(f"Argument `fold` expected to be 0 with split = {split} but got {fold}; vary `seed` instead.")
         check_noise(edge_noise)
         check_attack(edge_attack, attack_share, attack_surrogate, edge_noise)
         check_dissimilar(drop_dissimilar)

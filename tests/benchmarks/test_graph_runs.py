@@ -77,6 +77,15 @@ def test_folds_where_neighbours_differ():
     assert rows[3][1] == {"source": "texas", "split": "geom-gcn", "fold": 3}
 
 
+def test_fresh_splits_where_neighbours_differ():
+    rows = graph_few.uniform({"texas": {"source": "texas"}}, graph_few.FRESH, ["texas"], range(7000, 7003))
+    assert [row["data_seed"] for row, _ in rows] == [row["seed"] for row, _ in rows] == sorted([7000, 7001, 7002] * 4)
+    assert {tuple(data.items()) for _, data in rows} == {(("source", "texas"), ("split", "uniform"))}
+    assert {row["phase"] for row, _ in rows} == {"unlike_fresh"} and {row["labels"] for row, _ in rows} == {""}
+    names = ["edges", "mlp alone", "mlp, knn, gate, no pseudo-labels", "mlp, knn, gate"]
+    assert [row["method"] for row, _ in rows[:4]] == [graph_few.PREFIX + name for name in names]
+
+
 ALL = {**graph_few.METHODS, **graph_few.CANDIDATES, **graph_few.UNLIKE}
 
 

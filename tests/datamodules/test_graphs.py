@@ -69,6 +69,20 @@ def test_validation_nodes_of_each_class():
         ready(labels_per_class=4, val_per_class=45)
 
 
+def test_uniform_split_has_all_nodes_whatever_their_classes_are():
+    module = ready(split="uniform")
+    check_form(module)
+    assert sizes(module) == [85, 57, 36] and module.split_name == "uniform, seed 0"  # 48, 32 and 20 % of 178
+    assert masks(module).sum(0).tolist() == [1] * 178
+    others = torch.stack([masks(ready(split="uniform", seed=seed)) for seed in range(1, 201)])
+    shares = others.double().mean(0)  # of 200 draws; 5.5 standard deviations of the widest are 0.195
+    for part, share in enumerate((85 / 178, 57 / 178, 36 / 178)):
+        assert (shares[part] - share).abs().max() < 0.195
+    counts = torch.stack([torch.bincount(module.data.y[mask], minlength=3) for mask in others[:, 0]]).double()
+    of_class = torch.bincount(module.data.y).double()
+    assert (counts.mean(0) - 85 / 178 * of_class).abs().max() < 1 and counts.std(0).min() > 1  # not balanced, not stratified
+
+
 # Dataloaders
 
 
@@ -203,7 +217,12 @@ def test_with_a_trainer_in_batches(tmp_path):
         ({"source": ""}, "`source` expected to be a name but got ''; digits"),
         ({"source": 3}, "`source` expected to be a name but got 3"),
         ({"root": ""}, "`root` expected to be a name but got ''; null takes data"),
-        ({"split": "full"}, "`split` expected to be one of public, random, geom-gcn but got 'full'; random"),
+        ({"split": "full"}, "`split` expected to be one of public, random, geom-gcn, uniform but got 'full'; random"),
+        (
+            {"labels_per_class": 3, "split": "uniform"},
+            "`labels_per_class` expected to be null with split = uniform but got 3; leave it out, or use random",
+        ),
+        ({"fold": 1, "split": "uniform"}, "`fold` expected to be 0 with split = uniform but got 1; vary `seed`"),
         ({"labels_per_class": 0}, "`labels_per_class` expected to be an integer of at least 1 but got 0; null"),
         ({"num_val": 0}, "`num_val` expected to be an integer of at least 1 but got 0"),
         ({"num_test": 0}, "`num_test` expected to be an integer of at least 1 but got 0; -1 takes"),
