@@ -1,8 +1,8 @@
-"""Tables of the docs on time: prune_speed, multi_gpu, csg2l_scaling, sparse24, sparse_decode, sparse_cpu, streaming.csv."""
+"""Tables on time: prune_speed, multi_gpu, csg2l_scaling, sparse24, sparse_decode, sparse_cpu, smaller_faster, streaming.csv."""
 
 from statistics import median
 
-from benchmarks.markdown import read, table
+from benchmarks.markdown import ROOT, read, table
 
 JOINT_PARTS = {
     "joint, one pass, pruned model's target": "the joint solver alone",
@@ -12,6 +12,7 @@ JOINT_PARTS = {
     "joint, 2:4": "with both, 2:4",
 }
 """Variant -> its name in the table of what each part costs."""
+SMALLER_FASTER = "smaller_faster.csv"
 PHASES = ("two_passes", "statistics", "solve", "rule", "block")
 
 
@@ -198,6 +199,42 @@ def sparse_cpu() -> str:
     return f"{table(header, lines)}\n\n{first['hardware']}, {threads}, float32, torch {first['torch']}, seed {first['seed']}."
 
 
+def smaller_faster() -> str:
+    """Bytes, tokens a second and perplexity of a pruned model by form; four columns for each device."""
+    if not (ROOT / "results" / SMALLER_FASTER).is_file():
+        return "Not measured yet: `python -m benchmarks.smaller_faster` writes the rows."
+    rows = read(SMALLER_FASTER)
+    setups = list(dict.fromkeys((row["device"], row["dtype"], row["static_cache"]) for row in rows))
+    found = {(row["target"], row["form"], row["device"], row["dtype"], row["static_cache"]): row for row in rows}
+    lines = []
+    for target, form in dict.fromkeys((row["target"], row["form"]) for row in rows):
+        zeros = target if ":" in target else "" if target == "dense" else f"{100 * float(target):g} % zeros"
+        cells = [text for setup in setups for text in _how_good(found.get((target, form, *setup)))]
+        lines.append([f"{zeros}, {form}" if zeros else target, *cells])
+    header = ["", *(f"{device}: {name}" for device, *_ in setups for name in ("files, MB", "memory, MB", "tokens/s", "ppl"))]
+    notes = [next(row for row in rows if (row["device"], row["dtype"], row["static_cache"]) == setup) for setup in setups]
+    return f"{table(header, lines)}\n\n{' '.join(_setup(row) for row in notes)}"
+
+
+def _how_good(row: dict[str, str] | None) -> list[str]:
+    """Return the cells of a form on a device."""
+    if row is None:
+        return [""] * 4
+    sizes = [f"{float(row[name]) / 1e6:.0f}" for name in ("disk_bytes", "memory_bytes")]
+    return [*sizes, f"{float(row['tokens_s']):.1f}", f"{float(row['perplexity']):.2f}"]
+
+
+def _setup(row: dict[str, str]) -> str:
+    """Return how the columns of a device were measured."""
+    threads = f"{row['threads']} threads, " if row["threads"] else ""
+    steps = "steps compiled with a static cache" if row["static_cache"] == "True" else "no graphs"
+    return (
+        f"{row['device']}: {row['hardware']}, {threads}{row['dtype']}, {row['prompt']} + {row['steps']} tokens, batch 1, "
+        f"{steps}; {row['samples']} x {row['seq_len']} calibration and {row['windows']} x {row['seq_len']} test tokens; torch "
+        f"{row['torch']}, transformers {row['transformers']}, seed {row['seed']}."
+    )
+
+
 def streaming() -> str:
     """Return memory and time of streamed runs, and of runs in memory beside them."""
     rows, lines = read("streaming.csv"), []
@@ -217,5 +254,6 @@ TABLES |= {
     "sparse-decode": sparse_decode,
     "sparse-model": sparse_model,
     "sparse-cpu": sparse_cpu,
+    "smaller-faster": smaller_faster,
     "streaming": streaming,
 }

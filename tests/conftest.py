@@ -35,6 +35,7 @@ SLOW = (
     "functional/pruning/test_solver_triton.py",
     "callbacks/blockwise/test_quotas.py",
     "utilities/test_failures.py",
+    "benchmarks/test_smaller_faster.py",
     "callbacks/test_save_compressed.py",
     "callbacks/test_export_onnx.py",
     "callbacks/test_evaluate_tasks.py",
