@@ -11,8 +11,8 @@ from functional.sparse.lanes import Lanes
 
 OF_A_PASS = 8
 """Tokens of a pass over the weights."""
-MOST_TOKENS = 64
-"""Restoring the dense matrix takes as long as some twelve passes (results/sparse_decode.csv, whose 16 tokens did so)."""
+MOST_TOKENS = 16
+"""Restoring the dense matrix takes as long as one or two passes (results/sparse_decode.csv)."""
 DTYPES = (torch.bfloat16, torch.float16)
 TALL = 32
 """Rows of a slice from which a lane has two chunks on their way at a time: there are few lanes then."""
@@ -22,7 +22,7 @@ def decode(x: Tensor, weight: Lanes, bias: Tensor | None = None) -> Tensor:
     """Compute x Wᵀ + bias with float32 sums; repeated calls give the same bits.
 
     Args:
-        x: (tokens, I), at most 64 tokens, bfloat16 or float16; eight at a time.
+        x: (tokens, I), at most 16 tokens, bfloat16 or float16; eight at a time.
         weight: (O, I), of x's dtype, from `to_lanes`.
         bias: (O,), of x's dtype.
 
@@ -100,8 +100,9 @@ def _expand(values: Tensor, steps: Tensor, firsts: Tensor, starts: Tensor, order
     slices, parts, height = firsts.shape
     with torch.cuda.device_of(values):
         kernels.expand_kernel[(slices,)](
-            values.view(torch.int32), steps, firsts, starts, order, out.view(torch.int16), rows, columns, HEIGHT=height,
-            PARTS=parts, num_warps=max(1, height * parts // 32),
+            values.view(torch.int32), steps, firsts, starts, order, out.view(torch.int16), rows, columns,
+            EVEN=columns % 8 == 0, HEIGHT=height, PARTS=parts, INTERPRETED=not values.is_cuda,
+            num_warps=max(1, height * parts // 32),
         )  # fmt: skip
     return out
 

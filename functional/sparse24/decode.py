@@ -205,7 +205,7 @@ def _expand(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
     tiles, strips = indices.shape[:2]
     with torch.cuda.device_of(values):
         kernels.expand_kernel[(tiles, triton.cdiv(strips, WARPS_TO_EXPAND))](
-            _aligned(values).view(torch.int32), indices.contiguous(), out.view(torch.int16), rows, columns, strips,
+            _aligned(values).view(torch.int32), indices.contiguous(), out.view(torch.int32), rows, columns, strips,
             WARPS=WARPS_TO_EXPAND, num_warps=WARPS_TO_EXPAND,
         )  # fmt: skip
     return out

@@ -226,12 +226,12 @@ def decode_kernel(
 
 @triton.jit
 def expand_kernel(values_ptr, indices_ptr, out_ptr, rows, columns, strips, WARPS: tl.constexpr):  # fmt: skip
-    """Restore the dense matrix; each warp expands one strip of a tile.
+    """Restore the dense matrix; each warp expands one strip of a tile, each lane two groups of four of its rows.
 
     Args:
         values_ptr: `Compressed.values`, as int32, two numbers each.
         indices_ptr: `Compressed.indices`.
-        out_ptr: Dense matrix, (O, I), of 16-bit numbers as int16.
+        out_ptr: Dense matrix, (O, I), of 16-bit numbers as int32, two each.
         rows: O.
         columns: I.
         strips: Number of strips of a tile.
@@ -240,18 +240,24 @@ def expand_kernel(values_ptr, indices_ptr, out_ptr, rows, columns, strips, WARPS
     place = tl.arange(0, 32 * WARPS)
     lane, tile = place % 32, tl.program_id(0)
     strip = tl.program_id(1) * WARPS + place // 32
-    inside = strip < strips
     base = tile * strips + strip
-    for step in tl.static_range(2):
-        for half in tl.static_range(2):
-            index = tl.load(indices_ptr + 32 * base + (lane // 4 * 4 + 2 * step + half), mask=inside, other=0)
-            for lower in tl.static_range(2):
-                both = tl.load(values_ptr + 256 * base + 128 * step + 4 * lane + (2 * half + lower), mask=inside, other=0)
-                nibble = index >> (16 * lower + 4 * (lane % 4)) & 15
-                w0, w1, w2, w3 = _places(nibble, both.to(tl.int16), (both >> 16).to(tl.int16))
-                four = tl.reshape(_four_in_order(w0, w1, w2, w3), (32 * WARPS, 4))
-                row = (16 * tile + 8 * lower + lane // 4)[:, None]
-                group = 16 * strip + 8 * step + 4 * (lane % 2) + 2 * half + lane % 4 // 2
-                column = 4 * group[:, None] + tl.arange(0, 4)[None, :]
-                here = (row < rows) & (column < columns)
-                tl.store(out_ptr + row.to(tl.int64) * columns + column, four, mask=here)
+    step, u, k = lane % 8 // 4, lane % 4 // 2, lane % 2  # of the lane's groups 8 step + 4 u + 2 k + v, v = 0, 1
+    word = (32 * strip + 4 * (lane % 8))[:, None] + tl.arange(0, 4)[None, :]
+    for turn in tl.static_range(4):
+        row = 4 * turn + lane // 8
+        half, g = row // 8, row % 8
+        here = (strip < strips) & (16 * tile + row < rows)
+        nibbles = tl.load(indices_ptr + 32 * base + 4 * g + 2 * step + k, mask=here, other=0) >> (16 * half + 4 * u)
+        at = values_ptr + 256 * base + 128 * step + 4 * (4 * g + u) + 2 * k + half
+        w0, w1 = _words(nibbles & 15, tl.load(at, mask=here, other=0))
+        w2, w3 = _words(nibbles >> 8 & 15, tl.load(at + 8, mask=here, other=0))
+        words = tl.reshape(_four_in_order(w0, w1, w2, w3), (32 * WARPS, 4))
+        out_at = out_ptr + (16 * tile + row).to(tl.int64)[:, None] * (columns // 2) + word
+        tl.store(out_at, words, mask=here[:, None] & (word < columns // 2))
+
+
+@triton.jit
+def _words(nibble, both):
+    """Return the four 16-bit numbers of a group, two in each of two words, of which `both` has the two that are stored."""
+    w0, w1, w2, w3 = _places(nibble, both & 0xFFFF, both >> 16 & 0xFFFF)
+    return w0 | w1 << 16, w2 | w3 << 16

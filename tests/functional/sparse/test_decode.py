@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from functional.sparse import decode, expand, to_lanes
-from tests.functional.sparse.test_lanes import uneven
+from tests.functional.sparse.test_lanes import matrix, uneven
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One rounding of the result; the interpreter cuts off what a GPU rounds, hence a whole unit.
@@ -58,6 +58,16 @@ def test_expanding(dtype):
     weight = uneven().to(DEVICE, dtype)
     assert torch.equal(expand(to_lanes(weight, 8, 4)), weight)
     assert torch.equal(expand(to_lanes(weight.flip(0))), weight.flip(0))
+
+
+@pytest.mark.parametrize("columns", [8, 16, 40, 152, 149])
+@pytest.mark.parametrize(("height", "parts"), [(16, 32), (8, 4), (1, 2), (4, 1)])
+def test_expanding_windows_of_eight_columns(height, parts, columns):
+    """Lanes begin and end anywhere in a window, share it, jump over one, or have none; what is one column too wide has none."""
+    whole = torch.cat([uneven(), matrix(37, 8, 0.5, seed=1)], 1)[:, :columns]
+    for weight in (whole, matrix(19, columns, 0.9), matrix(19, columns, 0.05), torch.ones(3, columns), torch.zeros(5, columns)):
+        weight = weight.to(DEVICE, torch.bfloat16)
+        assert torch.equal(expand(to_lanes(weight, height, parts)), weight)
 
 
 def test_no_token():
