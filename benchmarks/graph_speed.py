@@ -3,7 +3,9 @@
     python -m benchmarks.graph_speed --data FOLDER
 
 Factors of Cora's regularised adjacency against torch.svd_lowrank and scipy.sparse.linalg.svds, whose singular values are the
-reference. An epoch is one of Trainer.fit, validation included, without logger; median over epochs.
+reference. An epoch is one of Trainer.fit, validation included, without logger; median over epochs. Of the methods of LOOPED,
+which differ by an order of magnitude, it is a training step and a pass without dropout, since logs and metrics of the Trainer
+take as long as the faster ones.
 """
 
 import argparse
@@ -16,11 +18,16 @@ import torch
 import torch_geometric
 from lightning.pytorch import Callback, Trainer
 
+from benchmarks.graph_few import METHODS
+from benchmarks.graph_runs import Run, sources
+from benchmarks.graph_settings import DEFAULT
 from benchmarks.quality import ENVIRONMENT, environment
 from datamodules import GraphDataModule
 from functional.graph import low_rank_factors, normalized_adjacency
 from lightning_modules import CSG2L, Contrast, NodeClassifier, SvdView
 
+LOOPED = {"csg2l, gcn": "edges", "csg2l, gcn, joint": "joint, balanced", "csg2l, decoupled": "decoupled, joint"}
+"""Name in the file -> in graph_few.py; the last one is compared with the others."""
 COLUMNS = ("what", "setting", "value", "unit", "threads", *ENVIRONMENT, "torch_geometric")
 
 
@@ -43,6 +50,25 @@ def epoch_ms(module, data: GraphDataModule, epochs: int) -> float:
     trainer.fit(module, datamodule=data)
     steps = [b - a for a, b in zip(clock.ends[20:], clock.ends[21:], strict=False)]
     return 1000 * statistics.median(steps)
+
+
+def loop_ms(arguments: dict, data: dict, epochs: int) -> float:
+    """Median time of a training step and a pass without dropout, the warm-up and twenty epochs after it left out.
+
+    Args:
+        arguments: Flat configuration of CSG2L.
+        data: Arguments of GraphDataModule.
+        epochs: Number of epochs in all.
+    """
+    run, times = Run("csg2l, default", arguments, data, seed=0), []
+    for epoch in range(epochs):
+        start = time.perf_counter()
+        run.steps.train(epoch)
+        run.steps.evaluate()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[run.module.warmup_epochs + 20 :])
 
 
 def seconds(function, repeats: int = 3) -> tuple[float, object]:
@@ -102,6 +128,13 @@ def main() -> None:
         took = epoch_ms(decoupled, data, options.epochs)
         row("epoch on Cora, csg2l, decoupled", f"width {width}", took, "ms")
         row("epoch of csg2l, gcn / epoch of csg2l, decoupled", f"width {width}", times["csg2l, gcn"] / took, "")
+        known, steps = sources(options.data)["Cora"] | {"split": "public"}, {}
+        for name, method in LOOPED.items():
+            steps[name] = loop_ms(DEFAULT | METHODS[method] | {"hidden_channels": width}, known, options.epochs)
+            row(f"step and pass without dropout on Cora, {name}", f"width {width}", steps[name], "ms")
+        *others, last = steps
+        for name in others:
+            row(f"step and pass of {name} / of {last}", f"width {width}", steps[name] / steps[last], "")
     facts = {**environment(), "threads": torch.get_num_threads(), "torch_geometric": torch_geometric.__version__}
     with options.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -186,13 +186,18 @@ class CSG2L(ViewedModule):
         draws = [self.view.draw(data.x, data.edge_index) for _ in range(DRAWS)]
         return [(x, GlobalOperator(edges, data.num_nodes)) for x, edges in draws]
 
-    def views(self, batch: Data) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-        """Compute hidden layer (N, H) and logits (N, C) of the local and of the other view."""
+    def views(
+        self, batch: Data, rows: Tensor | None = None
+    ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """Compute hidden layer (N, H) and logits (N, C) of the local and of the other view; decoupled, of some rows alone."""
         if self.encoder.decoupled:  # both in one pass
             number = 1
             if isinstance(self.view, DropView):
                 number = int(torch.randint(1, 1 + DRAWS, ())) if self.training else 0
-            hidden, logits = self.encoder(torch.cat([self.prepared(batch, 0), self.prepared(batch, number)]), batch.edge_index)
+            inputs = [self.prepared(batch, 0), self.prepared(batch, number)]
+            if rows is not None:
+                inputs = [x[rows] for x in inputs]
+            hidden, logits = self.encoder(torch.cat(inputs), batch.edge_index)
             first, second = (hidden.chunk(2), (None, None) if logits is None else logits.chunk(2))
             return (first[0], second[0]), (first[1], second[1])
         x = self.features(batch)
@@ -230,16 +235,25 @@ class CSG2L(ViewedModule):
     def losses(self, batch: Data, epoch: int) -> dict[str, Tensor]:
         """Compute the cross-entropy on labelled nodes, the contrast, and the cross-entropy on pseudo-labels."""
         found: dict[str, Tensor] = {}
-        local, other = self.views(batch)
+        rows, y, known = None, batch.y, batch.train_mask
+        if self._labels_first(batch, epoch):
+            labels, confident = self.trusted(batch, self.clean_logits(batch) if epoch >= self.warmup_epochs else None, epoch)
+            rows = (known if confident is None else known | confident).nonzero()[:, 0]
+        local, other = self.views(batch, rows)
         logits, loss = self.fused(local, other), 0.0
-        labels, confident = self.trusted(batch, self.taught_by(batch, logits, epoch), epoch)
+        if rows is None:
+            labels, confident = self.trusted(batch, self.taught_by(batch, logits, epoch), epoch)
+        if confident is not None:
+            found["confident_share"] = confident.float().mean()
+        if rows is not None:
+            y, known, labels, confident = (x if x is None else x[rows] for x in (y, known, labels, confident))
         if logits is not None:
-            found["cross_entropy"] = loss = self.cross_entropy(batch, logits, batch.y, batch.train_mask)
+            found["cross_entropy"] = loss = self.cross_entropy(batch, logits, y, known)
         if self.contrast.weight:
             found["contrast"] = self.contrastive_loss(local[0], other[0], labels, confident)
             loss = loss + self.contrast.weight * found["contrast"]
         if isinstance(self.pseudo_labels, PredictedLabels) and self.pseudo_labels.weight and labels is not None:
-            taught = confident & ~batch.train_mask
+            taught = confident & ~known
             given = [view[1] for view in (local, other)]
             if self.pseudo_labels.balanced:
                 given = [balanced_logits(values, labels, taught) for values in given]
@@ -250,14 +264,26 @@ class CSG2L(ViewedModule):
             pseudo = sum(self.cross_entropy(batch, values, labels, taught, weights) for values in given) / 2
             found["pseudo_cross_entropy"] = pseudo
             loss = loss + self.pseudo_labels.weight * pseudo
-        if confident is not None:
-            found["confident_share"] = confident.float().mean()
         return found | {"loss": loss}
+
+    def _labels_first(self, batch: Data, epoch: int) -> bool:
+        """Tell whether a step can leave out nodes that teach nothing: each is encoded alone, and labels need no other pass.
+
+        On a CPU, since a GPU would wait for the number of rows. With weights of nodes all that are trusted count.
+        """
+        options = self.pseudo_labels
+        alone = self.encoder.decoupled and self.training and not self.contrast.weight and batch.x.device.type == "cpu"
+        first = isinstance(options, PredictedLabels) and options.clean and not options.beta
+        return alone and (epoch < self.warmup_epochs or first)
 
     def taught_by(self, batch: Data, logits: Tensor | None, epoch: int) -> Tensor | None:
         """Return the logits (N, C) that pseudo-labels are made of: the fused ones, or those of a pass without dropout."""
         if logits is None or epoch < self.warmup_epochs or not self.pseudo_labels.clean or not self.training:
             return logits
+        return self.clean_logits(batch)
+
+    def clean_logits(self, batch: Data) -> Tensor:
+        """Return the fused logits (N, C) of a pass without dropout: validation's, where nothing has moved since."""
         captured = batch.x.is_cuda and torch.cuda.is_current_stream_capturing()  # a CUDA graph needs the pass within itself
         if captured or self._clean is None or self._clean[0] != self._state_of(batch):
             self.eval()

@@ -24,10 +24,10 @@ def pseudo_labels(logits: Tensor, labels: Tensor, known: Tensor, alignment: floa
     Returns:
         Labels (N,) and confidence (N,) in [0, 1], without gradient.
     """
-    logits = logits.detach().float()
+    by_class = logits.detach().float().t().contiguous()  # (C, N), over whose rows a CPU reduces several times as fast
     if alignment:  # log of the mean by log-sum-exp: a class that no node is given has probabilities that round to 0
-        logits = logits - alignment * (logits.log_softmax(-1).logsumexp(0) - math.log(len(logits)))
-    confidence, predicted = logits.softmax(-1).max(-1)
+        by_class = by_class - alignment * (by_class.log_softmax(0).logsumexp(1, keepdim=True) - math.log(len(logits)))
+    confidence, predicted = by_class.softmax(0).max(0)
     return torch.where(known, labels, predicted), torch.where(known, 1.0, confidence)
 
 
@@ -172,10 +172,8 @@ def masked_cross_entropy(
         weights: (N,) factors of the nodes' terms; None for ones.
     """
     labels = labels.where(mask, -1)
-    if weights is None:
-        total = cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-    else:
-        total = torch.dot(weights, cross_entropy(logits, labels, ignore_index=-1, reduction="none"))
+    terms = cross_entropy(logits.t()[None], labels[None], ignore_index=-1, reduction="none")[0]  # see pseudo_labels: (C, N)
+    total = terms.sum() if weights is None else torch.dot(weights, terms)
     count = mask.sum() if count is None else count
     return total / count.where(count > 0, 1)
 

@@ -346,5 +346,7 @@ class NodeModule(ResumableModule):
         self._predicted.write(self.trainer)
 
     def configure_optimizers(self) -> Any:
-        """Make Adam over all parameters."""
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        """Make Adam over all parameters; on a CPU in one kernel, where a loop takes as long as a small model's gradients."""
+        parameters = list(self.parameters())
+        fused = True if all(parameter.device.type == "cpu" for parameter in parameters) else None
+        return torch.optim.Adam(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)

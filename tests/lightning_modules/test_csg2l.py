@@ -227,6 +227,59 @@ def test_a_teacher_without_dropout_follows_the_weights():
     assert module.training
 
 
+@pytest.mark.parametrize("options", [{}, {"fusion": "attention"}, {"view": "drop"}], ids=str)
+@pytest.mark.parametrize("epoch", [0, 5])
+def test_a_decoupled_step_encodes_only_the_nodes_that_teach(epoch, options, monkeypatch):
+    """Losses and gradients are those of all nodes, by a reference in float64, before and after the warm-up."""
+    data = graph()
+    data.setup()
+    labels = PredictedLabels(warmup_epochs=3, clean=True, balanced=True, confident="mean")
+    settings = {"encoder": "decoupled", "dropout": 0.0, "contrast": Contrast(weight=0.0), "pseudo_labels": labels}
+    torch.manual_seed(0)
+    module, batch = CSG2L(**SMALL | settings | options), data.data
+    module.build(batch, 3)
+    module.double().train()
+    rows, forward = [], module.encoder.forward
+
+    def watched(x, *rest):
+        rows.append(len(x))
+        return forward(x, *rest)
+
+    monkeypatch.setattr(module.encoder, "forward", watched)
+    torch.manual_seed(1)
+    found = module.losses(batch, epoch)
+    found["loss"].backward()
+    gradients = [parameter.grad.clone() for parameter in module.parameters() if parameter.requires_grad]
+    module.eval()
+    with torch.no_grad():
+        given, confidence = _taught(module.encode(batch)[1], batch)
+    module.train()
+    torch.manual_seed(1)
+    local, other = module.views(batch)
+    known = batch.train_mask
+    wanted = -module.fused(local, other).log_softmax(1)[known, batch.y[known]].mean()
+    chosen = known if epoch == 0 else known | (confidence >= confidence[~known].mean())
+    if epoch:
+        taught = chosen & ~known
+        shares = torch.bincount(given[taught], minlength=3).clamp_min(1).double()
+        shift = (shares / shares.sum()).log()
+        terms = [-(view[1] + shift).log_softmax(1)[taught, given[taught]].mean() for view in (local, other)]
+        wanted = wanted + sum(terms) / 2
+        assert float(found["confident_share"]) == pytest.approx(chosen.double().mean().item())
+    assert rows[-3] == 2 * int(chosen.sum()) < 2 * len(chosen)
+    torch.testing.assert_close(found["loss"], wanted.detach(), rtol=1e-5, atol=1e-7)
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for one, two in zip(gradients, torch.autograd.grad(wanted, trainable), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+
+
+def _taught(logits, batch):
+    """Pseudo-labels and confidence with two labels a class as prior, where five are known."""
+    shifted = logits - 2 / 7 * logits.softmax(1).mean(0).log()
+    confidence, labels = shifted.softmax(1).max(1)
+    return labels.where(~batch.train_mask, batch.y), confidence
+
+
 def test_a_pass_with_averaged_weights_is_no_teacher(tmp_path):
     """Validation has the average, training has its own weights: the teacher is that of training."""
     seen = []

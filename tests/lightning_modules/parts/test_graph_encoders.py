@@ -5,7 +5,7 @@ import torch
 from torch_geometric.nn import GCN
 
 from functional.graph import Factors, low_rank_factors, propagated_features
-from lightning_modules.parts.graph_encoders import SPARSE, GraphEncoder, UniformDropout, drop_columns, sparse_features
+from lightning_modules.parts.graph_encoders import SPARSE, CheapDropout, GraphEncoder, drop_columns, sparse_features
 from lightning_modules.parts.graph_operators import GlobalOperator
 
 N = 24
@@ -100,16 +100,21 @@ def test_a_class_by_its_path_and_no_logits():
     assert hidden.shape == (N, 8) and logits is None
 
 
-def test_uniform_dropout_is_dropout():
-    """The share that is left, and its scale; no effect in evaluation."""
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.75, 0.001])
+def test_cheap_dropout_is_dropout(share):
+    """The share that is left, and its scale; neighbours drop out independently; no effect in evaluation."""
     torch.manual_seed(0)
-    layer, x = UniformDropout(0.3), torch.ones(400, 100, requires_grad=True)
+    layer, x = CheapDropout(share), torch.ones(401, 101, requires_grad=True)
     dropped = layer(x)
-    assert sorted(dropped.unique().tolist()) == pytest.approx([0.0, 1 / 0.7])
-    assert (dropped == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0.0, 1 / (1 - share)])
+    gone = (dropped == 0).double()
+    spread = (share * (1 - share) / gone.numel()) ** 0.5
+    assert gone.mean().item() == pytest.approx(share, abs=4 * spread)
+    for one, other in ((gone[:, 1:], gone[:, :-1]), (gone[1:], gone[:-1])):
+        assert (one * other).mean().item() == pytest.approx(share**2, abs=5 * spread * share**0.5 + 1e-5)
     (gradient,) = torch.autograd.grad(dropped.sum(), x)
     assert torch.equal(gradient, dropped)
-    assert layer.eval()(x) is x and UniformDropout(0.0)(x) is x and not UniformDropout(1.0)(x).any()
+    assert layer.eval()(x) is x and CheapDropout(0.0)(x) is x and not CheapDropout(1.0)(x).any()
 
 
 def test_decoupled_encoder():
