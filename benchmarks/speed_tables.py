@@ -12,6 +12,8 @@ JOINT_PARTS = {
     "joint, 2:4": "with both, 2:4",
 }
 """Variant -> its name in the table of what each part costs."""
+MOST_OF_DECODING = 16
+"""Tokens of a product that are still called decoding."""
 SMALLER_FASTER = "smaller_faster.csv"
 PHASES = ("two_passes", "statistics", "solve", "rule", "block")
 
@@ -148,10 +150,16 @@ def sparse24() -> str:
 
 
 def sparse_decode() -> str:
-    """How many times as fast as dense linears with zeros are on a GPU, by number of tokens; and the whole model."""
-    rows = read("sparse_decode.csv")
-    linears = [row for row in rows if row["part"] == "linears"]
-    tokens = list(dict.fromkeys(row["tokens"] for row in linears))
+    """How many times as fast as dense linears with zeros are on a GPU, by number of tokens; prompts; and the whole model."""
+    rows = [row for row in read("sparse_decode.csv") if row["part"] == "linears"]
+    few = speedups([row for row in rows if int(row["tokens"]) <= MOST_OF_DECODING])
+    many = speedups([row for row in rows if int(row["tokens"]) > MOST_OF_DECODING])
+    return f"{few}\n\nPrompts, which make the dense matrix for each product:\n\n{many}\n\n{sparse_model()}"
+
+
+def speedups(linears: list[dict[str, str]]) -> str:
+    """Dense times and speedups of linears, a line for each form, a column for each number of tokens."""
+    tokens = sorted({row["tokens"] for row in linears}, key=int)
     found = {(row["what"], row["form"], row["zeros"], row["tokens"]): row for row in linears}
     lines = []
     for what in dict.fromkeys(row["what"] for row in linears):
@@ -160,12 +168,11 @@ def sparse_decode() -> str:
         size = f"{here[0]['outputs']} x {here[0]['inputs']}"
         lines.append([f"{what}, {size}: dense, µs", "1", *(f"{dense[count]:.1f}" for count in tokens)])
         for form, zeros in dict.fromkeys((row["form"], row["zeros"]) for row in here):
-            cells = [found[what, form, zeros, count] for count in tokens]
+            cells = [found.get((what, form, zeros, count)) for count in tokens]
             name = form if form == "2:4" else f"{float(zeros):.0%} zeros"
-            lines.append([f"{what}, {name}", f"{float(cells[0]['bytes_share']):.2f}",
-                          *(f"{float(cell['speedup']):.2f}" for cell in cells)])  # fmt: skip
-    header = ["dense / form", "bytes", *(f"tokens: {count}" for count in tokens)]
-    return f"{table(header, lines)}\n\n{sparse_model()}"
+            share = next(f"{float(cell['bytes_share']):.2f}" for cell in cells if cell)
+            lines.append([f"{what}, {name}", share, *(f"{float(cell['speedup']):.2f}" if cell else "" for cell in cells)])
+    return table(["dense / form", "bytes", *(f"tokens: {count}" for count in tokens)], lines)
 
 
 def sparse_model() -> str:

@@ -42,6 +42,8 @@ GRAPH = {
     "model.view": "SvdView", "model.view.rank": 6, "model.pseudo_labels": "PredictedLabels",
     "model.pseudo_labels.warmup_epochs": 4, "trainer.max_epochs": 8,
 }  # fmt: skip
+JOINT = {"model.view.base": "joint", "model.view.mix": 1.0}
+"""In place of nearest neighbours, which this graph without features does not have."""
 FAMILY = {"opt-125m": "opt", "qwen3-8b": "qwen3", "qwen3-14b": "qwen3"}
 """Config -> family of the tiny model; llama for all others."""
 
@@ -87,7 +89,8 @@ def _arguments() -> dict[str, list[str]]:
     for config in (ROOT / "configs/deit").glob("[ip]*.yaml"):
         cases[f"{config.relative_to(ROOT / 'configs')}"] = _command(config, IMAGES)
     for config in (ROOT / "configs/csg2l").glob("*.yaml"):
-        cases[f"{config.relative_to(ROOT / 'configs')}"] = _command(config, GRAPH)
+        options = GRAPH | JOINT if config.stem == "few_labels" else GRAPH
+        cases[f"{config.relative_to(ROOT / 'configs')}"] = _command(config, options)
     for name in ("smollm2_full", "smollm2_lora"):
         options = TEXT | {"model.model_name_or_path": "sparse", "data.source": "words.jsonl"}
         cases[f"recover/{name}.yaml"] = _command(ROOT / f"configs/recover/{name}.yaml", options)

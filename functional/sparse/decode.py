@@ -11,8 +11,8 @@ from functional.sparse.lanes import Lanes
 
 OF_A_PASS = 8
 """Tokens of a pass over the weights."""
-MOST_TOKENS = 16
-"""Restoring the dense matrix takes as long as one or two passes (results/sparse_decode.csv)."""
+MOST_TOKENS = 32
+"""Restoring the dense matrix takes as long as two to six passes, by the shape (results/sparse_decode.csv)."""
 DTYPES = (torch.bfloat16, torch.float16)
 TALL = 32
 """Rows of a slice from which a lane has two chunks on their way at a time: there are few lanes then."""
@@ -22,7 +22,7 @@ def decode(x: Tensor, weight: Lanes, bias: Tensor | None = None) -> Tensor:
     """Compute x Wᵀ + bias with float32 sums; repeated calls give the same bits.
 
     Args:
-        x: (tokens, I), at most 16 tokens, bfloat16 or float16; eight at a time.
+        x: (tokens, I), at most 32 tokens, bfloat16 or float16; eight at a time.
         weight: (O, I), of x's dtype, from `to_lanes`.
         bias: (O,), of x's dtype.
 

@@ -112,9 +112,9 @@ def expand_kernel(
 ):  # fmt: skip
     """Write the entries of a slice into a dense matrix of zeros.
 
-    A lane gathers the entries of eight columns, a window, in four registers, and stores them together when it leaves the window:
-    a GPU takes some 16 bytes in the time of 2. Lanes share their first and last windows with others, so there they store entries
-    one by one; all of them if the matrix is not EVEN.
+    A lane gathers the entries of eight columns, a window, in four registers, and stores them together when it leaves the
+    window, since 16 bytes take a GPU as long as 2. Lanes share their first and last windows with others, so there they store
+    entries one by one; all of them if the matrix is not EVEN.
 
     Args:
         values_ptr: `Lanes.values`, as int32, two numbers each.
@@ -179,7 +179,7 @@ def _entry(words, entry: tl.constexpr):
 
 @triton.jit
 def _store_left(out_at, window, following, first, words, INTERPRETED: tl.constexpr):
-    """Store a window of 16 bytes that a lane leaves, if it is not its first; return 0 for lanes that leave one, otherwise -1."""
+    """Store a window that a lane leaves, 16 bytes, if it is not its first; return 0 for lanes that leave one, otherwise -1."""
     at = (out_at + window).to(tl.pointer_type(tl.int32))
     if INTERPRETED:
         for word in tl.static_range(4):

@@ -11,7 +11,7 @@ from lightning_modules.parts.sparse_linear import LEAST_ZEROS
 class LaneLinear(CompressedLinear):
     """``nn.Linear`` with a compressed weight of 16 bit: some 0.63 of its bytes at 50 % zeros, 0.38 at 70 %.
 
-    On a GPU, up to 16 tokens are multiplied with the compressed form, eight at a time: one token faster than with a dense
+    On a GPU, up to 32 tokens are multiplied with the compressed form, eight at a time: one token faster than with a dense
     linear, four and more slower (times: docs/speed.md). More tokens, and tokens of another dtype than the weight's, as under
     autocast, are multiplied with the dense weight, which is made for the call and freed.
 

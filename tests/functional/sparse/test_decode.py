@@ -98,7 +98,7 @@ def test_wrong_arguments():
     weight, x, _ = problem(3, torch.float16)
     lanes = to_lanes(weight)
     for wrong, got in ((x[:, :32], r"\(3, 32\)"), (x.repeat(22, 1), r"\(66, 150\)"), (x[0], r"\(150,\)")):
-        with pytest.raises(ValueError, match=rf"`x` expected to be \(tokens, 150\) with at most 16 tokens but got {got}. Mult"):
+        with pytest.raises(ValueError, match=rf"`x` expected to be \(tokens, 150\) with at most 32 tokens but got {got}. Mult"):
             decode(wrong, lanes)
     with pytest.raises(ValueError, match=r"one dtype of bfloat16, float16 but got torch.bfloat16 and torch.float16"):
         decode(x.bfloat16(), lanes)
