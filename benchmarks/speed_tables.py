@@ -2,7 +2,7 @@
 
 from statistics import median
 
-from benchmarks.markdown import ROOT, read, table
+from benchmarks.markdown import read, table
 
 JOINT_PARTS = {
     "joint, one pass, pruned model's target": "the joint solver alone",
@@ -14,7 +14,6 @@ JOINT_PARTS = {
 """Variant -> its name in the table of what each part costs."""
 MOST_OF_DECODING = 16
 """Tokens of a product that are still called decoding."""
-SMALLER_FASTER = "smaller_faster.csv"
 PHASES = ("two_passes", "statistics", "solve", "rule", "block")
 
 
@@ -208,9 +207,7 @@ def sparse_cpu() -> str:
 
 def smaller_faster() -> str:
     """Bytes, tokens a second and perplexity of a pruned model by form; four columns for each device."""
-    if not (ROOT / "results" / SMALLER_FASTER).is_file():
-        return "Not measured yet: `python -m benchmarks.smaller_faster` writes the rows."
-    rows = read(SMALLER_FASTER)
+    rows = read("smaller_faster.csv")
     setups = list(dict.fromkeys((row["device"], row["dtype"], row["static_cache"]) for row in rows))
     found = {(row["target"], row["form"], row["device"], row["dtype"], row["static_cache"]): row for row in rows}
     lines = []
@@ -218,7 +215,8 @@ def smaller_faster() -> str:
         zeros = target if ":" in target else "" if target == "dense" else f"{100 * float(target):g} % zeros"
         cells = [text for setup in setups for text in _how_good(found.get((target, form, *setup)))]
         lines.append([f"{zeros}, {form}" if zeros else target, *cells])
-    header = ["", *(f"{device}: {name}" for device, *_ in setups for name in ("files, MB", "memory, MB", "tokens/s", "ppl"))]
+    names = ("files, MB", "memory, MB", "tokens/s", "perplexity")
+    header = ["", *(f"{device}, {dtype}: {name}" if len(setups) > 1 else name for device, dtype, _ in setups for name in names)]
     notes = [next(row for row in rows if (row["device"], row["dtype"], row["static_cache"]) == setup) for setup in setups]
     return f"{table(header, lines)}\n\n{' '.join(_setup(row) for row in notes)}"
 
@@ -233,10 +231,9 @@ def _how_good(row: dict[str, str] | None) -> list[str]:
 
 def _setup(row: dict[str, str]) -> str:
     """Return how the columns of a device were measured."""
-    threads = f"{row['threads']} threads, " if row["threads"] else ""
     steps = "steps compiled with a static cache" if row["static_cache"] == "True" else "no graphs"
     return (
-        f"{row['device']}: {row['hardware']}, {threads}{row['dtype']}, {row['prompt']} + {row['steps']} tokens, batch 1, "
+        f"{row['hardware']}, {row['dtype']}, {row['prompt']} + {row['steps']} tokens, batch 1, "
         f"{steps}; {row['samples']} x {row['seq_len']} calibration and {row['windows']} x {row['seq_len']} test tokens; torch "
         f"{row['torch']}, transformers {row['transformers']}, seed {row['seed']}."
     )
@@ -259,7 +256,6 @@ TABLES = {"prune-speed": prune_speed, "joint-cost": joint_cost, "multi-gpu": mul
 TABLES |= {
     "sparse24": sparse24,
     "sparse-decode": sparse_decode,
-    "sparse-model": sparse_model,
     "sparse-cpu": sparse_cpu,
     "smaller-faster": smaller_faster,
     "streaming": streaming,

@@ -78,3 +78,12 @@ def test_every_encoder_has_a_line_and_gat_its_own_difference():
     text = graph_claims.any_encoder()
     assert line_of(text, "gat")[:2] == ["", ""] and line_of(text, "gat")[2].strip("*").startswith(f"{mean:+.1f} ± ")
     assert all(len(line_of(text, name)) == 5 for name in ("gcn", "graphsage", "gin", "appnp", "sgc", "decoupled, no contrast"))
+
+
+def test_encoders_on_fresh_splits_are_compared_with_themselves():
+    rows = [row for row in read("csg2l_encoders_fresh.csv") if row["phase"] == "final" and row["dataset"] == "CiteSeer"]
+    value = {(row["method"], row["labels"], row["seed"]): 100 * float(row["test"]) for row in rows}
+    seeds = [seed for name, count, seed in value if (name, count) == ("csg2l, gat: chosen", "5")]
+    mean = statistics.mean(value["csg2l, gat: chosen", "5", seed] - value["gat: alone", "5", seed] for seed in seeds)
+    found = line_of(graph_claims.fresh_encoders(), "gat, CiteSeer, 5 labels")
+    assert len(found) == 4 and found[2].strip("*").startswith(f"{mean:+.1f} ± ")
