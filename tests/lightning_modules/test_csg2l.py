@@ -297,6 +297,19 @@ def test_a_teacher_of_a_sampled_batch_is_its_own(tmp_path, monkeypatch):
     assert len(right) > 30 and all(right)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_can_be_clipped(precision, tmp_path):
+    """With the fused Adam of a CPU, and in mixed precision, for which Lightning accepts none."""
+    module, norms = NodeClassifier("graphsage", hidden_channels=8), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            norms.append(float(torch.nn.utils.get_total_norm([parameter.grad for parameter in pl_module.parameters()])))
+
+    trained(module, tmp_path, epochs=3, precision=precision, gradient_clip_val=1e-3, callbacks=[Watch()])
+    assert norms == pytest.approx([1e-3] * 3, rel=1e-2)
+
+
 def test_a_pass_with_averaged_weights_is_no_teacher(tmp_path):
     """Validation has the average, training has its own weights: the teacher is that of training."""
     seen = []
