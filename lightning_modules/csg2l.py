@@ -133,7 +133,7 @@ class CSG2L(ViewedModule):
         self.save_hyperparameters(ignore=list(groups))
         self.save_hyperparameters({name: group.as_dict() for name, group in groups.items()})  # a checkpoint holds plain values
         self.alignment_share = 0.0
-        self._clean: tuple[tuple, Tensor] | None = None
+        self._clean: tuple[Tensor, tuple[int, ...], Tensor] | None = None
         self._keeps = True
 
     def setup(self, stage: str) -> None:
@@ -224,7 +224,8 @@ class CSG2L(ViewedModule):
         local, other = self.views(batch)
         logits = self.fused(local, other)
         if not self.training and logits is not None and self._keeps:
-            self._clean = self._state_of(batch), logits.detach()  # validation's pass is the next step's teacher
+            # Validation's pass is the next step's teacher. The edges are held, so that no later batch has their identity.
+            self._clean = batch.edge_index, self._versions(), logits.detach()
         return (local[0] + other[0]) / 2, logits
 
     @property
@@ -285,17 +286,19 @@ class CSG2L(ViewedModule):
     def clean_logits(self, batch: Data) -> Tensor:
         """Return the fused logits (N, C) of a pass without dropout: validation's, where nothing has moved since."""
         captured = batch.x.is_cuda and torch.cuda.is_current_stream_capturing()  # a CUDA graph needs the pass within itself
-        if captured or self._clean is None or self._clean[0] != self._state_of(batch):
-            self.eval()
-            with torch.no_grad():
-                logits = self.encode(batch)[1]
-            self.train()
-            return logits
-        return self._clean[1]
+        if self._clean is not None and not captured:
+            edges, versions, logits = self._clean
+            if edges is batch.edge_index and versions == self._versions():
+                return logits
+        self.eval()
+        with torch.no_grad():
+            logits = self.encode(batch)[1]
+        self.train()
+        return logits
 
-    def _state_of(self, batch: Data) -> tuple:
-        """Tell two passes without dropout apart: by the nodes, and by the updates of the parameters since."""
-        return id(batch.edge_index), tuple(parameter._version for parameter in self.parameters())
+    def _versions(self) -> tuple[int, ...]:
+        """Count the updates of each parameter."""
+        return tuple(parameter._version for parameter in self.parameters())
 
     def contrastive_loss(self, local: Tensor, other: Tensor, labels: Tensor | None, confident: Tensor | None) -> Tensor:
         """Compute the reweighted InfoNCE between the projected hidden layers."""

@@ -12,7 +12,7 @@ from functional.sparse.lanes import Lanes
 OF_A_PASS = 8
 """Tokens of a pass over the weights."""
 MOST_TOKENS = 32
-"""Restoring the dense matrix takes as long as two to six passes, by the shape (results/sparse_decode.csv)."""
+"""Restoring the dense matrix takes as long as three to seven passes, by the shape and the zeros (results/sparse_decode.csv)."""
 DTYPES = (torch.bfloat16, torch.float16)
 TALL = 32
 """Rows of a slice from which a lane has two chunks on their way at a time: there are few lanes then."""

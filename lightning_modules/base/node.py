@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, distributed, nn
@@ -348,5 +349,7 @@ class NodeModule(ResumableModule):
     def configure_optimizers(self) -> Any:
         """Make Adam over all parameters; on a CPU in one kernel, where a loop takes as long as a small model's gradients."""
         parameters = list(self.parameters())
-        fused = True if all(parameter.device.type == "cpu" for parameter in parameters) else None
+        # In mixed precision Lightning clips no gradients of a fused optimizer.
+        mixed = self._trainer is not None and isinstance(self._trainer.precision_plugin, MixedPrecision)
+        fused = True if not mixed and all(parameter.device.type == "cpu" for parameter in parameters) else None
         return torch.optim.Adam(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)

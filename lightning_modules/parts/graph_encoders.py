@@ -43,7 +43,7 @@ class CheapDropout(nn.Module):
     """Dropout by random bytes, which a CPU draws thirty times as fast as nn.Dropout's Bernoulli variables.
 
     Args:
-        p: Share that is dropped; rounded to a multiple of 2⁻¹⁶ where it is none of 2⁻⁸.
+        p: Share that is dropped; on a CPU rounded to a multiple of 2⁻¹⁶ where it is none of 2⁻⁸.
     """
 
     def __init__(self, p: float) -> None:
@@ -60,9 +60,9 @@ class CheapDropout(nn.Module):
         bits = torch.iinfo(kind)
         drawn = torch.empty(-(-x.numel() * bits.bits // 64), dtype=torch.int64).random_(-(2**63), None)
         drawn = drawn.view(kind)[: x.numel()].view(x.shape)
-        threshold = round(self.p * 2**bits.bits) + bits.min
-        kept = torch.zeros_like(drawn) if threshold > bits.max else drawn.ge_(threshold)
-        return x * kept.to(x.dtype).div_(max(1 - self.p, 1e-12))
+        values, dropped = 2**bits.bits, round(self.p * 2**bits.bits)
+        kept = torch.zeros_like(drawn) if dropped == values else drawn.ge_(dropped + bits.min)
+        return x * kept.to(x.dtype).mul_(values / max(values - dropped, 1))  # by the rounded share, so that the mean stays
 
 
 class Decoupled(nn.Module):

@@ -280,6 +280,36 @@ def _taught(logits, batch):
     return labels.where(~batch.train_mask, batch.y), confidence
 
 
+def test_a_teacher_of_a_sampled_batch_is_its_own(tmp_path, monkeypatch):
+    """Batches come and go, and one may lie where validation's last one lay: its labels are from its own nodes all the same."""
+    right, clean_logits = [], CSG2L.clean_logits
+
+    def watched(self, batch):
+        found = clean_logits(self, batch)
+        self._clean = None
+        right.append(torch.equal(found, clean_logits(self, batch)))
+        return found
+
+    monkeypatch.setattr(CSG2L, "clean_logits", watched)
+    labels = PredictedLabels(warmup_epochs=0, clean=True)
+    module = CSG2L(**SMALL | {"encoder": "decoupled", "contrast": Contrast(weight=0.0), "pseudo_labels": labels})
+    trained(module, tmp_path, epochs=30, data=graph(batch_size=8, fanout=[3, 3]))
+    assert len(right) > 30 and all(right)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_can_be_clipped(precision, tmp_path):
+    """With the fused Adam of a CPU, and in mixed precision, for which Lightning accepts none."""
+    module, norms = NodeClassifier("graphsage", hidden_channels=8), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            norms.append(float(torch.nn.utils.get_total_norm([parameter.grad for parameter in pl_module.parameters()])))
+
+    trained(module, tmp_path, epochs=3, precision=precision, gradient_clip_val=1e-3, callbacks=[Watch()])
+    assert norms == pytest.approx([1e-3] * 3, rel=1e-2)
+
+
 def test_a_pass_with_averaged_weights_is_no_teacher(tmp_path):
     """Validation has the average, training has its own weights: the teacher is that of training."""
     seen = []
