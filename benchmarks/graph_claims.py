@@ -31,7 +31,6 @@ FEW_LABELS = ("≤ 5 labels, clean", "≤ 5 labels, noisy")
 VIEWS = (
     ("joint, balanced", "dropped edges, balanced"),
     ("joint, balanced", "knn and edges, balanced"),
-    ("joint, balanced", "knn, balanced"),
     ("decoupled, edges", "decoupled, dropped edges"),
     ("decoupled, joint", "decoupled, dropped edges"),
     ("decoupled, joint", "decoupled, knn and edges"),

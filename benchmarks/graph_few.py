@@ -135,14 +135,16 @@ def uniform(known: dict, methods: dict[str, dict], datasets, seeds) -> list[tupl
 
 
 def validated(path: Path, phase: str) -> dict[str, float]:
-    """Method -> mean validation accuracy over the cells that all methods of the phase have, the best first."""
+    """Method -> mean validation accuracy over the cells that all methods have, the best first; without those hardly begun."""
     found: dict[str, dict[tuple, float]] = {}
     for row in read(path):
         if row["phase"] == phase:
             found.setdefault(row["method"].removeprefix(PREFIX), {})[row["dataset"], row["labels"], row["seed"]] = float(
                 row["val"]
             )
-    cells = set.intersection(*(set(values) for values in found.values())) if found else set()
+    most = max(map(len, found.values()), default=0)
+    found = {name: values for name, values in found.items() if 2 * len(values) >= most}
+    cells = set.intersection(*map(set, found.values())) if found else set()
     means = {name: mean(values[cell] for cell in cells) for name, values in found.items() if cells}
     return dict(sorted(means.items(), key=lambda entry: -entry[1]))
 
