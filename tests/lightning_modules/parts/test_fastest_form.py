@@ -70,7 +70,11 @@ def test_measured_once_for_a_shape_a_dtype_and_a_share_of_zeros(folder):
     assert again.of(forms(linear, *two, "2:4"), linear, 0.7) == third
     (file,) = folder.iterdir()
     content = json.loads(file.read_text())
-    assert content["device"] == device_name(CPU) and content["torch"] == torch.__version__ and content["kernels"] == fastest_form.KERNELS
+    assert (
+        content["device"] == device_name(CPU)
+        and content["torch"] == torch.__version__
+        and content["kernels"] == fastest_form.KERNELS
+    )
     assert content["microseconds"]["csr 32x64 float32, 70% zeros, tokens: 1"] == 1.0
     assert key_of("csr", linear, 0.7, 1) == "csr 32x64 float32, 70% zeros, tokens: 1"
 
