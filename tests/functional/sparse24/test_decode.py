@@ -123,6 +123,14 @@ def test_wrong_arguments():
             decode(x, Compressed(*wrong, columns))
 
 
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 4), (15, 60), (16, 64), (20, 68), (37, 356)])
+def test_expanding(dtype, rows, inputs):
+    """Rows of whole 16 bytes and others, tiles and strips that are filled and others."""
+    weight = problem(rows, inputs, 1, dtype)[0]
+    assert torch.equal(expand(*compress(weight)), weight)
+
+
 def test_strides_and_alignment_do_not_matter():
     weight, x, bias = problem(16, 64, 3, torch.bfloat16)
     compressed = compress(weight)
