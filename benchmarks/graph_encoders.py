@@ -13,10 +13,9 @@ import argparse
 import json
 import time
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from benchmarks.graph_few import BALANCED, DATASETS, JOINT, KNN, VAL_PER_CLASS
+from benchmarks.graph_few import BALANCED, DATASETS, JOINT, KNN, VAL_PER_CLASS, ranked
 from benchmarks.graph_runs import EARLY, FACTS, add_options, read, run_missing, sources
 from benchmarks.graph_settings import DEFAULT, ENCODERS
 
@@ -101,9 +100,7 @@ def validated(path: Path, phase: str, encoder: str) -> dict[str, float]:
         if (row["phase"], row["encoder"]) == (phase, encoder):
             cells = found.setdefault(row["method"].split(": ")[1], {})
             cells[row["dataset"], row["labels"], row["seed"]] = float(row["val"])
-    shared = set.intersection(*(set(values) for values in found.values())) if found else set()
-    means = {name: mean(values[cell] for cell in shared) for name, values in found.items() if shared}
-    return dict(sorted(means.items(), key=lambda entry: -entry[1]))
+    return ranked(found)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,11 @@ def validated(path: Path, phase: str) -> dict[str, float]:
                 row["val"]
             )
     most = max(map(len, found.values()), default=0)
-    found = {name: values for name, values in found.items() if 2 * len(values) >= most}
+    return ranked({name: values for name, values in found.items() if 2 * len(values) >= most})
+
+
+def ranked(found: dict[str, dict[tuple, float]]) -> dict[str, float]:
+    """Name -> mean over the cells that all names have, the highest first."""
     cells = set.intersection(*map(set, found.values())) if found else set()
     means = {name: mean(values[cell] for cell in cells) for name, values in found.items() if cells}
     return dict(sorted(means.items(), key=lambda entry: -entry[1]))

@@ -14,7 +14,7 @@ TEXTS = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (README, *sorted((ROOT / "docs").rglob("*.md")))
 }
 FOLDERS = "configs|benchmarks|results|functional|callbacks|lightning_modules|datamodules|utilities|tests|docs|locks"
-LONGEST = 185
+LONGEST = 180
 """Lines of README.md."""
 BASES = ("quickstart", "best", "deit/prune_digits", "csg2l/cora", "recover/smollm2_lora", "eval/paper_tasks")
 """Configs to which a setting that is named by itself may belong."""

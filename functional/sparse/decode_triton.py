@@ -148,7 +148,8 @@ def expand_kernel(
         here += next_steps >> (4 * entry) & 15
         number = _entry(four_words(next_words, LANES), entry)
         tl.store(out_at + here, number.to(tl.int16), mask=(number != 0) & ((here & -8) == first))
-    a0, a1, a2, a3 = _nothing(LANES), _nothing(LANES), _nothing(LANES), _nothing(LANES)
+    zero = tl.zeros((LANES,), tl.int32)
+    a0, a1, a2, a3 = zero, zero, zero, zero
     for chunk in range(0, tl.cdiv(chunks, PARTS)):
         words, steps, following = four_words(next_words, LANES), next_steps, chunk + 1
         next_words = tl.load(words_at + following * (4 * LANES), mask=(following < count)[:, None], other=0)
@@ -193,8 +194,3 @@ def _store_left(out_at, window, following, first, words, INTERPRETED: tl.constex
         "=r,r,r,r,l,r,r,r,r", [window, following, first, at.to(tl.int64), words[0], words[1], words[2], words[3]],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-
-
-@triton.jit
-def _nothing(LANES: tl.constexpr):
-    return tl.zeros((LANES,), tl.int32)
