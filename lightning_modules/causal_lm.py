@@ -173,8 +173,12 @@ class CausalLM(PrunableModule, WritesText):
         """Replace linears of the blocks by compressed ones."""
         device = None if self._trainer is None else self._trainer.strategy.root_device  # faster on a GPU
         evaluates = self._trainer is not None and self._trainer.state.fn != TrainerFn.PREDICTING
-        given = self.hparams.compressed, self.path, self.model.dtype, device, MANY if evaluates else ONE
-        compress_model(list(self.blocks.values()), *given)
+        given = list(self.blocks.values()), self.hparams.compressed, self.path, self.model.dtype, device
+        if evaluates:
+            compress_model(*given, MANY)
+        else:
+            ids = torch.arange(2, device=self.model.device)[None]
+            compress_model(*given, ONE, lambda: self.model(input_ids=ids, use_cache=False))
 
     def _check_length(self, config: Any) -> None:
         """Refuse windows longer than the positions that a model has learned; warn if positions are rotary."""
