@@ -177,6 +177,7 @@ class CausalLM(PrunableModule, WritesText):
         if evaluates:
             compress_model(*given, MANY)
         else:
+            self.model.eval()  # a layer that is dropped calls no linear
             ids = torch.arange(2, device=self.model.device)[None]
             compress_model(*given, ONE, lambda: self.model(input_ids=ids, use_cache=False))
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from functional.sparse24 import DTYPES
-from lightning_modules.parts.compressed_base import zeros_of
+from lightning_modules.parts.compressed_base import on_gpu, zeros_of
 from lightning_modules.parts.csr_linear import CsrLinear
 from lightning_modules.parts.fastest_form import DENSE, FormTimes, fastest
 from lightning_modules.parts.lane_linear import LaneLinear, try_lanes
@@ -78,15 +78,16 @@ def compress_linears(
         for fitting, paths in _alike(block, together, kind, device, timed).items():
             linears = [block.get_submodule(path) for path in paths]
             sizes = [linear.out_features for linear in linears]
-            found.total += len(paths)
-            found.before += sum(parameter.nbytes for linear in linears for parameter in linear.parameters())
+            before = sum(_nbytes(linear) for linear in linears)
             whole = linears[0] if len(paths) == 1 else concatenated(linears)
             form = _form_of(whole, kind, fitting, times, tokens)
-            if form != DENSE or (len(paths) > 1 and whole.weight.device.type != "cpu"):
-                linears.clear()  # else the weights would be held twice
-                whole = _replace(block, paths, sizes, whole, form)
-                found.merged += len(paths) if len(paths) > 1 else 0
-            found.after += _nbytes(whole)
+            found.total, found.before = found.total + len(paths), found.before + before
+            if form == DENSE and (len(paths) == 1 or not on_gpu(whole.weight)):  # merged dense ones are slower on a CPU
+                found.after += before
+                continue
+            linears.clear()  # else the weights would be held twice
+            found.after += _nbytes(_replace(block, paths, sizes, whole, form))
+            found.merged += len(paths) if len(paths) > 1 else 0
             if form != DENSE:
                 found.forms[form] += len(paths)
     return found
@@ -156,8 +157,8 @@ def compress_model(
     Raises:
         ValueError: If no linear has the zeros for it, or kernels do not run on the device.
     """
-    on_gpu = device is not None and device.type == "cuda"
-    timed = [form for form in ON_GPU if _runs(form, kind, device)] if on_gpu else None
+    has_kernels = device is not None and device.type == "cuda"
+    timed = [form for form in ON_GPU if _runs(form, kind, device)] if has_kernels else None
     found = compress_linears(blocks, kind, device, timed, tokens, run_model)
     if not found.replaced and kind != "auto":
         lacking = {
@@ -172,7 +173,8 @@ def compress_model(
     rank_zero_info(
         f"{found.replaced} of {found.total} linears were compressed ({forms}): {found.before / 2**20:.1f} -> "
         f"{found.after / 2**20:.1f} MiB."
-        + f" {found.merged} that share their input with others were merged with these." * bool(found.merged)
+        + f" {found.merged} that share their input with others were merged with these."
+        * bool(found.merged)
     )
     if (found.forms["2:4"] and dtype not in DTYPES) or found.forms["unstructured"]:
         rank_zero_warn(
@@ -198,9 +200,7 @@ def _fitting(linear: nn.Linear, kind: Kind, timed: Sequence[str] | None) -> tupl
     return (*(name for name in timed if name in ON_CPU and FORMS[name].fits(linear)), "unstructured")
 
 
-def _form_of(
-    linear: nn.Linear, kind: Kind, fitting: tuple[str, ...], times: dict[torch.device, FormTimes], tokens: int
-) -> str:
+def _form_of(linear: nn.Linear, kind: Kind, fitting: tuple[str, ...], times: dict[torch.device, FormTimes], tokens: int) -> str:
     """Return the form that a linear gets, of those that fit."""
     timed = [name for name in fitting if kind == "auto" or name in ON_CPU]
     if timed:

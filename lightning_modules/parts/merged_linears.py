@@ -5,12 +5,14 @@ kernel, so one product of all rows is faster than one for each linear. Which lin
 model, by the identity of the tensors.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_modules.parts.block_stream import replaced_forwards
 
 
 class MergedLinears(nn.Module):
@@ -100,21 +102,6 @@ def sharing_linears(blocks: Sequence[nn.Module], run_model: Callable[[], Any]) -
     """
     calls: list[tuple[int, nn.Linear, Tensor, int]] = []
     """Block, linear, input, and how often that had been changed in place; inputs stay alive, or another could take an id."""
-    with _without_weights(blocks, calls):
-        run_model()
-    counts = [linear for _, linear, _, _ in calls]
-    groups: dict[tuple, list[nn.Linear]] = {}
-    for block, linear, x, version in calls:
-        if counts.count(linear) == 1:
-            weight = linear.weight
-            groups.setdefault((block, id(x), version, weight.dtype, weight.device), []).append(linear)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-@contextmanager
-def _without_weights(blocks: Sequence[nn.Module], calls: list[tuple[int, nn.Linear, Tensor, int]]) -> Iterator[None]:
-    """Note the calls of all linears of some blocks, which return zeros within the context."""
-    found = []
 
     def forward_of(block: int, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
@@ -123,13 +110,12 @@ def _without_weights(blocks: Sequence[nn.Module], calls: list[tuple[int, nn.Line
 
         return forward
 
-    try:
-        for number, block in enumerate(blocks):
-            for linear in block.modules():
-                if isinstance(linear, nn.Linear):
-                    found.append(linear)
-                    linear.forward = forward_of(number, linear)
-        yield
-    finally:
-        for linear in found:
-            del linear.forward
+    linears = [(number, part) for number, block in enumerate(blocks) for part in block.modules() if isinstance(part, nn.Linear)]
+    with replaced_forwards({linear: forward_of(number, linear) for number, linear in linears}):
+        run_model()
+    counts = Counter(linear for _, linear, _, _ in calls)
+    groups: dict[tuple, list[nn.Linear]] = {}
+    for block, linear, x, version in calls:
+        if counts[linear] == 1:
+            groups.setdefault((block, id(x), version, linear.weight.dtype, linear.weight.device), []).append(linear)
+    return [group for group in groups.values() if len(group) > 1]
