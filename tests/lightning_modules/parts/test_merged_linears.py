@@ -228,6 +228,23 @@ def test_a_compiled_model_is_one_graph(pair, family):
     assert all(module.given is None for module in merged.modules() if isinstance(module, MergedLinears))
 
 
+def test_a_graph_that_breaks_between_two_of_them(members):
+    linears, parts = members
+    torch._dynamo.reset()
+
+    def between(x):
+        x = x + 1
+        first = parts[0](x)
+        torch._dynamo.graph_break()
+        return first, parts[1](x), parts[2](x)
+
+    compiled = torch.compile(between, backend="aot_eager")
+    for seed in range(2):
+        x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(list(compiled(x)), [linear(x + 1) for linear in linears])
+        assert parts[0].merged.given is None
+
+
 def test_generate_compiles_a_step_as_one_graph(pair):
     dense, merged = pair("llama")
     torch._dynamo.reset()
