@@ -62,7 +62,7 @@ class CausalLM(PrunableModule, WritesText):
             `predict` multiplies without unpacking; else as a bit for every weight and the values (`SparseLinear`), on a CPU
             as sparse rows where these are faster (`CsrLinear`). auto: each takes the form that is fastest on this device,
             perhaps dense, by times that are measured once and kept in a cache file: with one token for predict, with many
-            for validate and test. none leaves all dense.
+            for validate and test. none leaves all dense. In `predict` linears that share their input become one product.
         static_cache: Whether `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a
             step, once for each batch size, so that launching kernels no longer limits the speed.
         stream: Whether blocks stay in their safetensors files and are read when they are needed, for models that are larger
