@@ -20,10 +20,12 @@ from lightning_modules.parts.lane_linear import LaneLinear
 from lightning_modules.parts.linear24 import Linear24
 from lightning_modules.parts.merged_linears import MergedLinears, MergedPart, concatenated, sharing_linears
 from lightning_modules.parts.sparse_linear import SparseLinear
-from tests.helpers.tiny import VOCABULARY, make_mixture, make_model, make_tokenizer, quiet
+from tests.helpers.tiny import FAMILIES, FURTHER_FAMILIES, VOCABULARY, make_mixture, make_model, make_tokenizer, quiet
 
 QKV, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 LLAMA = {tuple(f"self_attn.{name}" for name in QKV), tuple(f"mlp.{name}" for name in MLP)}
+NONE_SHARE = ("bloom", "falcon", "gpt2", "gpt_neox", "mpt", "phi3")
+"""Families whose q, k and v, and gate and up, are one linear to begin with."""
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch multiplies sparse rows through MKL")
 
 
@@ -83,11 +85,15 @@ def pair():
         ("opt", {("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}),
         ("phi", {(*(f"self_attn.{name}" for name in QKV), "mlp.fc1")}),  # attention and MLP read the same norm
         ("gptj", {("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in")}),
-        ("gpt_neox", set()),  # q, k and v are one linear, and the MLP has a norm of its own
     ],
 )
 def test_groups_of_a_family(family, groups):
     assert groups_of(make_model(family).eval()) == [groups] * 3
+
+
+@pytest.mark.parametrize("family", NONE_SHARE)
+def test_families_without_groups(family):
+    assert groups_of(make_model(family).eval()) == [set()] * 3
 
 
 def test_experts_and_their_router_are_left_alone():
@@ -192,7 +198,7 @@ def test_nothing_is_kept_once_all_have_their_part(members):
     assert [reference() for reference in references] == [None] * 4
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "opt", "gemma", "gemma2", "phi", "stablelm", "gptj"])
+@pytest.mark.parametrize("family", [family for family in (*FAMILIES, *FURTHER_FAMILIES) if family not in NONE_SHARE])
 def test_logits_equal_those_of_the_model(pair, family):
     dense, merged = pair(family)
     with torch.inference_mode():
@@ -215,7 +221,7 @@ def test_the_same_text_with_and_without_static_cache(pair, family):
     assert torch.equal(merged.generate(ids, cache_implementation="static", **options), expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_compiled_model_is_one_graph(pair, family):
     dense, merged = pair(family)
     torch._dynamo.reset()
