@@ -32,6 +32,7 @@ from benchmarks.quality import ENVIRONMENT, SMOLLM2, append, environment, finish
 from lightning_modules import CausalLM
 from lightning_modules.parts.compressed_base import CompressedLinear
 from lightning_modules.parts.fastest_form import device_name
+from lightning_modules.parts.merged_linears import MergedPart
 
 KEYS = ("model", "dtype", "target", "form", "device", "static_cache", "threads", "seq_len", "samples", "windows", "prompt",
         "steps", "seed")  # fmt: skip
@@ -95,7 +96,9 @@ def sizes_of(module: CausalLM) -> dict[str, Any]:
         for linear in block.modules()
         if isinstance(linear, torch.nn.Linear | CompressedLinear)
     ]
-    names = [type(linear).__name__ for linear in linears]
+    parts = [part.merged.linear for block in module.blocks.values() for part in block.modules() if isinstance(part, MergedPart)]
+    alone = [linear for linear in linears if linear not in parts]
+    names = [type(linear).__name__ for linear in (*alone, *parts)]
     return {
         "memory_bytes": bytes_of([module.model]),
         "linear_bytes": bytes_of(linears),

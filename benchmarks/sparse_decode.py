@@ -6,21 +6,23 @@
 Weights are random; zeros are the smallest of a matrix, or two of every four. All is replayed from CUDA graphs. Linears take
 turns among enough copies that none is found in the L2 cache, and dense is measured beside every form in the same process; times
 are medians. `error` is relative to float64, `dense_error` what dense has. A model decodes greedily with keys and values in a
-static cache; norms, feed-forward networks and rotary embeddings are compiled by torch.compile (`compiled`) or not.
-`same_tokens` is the share of its tokens that are those of the same weights kept dense. On a CPU nothing is captured: this
-only tries the script.
+static cache; a step is compiled as one graph (`compiled` = whole), as transformers' generate does it, or not (none; rows of
+earlier versions say True if norms, feed-forward networks and rotary embeddings were). merged: linears that share their input
+are one product, as in `predict`. `same_tokens` is the share of its tokens that are those of the same weights kept dense and
+apart. On a CPU nothing is captured, and dense linears are not merged: this only tries the script.
 """
 
 import argparse
 import copy
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import StaticCache
-from transformers.models.llama import modeling_llama
 
 from benchmarks.cuda_graphs import captured, cold_copies, seconds, wait
 from benchmarks.quality import ENVIRONMENT, append, environment
@@ -35,7 +37,12 @@ COLUMNS = (*SETTING, *MEASURED, *ENVIRONMENT)
 TOKENS, ZEROS = (1, 2, 4, 8, 16), (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 FORMS = {"dense": 0.0, "2:4": 0.5, "unstructured, 50 %": 0.5, "unstructured, 70 %": 0.7}
 """Forms of the whole model -> share of zeros."""
-LONGEST_NAME = 90
+MERGED = ", merged"
+"""End of the name of a form whose linears are merged."""
+KERNELS, LONGEST_NAME = 14, 90
+"""Kernels of a profile that are printed, and characters of a name."""
+KEYS = 128
+"""Keys of a block of flex_attention's mask."""
 
 
 def make_zeros(weight: Tensor, share: float) -> None:
@@ -84,60 +91,70 @@ def models(options: argparse.Namespace) -> Iterator[dict]:
     """Rows of the whole model in every form: dense as it is, the others from weights that were made sparse."""
     base = random_model(options, zeros=False)
     prompt = torch.randint(base.config.vocab_size, (1, options.prompt), device=options.device)
-    if options.compile:
-        compile_parts()
-    for form, zeros in FORMS.items():
-        if form not in options.forms:
-            continue
-        model = copy.deepcopy(base) if form != "dense" else base
+    for name in options.forms:
+        form = name.removesuffix(MERGED)
+        model = copy.deepcopy(base) if name != "dense" else base
         for linear in [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]:
             if form == "2:4":
                 make_24(linear.weight)
             elif form != "dense":
-                make_zeros(linear.weight, zeros)
-        _, expected = decoded(model, prompt, options.steps) if form != "dense" else (None, None)
-        blocks = list(model.model.layers)
-        if form != "dense":
-            compress_linears(blocks, form.split(",")[0], timed=("2:4", "lanes"))
-        took, tokens = decoded(model, prompt, options.steps, options.profile)
+                make_zeros(linear.weight, FORMS[form])
+        blocks, expected = list(model.model.layers), None
+        if name != "dense":
+            _, expected = decoded(model, prompt, options)
+            run_model = partial(model, input_ids=prompt[:, :2], use_cache=False) if name.endswith(MERGED) else None
+            kind = "2:4" if form == "dense" else form.split(",")[0]  # a dense one has no 2:4 linear
+            compress_linears(blocks, kind, timed=("2:4", "lanes"), run_model=run_model)
+        took, tokens = decoded(model, prompt, options, options.profile)
         kept = [t for block in blocks for m in block.modules() if isinstance(m, nn.Linear | Linear24 | LaneLinear)
                 for t in (*m.parameters(), *m.buffers())]  # fmt: skip
         yield {
-            "part": "model", "what": "decoding", "tokens": 1, "form": form, "zeros": zeros, "compiled": options.compile,
-            "layers": options.layers, "prompt": options.prompt, "us": 1e6 * took, "tokens_s": 1 / took,
+            "part": "model", "what": "decoding" + f", {options.attention}" * (options.attention != "sdpa"), "tokens": 1,
+            "form": name, "zeros": FORMS[form], "compiled": "whole" if options.compile else "none", "layers": options.layers,
+            "prompt": options.prompt, "us": 1e6 * took, "tokens_s": 1 / took,
             "gib": sum(tensor.nbytes for tensor in kept) / 2**30,
             "same_tokens": "" if expected is None else (tokens == expected).double().mean().item(),
         }  # fmt: skip
 
 
-def compile_parts() -> None:
-    """Let torch.compile fuse what surrounds the linears; once for all layers, and for every number of tokens."""
-    torch._dynamo.config.recompile_limit = 64
-    for cls in (modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP):
-        cls.forward = torch.compile(cls.forward, dynamic=False)
-    modeling_llama.apply_rotary_pos_emb = torch.compile(modeling_llama.apply_rotary_pos_emb, dynamic=False)
-
-
-def decoded(model: nn.Module, prompt: Tensor, steps: int, profiled: bool = False) -> tuple[float, Tensor]:
+def decoded(model: nn.Module, prompt: Tensor, options: argparse.Namespace, profiled: bool = False) -> tuple[float, Tensor]:
     """Return the seconds of a step after a prompt, each a replay of one graph, and the tokens."""
     device, length = prompt.device, prompt.shape[1]
-    cache = StaticCache(config=model.config, max_cache_len=length + steps + 5)
+    cache = StaticCache(config=model.config, max_cache_len=length + options.steps + 5)
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     logits = model(input_ids=prompt, use_cache=True, logits_to_keep=1, **{name: cache}).logits
     token, position = logits[:, -1:].argmax(-1), torch.full((1, 1), length, device=device)
-    tokens = torch.zeros(steps + 8, dtype=torch.long, device=device)
+    tokens = torch.zeros(options.steps + 8, dtype=torch.long, device=device)
+    model.set_attn_implementation(options.attention)
+    mask = block_mask(position, length + options.steps + 5) if options.attention == "flex_attention" else None
+    torch._dynamo.reset()  # a graph of another model would be tried first, and count as one that has to be compiled anew
+    # As `get_compiled_call` of transformers, which keeps it in the model; the CUDA graph is captured here.
+    call = torch.compile(model.__call__, fullgraph=True) if options.compile else model
 
     def run() -> None:
-        found = model(input_ids=token, position_ids=position, use_cache=True, **{name: cache}).logits
+        found = call(input_ids=token, attention_mask=mask, position_ids=position, use_cache=True, **{name: cache}).logits
         token.copy_(found[:, -1:].argmax(-1))
         tokens.index_copy_(0, position[0] - length, token[0])
         position.add_(1)
 
     replay = captured(run, device)
-    took = seconds(replay, device, steps)
+    took = seconds(replay, device, options.steps)
     if profiled and device.type == "cuda":
         profile(replay)
-    return took, tokens[:steps].cpu()
+    model.set_attn_implementation("sdpa")  # of the prompt
+    return took, tokens[: options.steps].cpu()
+
+
+def block_mask(position: Tensor, keys: int) -> BlockMask:
+    """Return flex_attention's mask of one query at a position, (1, 1), for a static cache of some keys.
+
+    transformers makes one in every step from the length of the first layer's cache. That is a tensor which has grown when
+    attention reads it, so that a step would see one key too many.
+    """
+    blocks = torch.arange(-(-keys // KEYS), dtype=torch.int32, device=position.device)[None, None, None]
+    number = torch.full((1, 1, 1), blocks.numel(), dtype=torch.int32, device=position.device)
+    seen = {"mask_mod": lambda sequence, head, query, key: key <= position[0, 0], "seq_lengths": (1, keys)}
+    return BlockMask.from_kv_blocks(number, blocks, BLOCK_SIZE=KEYS, **seen)
 
 
 def profile(replay) -> None:
@@ -145,7 +162,7 @@ def profile(replay) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         replay()
         wait()
-    for entry in sorted(found.key_averages(), key=lambda entry: -entry.device_time_total)[:12]:
+    for entry in sorted(found.key_averages(), key=lambda entry: -entry.device_time_total)[:KERNELS]:
         print(f"{entry.device_time_total:9.0f} us {entry.count:5d} x {entry.key[:LONGEST_NAME]}", flush=True)
 
 
@@ -161,10 +178,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of linears")
     parser.add_argument("--zeros", type=float, nargs="+", default=ZEROS, help="of linears")
-    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS), help="of the model")
+    merged = [form + MERGED for form in FORMS]
+    parser.add_argument("--forms", nargs="+", default=["dense", *merged], choices=[*FORMS, *merged], help="of the model")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens before decoding")
     parser.add_argument("--steps", type=int, default=32, help="tokens that are decoded")
-    parser.add_argument("--compile", action="store_true", help="compile norms, feed-forward networks and rotary embeddings")
+    parser.add_argument("--compile", action="store_true", help="compile a step of the model")
+    parser.add_argument("--attention", default="sdpa", choices=["sdpa", "flex_attention"], help="of a step of the model")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
     return parser.parse_args()
 

@@ -14,6 +14,8 @@ JOINT_PARTS = {
 """Variant -> its name in the table of what each part costs."""
 MOST_OF_DECODING = 16
 """Tokens of a product that are still called decoding."""
+COMPILED = {"whole": "compiled", "True": "parts compiled", "none": "eager", "False": "eager"}
+"""How a model of sparse_decode.csv ran -> what the table says; True and False are of earlier versions."""
 PHASES = ("two_passes", "statistics", "solve", "rule", "block")
 
 
@@ -178,7 +180,7 @@ def sparse_model() -> str:
     """Tokens a second of a whole model by the form of its linears, and their bytes."""
     rows = [row for row in read("sparse_decode.csv") if row["part"] == "model"]
     lines = [
-        [f"{row['form']}, {'parts compiled' if row['compiled'] == 'True' else 'eager'}",
+        [", ".join([row["form"], COMPILED[row["compiled"]], *row["what"].split(", ")[1:]]),
          f"{float(row['tokens_s']):.0f}", f"{float(row['gib']):.2f}"] for row in rows
     ]  # fmt: skip
     first = rows[0]

@@ -62,7 +62,7 @@ class CausalLM(PrunableModule, WritesText):
             `predict` multiplies without unpacking; else as a bit for every weight and the values (`SparseLinear`), on a CPU
             as sparse rows where these are faster (`CsrLinear`). auto: each takes the form that is fastest on this device,
             perhaps dense, by times that are measured once and kept in a cache file: with one token for predict, with many
-            for validate and test. none leaves all dense.
+            for validate and test. none leaves all dense. In `predict` linears that share their input become one product.
         static_cache: Whether `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a
             step, once for each batch size, so that launching kernels no longer limits the speed.
         stream: Whether blocks stay in their safetensors files and are read when they are needed, for models that are larger
@@ -173,8 +173,13 @@ class CausalLM(PrunableModule, WritesText):
         """Replace linears of the blocks by compressed ones."""
         device = None if self._trainer is None else self._trainer.strategy.root_device  # faster on a GPU
         evaluates = self._trainer is not None and self._trainer.state.fn != TrainerFn.PREDICTING
-        given = self.hparams.compressed, self.path, self.model.dtype, device, MANY if evaluates else ONE
-        compress_model(list(self.blocks.values()), *given)
+        given = list(self.blocks.values()), self.hparams.compressed, self.path, self.model.dtype, device
+        if evaluates:
+            compress_model(*given, MANY)
+        else:
+            self.model.eval()  # a layer that is dropped calls no linear
+            ids = torch.arange(2, device=self.model.device)[None]
+            compress_model(*given, ONE, lambda: self.model(input_ids=ids, use_cache=False))
 
     def _check_length(self, config: Any) -> None:
         """Refuse windows longer than the positions that a model has learned; warn if positions are rotary."""

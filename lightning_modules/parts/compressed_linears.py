@@ -1,20 +1,21 @@
 """Replace the linears of a model's blocks by compressed ones: `compressed` of CausalLM."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from functional.sparse24 import DTYPES
-from lightning_modules.parts.compressed_base import zeros_of
+from lightning_modules.parts.compressed_base import on_gpu, zeros_of
 from lightning_modules.parts.csr_linear import CsrLinear
 from lightning_modules.parts.fastest_form import DENSE, FormTimes, fastest
 from lightning_modules.parts.lane_linear import LaneLinear, try_lanes
 from lightning_modules.parts.linear24 import Linear24, try_kernels
+from lightning_modules.parts.merged_linears import MergedLinears, MergedPart, concatenated, sharing_linears
 from lightning_modules.parts.sparse_linear import LEAST_ZEROS, SparseLinear
 
 Kind = Literal["none", "auto", "2:4", "unstructured"]
@@ -37,10 +38,12 @@ class Compression:
         total: Number of linears.
         before: Bytes of all linears before.
         after: Bytes of all linears now.
+        merged: Number of linears that are parts of one product.
     """
 
     forms: Counter = field(default_factory=Counter)
     total: int = 0
+    merged: int = 0
     before: int = 0
     after: int = 0
 
@@ -56,6 +59,7 @@ def compress_linears(
     device: torch.device | None = None,
     timed: Sequence[str] | None = None,
     tokens: int = ONE,
+    run_model: Callable[[], Any] | None = None,
 ) -> Compression:
     """Replace linears of some blocks by compressed ones.
 
@@ -66,27 +70,78 @@ def compress_linears(
         device: Device of the work and of its result; that of the weights when None.
         timed: Forms that are timed on the device; those of `ON_GPU` or `ON_CPU` when None.
         tokens: Tokens at a time that they are timed with.
+        run_model: Runs the model on a few tokens. Linears that share their input, and can have the same forms, become one
+            product then; dense ones on a GPU only. None leaves each by itself.
     """
     found, times = Compression(), {}
-    for block in blocks:
-        for path, linear in list(block.named_modules()):
-            if not isinstance(linear, nn.Linear):
+    for block, together in _together(blocks, [] if run_model is None else sharing_linears(blocks, run_model)):
+        for fitting, paths in _alike(block, together, kind, device, timed).items():
+            linears = [block.get_submodule(path) for path in paths]
+            sizes = [linear.out_features for linear in linears]
+            before = sum(_nbytes(linear) for linear in linears)
+            whole = linears[0] if len(paths) == 1 else concatenated(linears)
+            form = _form_of(whole, kind, fitting, times, tokens)
+            found.total, found.before = found.total + len(paths), found.before + before
+            if form == DENSE and (len(paths) == 1 or not on_gpu(whole.weight)):  # merged dense ones are slower on a CPU
+                found.after += before
                 continue
-            linear.to(device or linear.weight.device)
-            size = sum(parameter.nbytes for parameter in linear.parameters())
-            form = _form_of(linear, kind, timed, times, tokens)
-            compressed = None if form == DENSE else FORMS[form].from_linear(linear)
-            found.total, found.before = found.total + 1, found.before + size
-            found.after += size if compressed is None else compressed.nbytes
-            if compressed is not None:
-                parent, _, name = path.rpartition(".")
-                setattr(block.get_submodule(parent), name, compressed)
-                found.forms[form] += 1
+            linears.clear()  # else the weights would be held twice
+            found.after += _nbytes(_replace(block, paths, sizes, whole, form))
+            found.merged += len(paths) if len(paths) > 1 else 0
+            if form != DENSE:
+                found.forms[form] += len(paths)
     return found
 
 
+def _together(blocks: Sequence[nn.Module], groups: list[list[nn.Linear]]) -> list[tuple[nn.Module, list[str]]]:
+    """Return the paths of all linears of each block, those of a group together."""
+    number = {linear: index for index, group in enumerate(groups) for linear in group}
+    found: dict[tuple[nn.Module, int | str], list[str]] = {}
+    for block in blocks:
+        for path, linear in block.named_modules():
+            if isinstance(linear, nn.Linear):
+                found.setdefault((block, number.get(linear, path)), []).append(path)
+    return [(block, paths) for (block, _), paths in found.items()]
+
+
+def _alike(
+    block: nn.Module, paths: list[str], kind: Kind, device: torch.device | None, timed: Sequence[str] | None
+) -> dict[tuple[str, ...], list[str]]:
+    """Move linears to their device, and return forms -> paths of those that can have these forms."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for path in paths:
+        linear = block.get_submodule(path)
+        linear.to(device or linear.weight.device)
+        found.setdefault(_fitting(linear, kind, timed), []).append(path)
+    return found
+
+
+def _replace(block: nn.Module, paths: list[str], sizes: list[int], whole: nn.Linear, form: str) -> nn.Module:
+    """Put a linear, or what several were merged into, in its form into a block, and return it."""
+    if len(paths) == 1:
+        compressed = FORMS[form].from_linear(whole)
+        block.set_submodule(paths[0], compressed)
+        return compressed
+    merged = MergedLinears(whole, sizes)
+    for index, path in enumerate(paths):
+        block.set_submodule(path, MergedPart(merged, index))
+    if form != DENSE:
+        merged.linear = FORMS[form].from_linear(whole)
+    return merged.linear
+
+
+def _nbytes(linear: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*linear.parameters(), *linear.buffers()))
+
+
 def compress_model(
-    blocks: Sequence[nn.Module], kind: Kind, path: str, dtype: torch.dtype, device: torch.device | None, tokens: int = ONE
+    blocks: Sequence[nn.Module],
+    kind: Kind,
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    tokens: int = ONE,
+    run_model: Callable[[], Any] | None = None,
 ) -> None:
     """Compress a model that was loaded for inference, and tell what became of it.
 
@@ -97,13 +152,14 @@ def compress_model(
         dtype: Dtype of its weights.
         device: Device that it will run on; None if that is not known.
         tokens: Tokens at a time that it will run on.
+        run_model: As in `compress_linears`.
 
     Raises:
         ValueError: If no linear has the zeros for it, or kernels do not run on the device.
     """
-    on_gpu = device is not None and device.type == "cuda"
-    timed = [form for form in ON_GPU if _runs(form, kind, device)] if on_gpu else None
-    found = compress_linears(blocks, kind, device, timed, tokens)
+    has_kernels = device is not None and device.type == "cuda"
+    timed = [form for form in ON_GPU if _runs(form, kind, device)] if has_kernels else None
+    found = compress_linears(blocks, kind, device, timed, tokens, run_model)
     if not found.replaced and kind != "auto":
         lacking = {
             "2:4": "2:4 with a multiple of 4 inputs. Give a model that was pruned with `pattern` = 2:4",
@@ -117,6 +173,8 @@ def compress_model(
     rank_zero_info(
         f"{found.replaced} of {found.total} linears were compressed ({forms}): {found.before / 2**20:.1f} -> "
         f"{found.after / 2**20:.1f} MiB."
+        + f" {found.merged} that share their input with others were merged with these."
+        * bool(found.merged)
     )
     if (found.forms["2:4"] and dtype not in DTYPES) or found.forms["unstructured"]:
         rank_zero_warn(
@@ -126,30 +184,34 @@ def compress_model(
         )
 
 
-def _form_of(
-    linear: nn.Linear, kind: Kind, timed: Sequence[str] | None, times: dict[torch.device, FormTimes], tokens: int
-) -> str:
-    """Return the form that a linear gets, which is on its final device."""
+def _fitting(linear: nn.Linear, kind: Kind, timed: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the forms other than dense that a linear, which is on its final device, can have."""
     if kind == "2:4":
-        return kind if Linear24.fits(linear) else DENSE
-    device = linear.weight.device
+        return (kind,) if Linear24.fits(linear) else ()
     if timed is None:
-        timed = ON_CPU if device.type == "cpu" else ON_GPU
-    if kind == "unstructured":
-        if not SparseLinear.fits(linear):
-            return DENSE
-        if "lanes" in timed and LaneLinear.fits(linear):
-            return "lanes"
-        timed = [name for name in timed if name in ON_CPU]  # the memory counts; sparse rows only where they are fast
-    fitting = [name for name in timed if FORMS[name].fits(linear)]
-    if fitting:
+        timed = ON_CPU if linear.weight.device.type == "cpu" else ON_GPU
+    if kind == "auto":
+        return tuple(name for name in timed if FORMS[name].fits(linear))
+    if not SparseLinear.fits(linear):
+        return ()
+    if "lanes" in timed and LaneLinear.fits(linear):
+        return ("lanes",)
+    # The memory counts; sparse rows only where they are fast.
+    return (*(name for name in timed if name in ON_CPU and FORMS[name].fits(linear)), "unstructured")
+
+
+def _form_of(linear: nn.Linear, kind: Kind, fitting: tuple[str, ...], times: dict[torch.device, FormTimes], tokens: int) -> str:
+    """Return the form that a linear gets, of those that fit."""
+    timed = [name for name in fitting if kind == "auto" or name in ON_CPU]
+    if timed:
+        device = linear.weight.device
         if device not in times:
             times[device] = FormTimes(device)
-        makes = {DENSE: lambda: linear} | {name: lambda made=FORMS[name]: made.from_linear(linear) for name in fitting}
+        makes = {DENSE: lambda: linear} | {name: lambda made=FORMS[name]: made.from_linear(linear) for name in timed}
         chosen = fastest(times[device].of(makes, linear, zeros_of(linear), tokens))
         if chosen != DENSE:
             return chosen
-    return "unstructured" if kind == "unstructured" else DENSE
+    return DENSE if kind == "auto" or not fitting else fitting[-1]
 
 
 def _runs(form: str, kind: Kind, device: torch.device) -> bool:

@@ -68,7 +68,7 @@ def test_rows(measure, tmp_path):
         assert [row[name] for name in ("memory_bytes", "linear_bytes", "linears")] == [
             dense[name] for name in ("memory_bytes", "linear_bytes", "linears")
         ]
-    assert dense["linears"].endswith(" Linear") and asked24["linears"].endswith(" Linear24")
+    assert dense["linears"].endswith(" Linear") and asked24["linears"] == f"{dense['linears']}24"
     assert int(asked24["linear_bytes"]) < int(dense["linear_bytes"])
 
     (directory,) = (tmp_path / "models").glob("*-0.7-plain")

@@ -2,9 +2,11 @@
 
 import csv
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks import sparse_decode, speed_tables
 from benchmarks.sparse_decode import make_zeros
@@ -41,11 +43,36 @@ def test_linears(rows):
 
 def test_model(rows):
     found = rows("--part", "model")
-    assert [row["form"] for row in found] == list(sparse_decode.FORMS)
-    dense = float(found[0]["gib"])
-    assert float(found[1]["gib"]) == pytest.approx(9 / 16 * dense, rel=1e-3)
+    assert [row["form"] for row in found] == ["dense", *(f"{form}, merged" for form in sparse_decode.FORMS)]
+    dense, merged, pattern = (float(row["gib"]) for row in found[:3])
+    assert merged == dense and pattern == pytest.approx(9 / 16 * dense, rel=1e-3)
     assert all(float(row["tokens_s"]) == pytest.approx(1e6 / float(row["us"]), rel=1e-3) for row in found)
     assert found[0]["same_tokens"] == "" and all(0 <= float(row["same_tokens"]) <= 1 for row in found[1:])
+    assert {(row["what"], row["compiled"]) for row in found} == {("decoding", "none")}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_compiled_model(rows, attention, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # one graph as well, in less time
+    forms = ["--forms", "2:4", "2:4, merged"]
+    found = rows("--part", "model", "--compile", "--attention", attention, *forms)
+    what = {"sdpa": "decoding", "flex_attention": "decoding, flex_attention"}[attention]
+    assert [(row["form"], row["what"], row["compiled"]) for row in found] == [(form, what, "whole") for form in forms[1:]]
+    assert float(found[0]["gib"]) == float(found[1]["gib"])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("length", [5, 127, 128, 200])
+def test_the_mask_of_a_step_ends_with_its_own_key(length):
+    position = torch.tensor([[length]])
+    mask = sparse_decode.block_mask(position, 256)
+    query, key, value = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 256, 8), torch.randn(1, 2, 256, 8)
+    for _ in range(2):
+        found = flex_attention(query, key, value, block_mask=mask)
+        seen = int(position) + 1
+        share = torch.softmax(query.double() @ key[:, :, :seen].double().mT / 8**0.5, -1)
+        torch.testing.assert_close(found.double(), share @ value[:, :, :seen].double(), rtol=1e-5, atol=1e-5)
+        position.add_(1)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
