@@ -61,8 +61,9 @@ class CausalLM(PrunableModule, WritesText):
             windows in a batch. unstructured: those with enough zeros, on a GPU at 16 bit in lanes (`LaneLinear`), which
             `predict` multiplies without unpacking; else as a bit for every weight and the values (`SparseLinear`), on a CPU
             as sparse rows where these are faster (`CsrLinear`). auto: each takes the form that is fastest on this device,
-            perhaps dense, by times that are measured once and kept in a cache file: with one token for predict, with many
-            for validate and test. none leaves all dense. In `predict` linears that share their input become one product.
+            perhaps dense, by times that are measured once and kept in a cache file: for predict with a token for each window of
+            a batch, for validate and test with many. none leaves all dense. In `predict` linears that share their input
+            become one product.
         static_cache: Whether `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a
             step, once for each batch size, so that launching kernels no longer limits the speed.
         stream: Whether blocks stay in their safetensors files and are read when they are needed, for models that are larger
@@ -179,7 +180,8 @@ class CausalLM(PrunableModule, WritesText):
         else:
             self.model.eval()  # a layer that is dropped calls no linear
             ids = torch.arange(2, device=self.model.device)[None]
-            compress_model(*given, ONE, lambda: self.model(input_ids=ids, use_cache=False))
+            windows = data_of(self._trainer).facts().batch_size  # a step multiplies a token of each
+            compress_model(*given, windows or ONE, lambda: self.model(input_ids=ids, use_cache=False))
 
     def _check_length(self, config: Any) -> None:
         """Refuse windows longer than the positions that a model has learned; warn if positions are rotary."""

@@ -26,7 +26,7 @@ ON_GPU, ON_CPU = ("2:4", "lanes"), ("csr",)
 ASKED = {"2:4": "2:4", "lanes": "unstructured"}
 """Form of a GPU -> kind that asks for it."""
 ONE, MANY = 1, 128
-"""Tokens at a time with which forms are timed: those of decoding, and of evaluation."""
+"""Tokens at a time with which forms are timed: of decoding one window, and of evaluation."""
 
 
 @dataclass

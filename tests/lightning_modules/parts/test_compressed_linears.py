@@ -163,7 +163,7 @@ def test_logits_equal_those_of_the_dense_model(sparse_model, kind, timed, capsys
 
 
 @needs_mkl
-@pytest.mark.parametrize(("stage", "tokens"), [("validate", 128), ("test", 128), ("predict", 1)])
+@pytest.mark.parametrize(("stage", "tokens"), [("validate", 128), ("test", 128), ("predict", 2)])
 def test_forms_are_timed_with_the_tokens_of_the_stage(stage, tokens, sparse_model, text_file, timed, tmp_path):
     calls = timed(FAST)
     data = TextDataModule(sparse_model, source=text_file, seq_len=16, num_calibration=1, num_heldout=2, batch_size=2)
