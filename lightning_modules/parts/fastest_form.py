@@ -14,6 +14,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -162,9 +163,12 @@ def _over_copies(module: nn.Module, tokens: int) -> tuple[Callable[[], Any], int
         for turn in turns:
             turn(x)
 
-    if not tensor.is_cuda:
-        return run, len(turns)
-    with torch.cuda.device(tensor.device):
+    return captured(run, tensor.device) if tensor.is_cuda else run, len(turns)
+
+
+def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    """Capture the launches of a function, which is called once before, in a CUDA graph, and return its replay."""
+    with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles kernels, which must not happen while capturing
@@ -173,7 +177,12 @@ def _over_copies(module: nn.Module, tokens: int) -> tuple[Callable[[], Any], int
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-    return graph.replay, len(turns)
+    return partial(_replay, graph, run)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, run: Callable[[], Any]) -> None:
+    """Replay a graph. It does not hold the tensors that it reads, but the function whose launches it has does."""
+    graph.replay()
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

@@ -1,7 +1,10 @@
 """The choice of a form by times, with a timer that says what a test wants; and the file that keeps the times."""
 
+import contextlib
+import gc
 import json
 import logging
+import weakref
 
 import pytest
 import torch
@@ -162,3 +165,38 @@ def test_every_form_is_run_as_often(monkeypatch):
     assert list(found) == ["dense", "other"] and min(found.values()) > 0
     assert len(calls) == 2 * 3 * (1 + fastest_form.LEAST_ROUNDS) and len(set(calls)) == 2 * 3
     assert calls[6:9] != calls[9:12] and calls[6:12] == calls[12:18]
+
+
+def test_a_captured_function_lives_as_long_as_its_replay(monkeypatch):
+    """A graph reads the tensors of the function that was captured, wherever they lie, and does not keep them itself."""
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    class Stream:
+        def wait_stream(self, other):
+            calls.append("wait")
+
+    class Run:
+        def __call__(self):
+            calls.append("run")
+
+    calls = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda given: contextlib.nullcontext())
+    run = Run()
+    alive = weakref.ref(run)
+    replay = fastest_form.captured(run, CPU)
+    assert calls == ["wait", "run", "wait", "run"]
+    del run
+    gc.collect()
+    assert alive() is not None
+    replay()
+    assert calls[4:] == ["replay"]
+    del replay
+    gc.collect()
+    assert alive() is None
