@@ -14,8 +14,8 @@ JOINT_PARTS = {
 """Variant -> its name in the table of what each part costs."""
 MOST_OF_DECODING = 16
 """Tokens of a product that are still called decoding."""
-COMPILED = {"whole": "compiled", "True": "parts compiled", "none": "eager", "False": "eager"}
-"""How a model of sparse_decode.csv ran -> what the table says; True and False are of earlier versions."""
+COMPILED = {"whole": "compiled", "none": "eager"}
+"""How a model of sparse_decode.csv ran -> what the table says."""
 PHASES = ("two_passes", "statistics", "solve", "rule", "block")
 
 

@@ -41,10 +41,11 @@ class Config(NamedTuple):
 
 FASTEST = {
     (1, "few rows"): Config(1, 4, 1, 8), (1, "long rows"): Config(1, 4, 1, 8), (1, "many rows"): Config(2, 2, 1, 8),
+    (4, "few rows"): Config(2, 4, 1, 8), (4, "long rows"): Config(1, 4, 1, 8), (4, "many rows"): Config(2, 2, 1, 8),
     (8, "few rows"): Config(2, 4, 6, 1), (8, "long rows"): Config(2, 4, 6, 1), (8, "many rows"): Config(2, 2, 1, 8),
     (16, "few rows"): Config(2, 4, 6, 1), (16, "long rows"): Config(2, 4, 6, 1), (16, "many rows"): Config(2, 2, 1, 8),
 }  # fmt: skip
-"""Largest number of tokens, and shape -> fastest configuration for LLaMA-2-7B's linears (q, down, gate): one token on an
+"""Largest number of tokens, and shape -> fastest configuration for LLaMA-2-7B's linears (q, down, gate): up to 4 tokens on an
 H100, more on an H200 (benchmarks/sparse24_tuning.py)."""
 MANY = 8192
 
@@ -65,7 +66,7 @@ def default_config(tokens: int, rows: int, columns: int) -> Config:
         Config(tiles=1, warps=4, stages=1, unroll=8)
     """
     _check_tokens(tokens)
-    most = next(most for most in (1, OF_A_PRODUCT, MOST_TOKENS) if tokens <= most)
+    most = next(most for most in sorted({most for most, _ in FASTEST}) if tokens <= most)
     chosen = FASTEST[most, "many rows" if rows > MANY else "long rows" if columns > MANY else "few rows"]
     strips = -(-columns // STRIP)
     return Config(chosen.tiles, min(chosen.warps, 1 << strips.bit_length() - 1), chosen.stages, chosen.unroll)

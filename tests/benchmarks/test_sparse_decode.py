@@ -87,4 +87,4 @@ def test_zeros_are_the_smallest(share):
 
 def test_table():
     text = speed_tables.sparse_decode()
-    assert "| q, 70% zeros | 0.38 |" in text and "| unstructured, 70 %, parts compiled |" in text
+    assert "| q, 70% zeros | 0.38 |" in text and "| unstructured, 70 %, merged, compiled |" in text
