@@ -20,7 +20,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.graph_runs import EARLY, FACTS, add_options, read, run_missing, sources
-from benchmarks.graph_settings import DEFAULT
+from benchmarks.graph_settings import BALANCED, DEFAULT
 
 KEYS = ("phase", "dataset", "labels", "method", "arguments", "seed", "data_seed")
 COLUMNS = (*KEYS, *EARLY, *FACTS)
@@ -32,7 +32,6 @@ PREFIX = "csg2l, default: "
 NO_CONTRAST = {"contrast_weight": 0.0}
 JOINT = {"base": "joint", "mix": 1.0}
 KNN = {"view": "knn", "mix": 1.0}
-BALANCED = NO_CONTRAST | {"balanced": True, "alignment": 0.0, "clean": True, "confident": "mean"}
 MLP = {"local_view": "mlp"}
 UNLIKE: dict[str, dict[str, Any]] = {
     "edges": {},
