@@ -17,9 +17,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.graph_few import BALANCED, DECOUPLED, JOINT, KNN, MLP, PREFIX, VAL_PER_CLASS
-from benchmarks.graph_runs import EARLY, FACTS, add_options, prepare_all, read, run_missing, sources
-from benchmarks.graph_settings import DEFAULT
+from benchmarks.graph_few import DECOUPLED, JOINT, KNN, MLP, PREFIX, balanced
+from benchmarks.graph_runs import EARLY, FACTS, add_options, prepare_all, ranked, read, run_missing, sources
+from benchmarks.graph_settings import BALANCED, DEFAULT
 
 KEYS = ("phase", "dataset", "labels", "attack", "method", "arguments", "drop_dissimilar", "seed", "data_seed")
 COLUMNS = (*KEYS, *EARLY, *FACTS)
@@ -118,11 +118,10 @@ def best(path: Path, dataset: str, attack: str, method: str) -> dict[str, Any]:
         key = row["arguments"], row["drop_dissimilar"]
         if (row["phase"], row["dataset"], row["attack"], row["method"]) == ("choose", dataset, attack, method) and key in found:
             found[key][row["seed"]] = float(row["val"])
-    seeds = set.intersection(*(set(values) for values in found.values()))
-    if not seeds:
+    best_first = ranked(found)
+    if not best_first:
         raise SystemExit(f"{path} has no candidates of {method!r} on {dataset}, {attack}: run --study choose first.")
-    means = [mean(values[seed] for seed in sorted(seeds)) for values in found.values()]
-    return CHOICES[method][means.index(max(means))]
+    return CHOICES[method][list(found).index(next(iter(best_first)))]
 
 
 def split_off(configuration: dict[str, Any]) -> tuple[dict[str, Any], float | str]:
@@ -138,8 +137,7 @@ def tasks(
     found = []
     for seed in seeds:
         for (dataset, attack), chosen in methods.items():
-            data = {"split": "random", "labels_per_class": LABELS, "val_per_class": VAL_PER_CLASS, "num_test": -1}
-            data = known[dataset] | data | ATTACKS[attack]
+            data = known[dataset] | balanced(LABELS) | ATTACKS[attack]
             for name, configuration in chosen:
                 arguments, threshold = split_off(configuration)
                 row = (phase, dataset, LABELS, attack, name, json.dumps(arguments), threshold, seed, seed)

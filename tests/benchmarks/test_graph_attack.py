@@ -8,7 +8,7 @@ import time
 import pytest
 
 import benchmarks.graph_runs as graph_runs
-from benchmarks import graph_attack, graph_settings
+from benchmarks import graph_attack, graph_few, graph_settings
 from lightning_modules import CSG2L, NodeClassifier, PurifiedView
 
 SMALL = {"source": "wine", "num_val": 10}
@@ -75,7 +75,7 @@ def test_thresholds_are_told_apart(tmp_path):
 def test_a_study_from_the_first_attack_to_its_rows(tmp_path, monkeypatch, capsys):
     """Candidates, then the final study with the one that was chosen; a second time nothing is run."""
     monkeypatch.setattr(graph_attack, "sources", lambda root: {"wine": SMALL | {"root": str(root)}})
-    monkeypatch.setattr(graph_attack, "VAL_PER_CLASS", 5)
+    monkeypatch.setattr(graph_few, "VAL_PER_CLASS", 5)
     monkeypatch.setattr(graph_runs, "MAX_EPOCHS", 20)
     small = {"encoder": "gcn", "hidden_channels": 8}
     monkeypatch.setattr(graph_attack, "METHODS", {"gcn": small})
