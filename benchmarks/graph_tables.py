@@ -259,24 +259,6 @@ def few() -> str:
     return f"{accuracy}\n\n{table(['', 'Cora', 'CiteSeer', 'both'], lines)}\n\n{note}"
 
 
-def poisoned() -> str:
-    """Test accuracy on attacked graphs by method."""
-    rows = [row for row in read("csg2l_attack.csv") if row["phase"] == "final"]
-    found = accuracies(rows, "final", "method", "dataset", "attack")
-    cells = [(dataset, attack) for dataset in NAMES for attack in dict.fromkeys(row["attack"] for row in rows)
-             if any(key[1:] == (dataset, attack) for key in found)]  # fmt: skip
-    lines = []
-    for method in sorted({row["method"] for row in rows}, key=lambda name: (name.startswith("csg2l"), name)):
-        values = [list(found.get((method, *cell), {}).values()) for cell in cells]
-        shown = ("{:.1f} ± {:.1f} ({})".format(*interval(v), len(v)) if len(v) > 1 else "" for v in values)
-        lines.append([method, *shown])
-    note = (
-        "Test accuracy in per cent, 20 labels a class, mean ± half a 95 % interval over fresh splits (number of splits). "
-        f"{hardware(rows)}."
-    )
-    return f"{table(['', *(f'{NAMES[dataset]}, {attack}' for dataset, attack in cells)], lines)}\n\n{note}"
-
-
 def unlike(phase: str, splits: str, command: str) -> str:
     """Test accuracy by local and other view on graphs whose neighbours differ, and paired differences to the MLP alone."""
     rows = [row for row in read("csg2l_few.csv") if row["phase"] == phase]
@@ -336,6 +318,5 @@ TABLES = {
     "graphs-unlike-fresh": lambda: unlike(
         "unlike_fresh", "random splits of the same sizes", "graph_few --data FOLDER --study unlike_fresh"
     ),
-    "graphs-attack": poisoned,
     "graphs-speed": speed,
 }
