@@ -61,16 +61,15 @@ def quality() -> str:
     found = accuracies(rows, "final", "method", "dataset")
     datasets = [name for name in NAMES if any(key[1] == name for key in found)]
     methods = sorted({key[0] for key in found}, key=lambda name: ("csg2l" in name, "pseudo" in name, name))
-    lines = [
-        [method, *(spread(found[method, name].values()) if (method, name) in found else "" for name in datasets)]
-        for method in methods
-    ]
-    for ours, alone in (("csg2l, gcn", "gcn"), ("csg2l, appnp", "appnp"), (DEFAULT, "gcn")):
-        cells = []
-        for name in datasets:
-            pair = [found.get((method, name), {}) for method in (ours, alone)]
-            cells.append(gain(paired(*pair)))
-        lines.append([f"{ours} − {alone}", *cells])
+    lines = []
+    for method in methods:
+        values = [found.get((method, name), {}).values() for name in datasets]
+        lines.append([method, *(spread(of_one) if len(of_one) > 1 else "" for of_one in values)])
+    pairs = [(f"csg2l, {name}{what}", name) for what in ("", ", balanced") for name in ("gcn", "appnp")]
+    for ours, alone in (*pairs, (DEFAULT, "gcn")):
+        cells = [gain(paired(found.get((ours, name), {}), found.get((alone, name), {}))) for name in datasets]
+        if any(cells):
+            lines.append([f"{ours} − {alone}", *cells])
     seeds = sorted({len(values) for values in found.values()})
     note = (
         f"Test accuracy in per cent, mean ± standard deviation of {' or '.join(map(str, seeds))} fresh seeds; differences are "
