@@ -34,7 +34,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "prbcd 25 %, low rank": PRBCD | {"attack_surrogate": "low_rank"},
 }
 """Name of an attack -> what GraphDataModule is given. The last one, which knows of the low-rank view, is run if asked for."""
-PURIFIED = {"purified_rank": 20}
+PURIFIED, JACCARD = {"purified_rank": 20}, {"drop_dissimilar": 0.0}
 PLAIN = {name: DEFAULT[name] for name in ("hidden_channels", "dropout", "learning_rate", "weight_decay")}
 PSEUDO = {name: DEFAULT[name] for name in ("pseudo_weight", "alignment", "confident", "warmup_epochs")}
 GCN, APPNP = ({"encoder": name} | PLAIN for name in ("gcn", "appnp"))
@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "appnp": APPNP,
     "gcn, pseudo-labels": GCN | PSEUDO,
     "gcn: svd": GCN | PURIFIED,
-    "gcn: jaccard": GCN | {"drop_dissimilar": 0.0},
+    "gcn: jaccard": GCN | JACCARD,
     "csg2l, default": DEFAULT,
     **{
         PREFIX + name: DEFAULT | changed
@@ -58,6 +58,8 @@ METHODS: dict[str, dict[str, Any]] = {
             "decoupled, dropped edges": DECOUPLED | {"view": "drop"},
             "decoupled, knn": DECOUPLED | KNN,
             "decoupled, mlp, knn": DECOUPLED | MLP | KNN,
+            "decoupled, knn, jaccard": DECOUPLED | KNN | JACCARD,
+            "knn, balanced, jaccard": KNN | BALANCED | JACCARD,
         }.items()
     },
 }
