@@ -17,9 +17,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.graph_few import BALANCED, DECOUPLED, JOINT, KNN, MLP, PREFIX, VAL_PER_CLASS
-from benchmarks.graph_runs import EARLY, FACTS, add_options, prepare_all, read, run_missing, sources
-from benchmarks.graph_settings import DEFAULT
+from benchmarks.graph_few import DECOUPLED, JOINT, KNN, MLP, PREFIX, balanced
+from benchmarks.graph_runs import EARLY, FACTS, add_options, prepare_all, ranked, read, run_missing, sources
+from benchmarks.graph_settings import BALANCED, DEFAULT
 
 KEYS = ("phase", "dataset", "labels", "attack", "method", "arguments", "drop_dissimilar", "seed", "data_seed")
 COLUMNS = (*KEYS, *EARLY, *FACTS)
@@ -34,7 +34,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "prbcd 25 %, low rank": PRBCD | {"attack_surrogate": "low_rank"},
 }
 """Name of an attack -> what GraphDataModule is given. The last one, which knows of the low-rank view, is run if asked for."""
-PURIFIED = {"purified_rank": 20}
+PURIFIED, JACCARD = {"purified_rank": 20}, {"drop_dissimilar": 0.0}
 PLAIN = {name: DEFAULT[name] for name in ("hidden_channels", "dropout", "learning_rate", "weight_decay")}
 PSEUDO = {name: DEFAULT[name] for name in ("pseudo_weight", "alignment", "confident", "warmup_epochs")}
 GCN, APPNP = ({"encoder": name} | PLAIN for name in ("gcn", "appnp"))
@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "appnp": APPNP,
     "gcn, pseudo-labels": GCN | PSEUDO,
     "gcn: svd": GCN | PURIFIED,
-    "gcn: jaccard": GCN | {"drop_dissimilar": 0.0},
+    "gcn: jaccard": GCN | JACCARD,
     "csg2l, default": DEFAULT,
     **{
         PREFIX + name: DEFAULT | changed
@@ -58,6 +58,8 @@ METHODS: dict[str, dict[str, Any]] = {
             "decoupled, dropped edges": DECOUPLED | {"view": "drop"},
             "decoupled, knn": DECOUPLED | KNN,
             "decoupled, mlp, knn": DECOUPLED | MLP | KNN,
+            "decoupled, knn, jaccard": DECOUPLED | KNN | JACCARD,
+            "knn, balanced, jaccard": KNN | BALANCED | JACCARD,
         }.items()
     },
 }
@@ -118,11 +120,10 @@ def best(path: Path, dataset: str, attack: str, method: str) -> dict[str, Any]:
         key = row["arguments"], row["drop_dissimilar"]
         if (row["phase"], row["dataset"], row["attack"], row["method"]) == ("choose", dataset, attack, method) and key in found:
             found[key][row["seed"]] = float(row["val"])
-    seeds = set.intersection(*(set(values) for values in found.values()))
-    if not seeds:
+    best_first = ranked(found)
+    if not best_first:
         raise SystemExit(f"{path} has no candidates of {method!r} on {dataset}, {attack}: run --study choose first.")
-    means = [mean(values[seed] for seed in sorted(seeds)) for values in found.values()]
-    return CHOICES[method][means.index(max(means))]
+    return CHOICES[method][list(found).index(next(iter(best_first)))]
 
 
 def split_off(configuration: dict[str, Any]) -> tuple[dict[str, Any], float | str]:
@@ -138,8 +139,7 @@ def tasks(
     found = []
     for seed in seeds:
         for (dataset, attack), chosen in methods.items():
-            data = {"split": "random", "labels_per_class": LABELS, "val_per_class": VAL_PER_CLASS, "num_test": -1}
-            data = known[dataset] | data | ATTACKS[attack]
+            data = known[dataset] | balanced(LABELS) | ATTACKS[attack]
             for name, configuration in chosen:
                 arguments, threshold = split_off(configuration)
                 row = (phase, dataset, LABELS, attack, name, json.dumps(arguments), threshold, seed, seed)

@@ -118,15 +118,17 @@ def reweighting() -> str:
 
 
 def beside_neighbours() -> list[list[str]]:
-    """Lines of csg2l_contrast.csv, if it is there: groups against each other, with 1, 3 and 5 labels a class."""
+    """Lines of csg2l_contrast.csv, if it is there: groups against each other, with 3 and 5 labels a class and with 1."""
     rows = read_if_there(ROOT / "results" / "csg2l_contrast.csv")
     found = accuracies(rows, "final", "method", "dataset", "labels")
-    pools = [[(name, count) for name in names for count in FEW] for names in (*((name,) for name in PLANETOID), PLANETOID)]
     texts = []
     for one, other in ((WITH, WITHOUT), (WITHOUT, NONE), (WITH, NONE), (LABELLED, NONE)):
-        cells = [cell(found, PREFIX + one, PREFIX + other, keys) for keys in pools]
-        if any(cells):
-            texts.append([f"knn and edges, balanced: {one} − {other}, ≤ 5 labels", *cells[:2], "", cells[2]])
+        for label, labels in (("3 and 5 labels", ("3", "5")), ("1 label", ("1",))):
+            pools = (*((name,) for name in PLANETOID), PLANETOID)
+            keys = [[(name, count) for name in names for count in labels] for names in pools]
+            cells = [cell(found, PREFIX + one, PREFIX + other, of_one) for of_one in keys]
+            if any(cells):
+                texts.append([f"knn and edges, balanced: {one} − {other}, {label}", *cells[:2], "", cells[2]])
     return texts
 
 
@@ -157,11 +159,12 @@ def fresh_encoders() -> str:
     rows = [row for row in read("csg2l_encoders_fresh.csv") if row["phase"] == "final"]
     found = accuracies(rows, "final", "method", "dataset", "labels")
     texts = []
-    for encoder, dataset, count in sorted({(row["encoder"], row["dataset"], row["labels"]) for row in rows}):
+    for encoder, count in sorted({(row["encoder"], row["labels"]) for row in rows}, key=lambda key: (key[0], int(key[1]))):
         pairs = [(f"csg2l, {encoder}: {one}", f"{encoder}: {other}") for one, other in FRESH]
-        texts.append(
-            [f"{encoder}, {NAMES[dataset]}, {count} labels", *(cell(found, *pair, [(dataset, count)]) for pair in pairs)]
-        )
+        for label, datasets in (*((NAMES[name], (name,)) for name in PLANETOID), ("both", PLANETOID)):
+            cells = [cell(found, *pair, [(name, count) for name in datasets]) for pair in pairs]
+            if any(cells):
+                texts.append([f"{encoder}, {label}, {count} labels", *cells])
     intro = "On fresh splits, with nothing tuned but the setting (`chosen`: by validation, on other splits):"
     return f"{intro}\n\n{table(['', *(' − '.join(pair) for pair in FRESH)], texts)}"
 

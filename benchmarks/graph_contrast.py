@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.graph_few import BALANCED, COLUMNS, DATASETS, KEYS, KNN, PREFIX, tasks
-from benchmarks.graph_runs import add_options, read, run_missing, sources
-from benchmarks.graph_settings import DEFAULT
+from benchmarks.graph_few import COLUMNS, DATASETS, KEYS, KNN, PREFIX, tasks
+from benchmarks.graph_runs import add_options, ranked, read, run_missing, sources
+from benchmarks.graph_settings import BALANCED, DEFAULT
 
 LABELS = {"choose": (3, 5), "final": (1, 3, 5)}
 SEEDS = {"choose": (3000, 5), "final": (6000, 20)}
@@ -94,12 +94,11 @@ def best(path: Path, group: str) -> dict[str, Any]:
     if len(candidates) == 1:
         return candidates[0]
     found = accuracies(path, "choose")
-    values = [found.get((group, json.dumps(DEFAULT | BASE | candidate)), {}) for candidate in candidates]
-    cells = sorted(set.intersection(*map(set, values)))
-    if not cells:
+    values = {n: found.get((group, json.dumps(DEFAULT | BASE | one)), {}) for n, one in enumerate(candidates)}
+    best_first = ranked(values)
+    if not best_first:
         raise SystemExit(f"{path} has no candidates of {group!r}: run --study choose first.")
-    means = [mean(of_one[cell] for cell in cells) for of_one in values]
-    return candidates[means.index(max(means))]
+    return candidates[next(iter(best_first))]
 
 
 def accuracies(path: Path, study: str) -> dict[tuple[str, str], dict[tuple[str, str, str], float]]:

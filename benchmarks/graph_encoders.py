@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.graph_few import BALANCED, DATASETS, JOINT, KNN, VAL_PER_CLASS, ranked
-from benchmarks.graph_runs import EARLY, FACTS, add_options, read, run_missing, sources
-from benchmarks.graph_settings import DEFAULT, ENCODERS
+from benchmarks.graph_few import DATASETS, JOINT, KNN, balanced
+from benchmarks.graph_runs import EARLY, FACTS, add_options, ranked, read, run_missing, sources
+from benchmarks.graph_settings import BALANCED, DEFAULT, ENCODERS
 
 KEYS = ("phase", "dataset", "labels", "encoder", "method", "arguments", "seed", "data_seed")
 COLUMNS = (*KEYS, *EARLY, *FACTS)
@@ -70,12 +70,12 @@ def finalists(path: Path, encoder: str) -> dict[str, dict[str, Any]]:
     Raises:
         SystemExit: If the file has no candidate of the encoder.
     """
-    ranked = validated(path, "choose", encoder)
-    if not ranked:
+    best_first = validated(path, "choose", encoder)
+    if not best_first:
         raise SystemExit(f"Argument `out` expected rows of --study choose for {encoder} but got {path}. Run that study first.")
     alone = {name: {"encoder": encoder} | arguments for name, arguments in ALONE.items()}
     known = candidates(encoder)
-    return alone | {"default": known["default"], CHOSEN: known[next(iter(ranked))]}
+    return alone | {"default": known["default"], CHOSEN: known[next(iter(best_first))]}
 
 
 def tasks(phase: str, known: dict, methods: dict[str, dict[str, dict]], datasets, labels, seeds) -> list[tuple[dict, dict]]:
@@ -84,12 +84,11 @@ def tasks(phase: str, known: dict, methods: dict[str, dict[str, dict]], datasets
     for seed in seeds:
         for dataset in datasets:
             for count in labels:
-                data = {"split": "random", "labels_per_class": count, "val_per_class": VAL_PER_CLASS, "num_test": -1}
                 for encoder, configurations in methods.items():
                     for name, arguments in configurations.items():
                         base = encoder if name in ALONE else f"csg2l, {encoder}"
                         row = (phase, dataset, count, encoder, f"{base}: {name}", json.dumps(arguments), seed, seed)
-                        found.append((dict(zip(KEYS, row, strict=True)), known[dataset] | data))
+                        found.append((dict(zip(KEYS, row, strict=True)), known[dataset] | balanced(count)))
     return found
 
 

@@ -16,11 +16,10 @@ import argparse
 import json
 import time
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from benchmarks.graph_runs import EARLY, FACTS, add_options, read, run_missing, sources
-from benchmarks.graph_settings import DEFAULT
+from benchmarks.graph_runs import EARLY, FACTS, add_options, ranked, read, run_missing, sources
+from benchmarks.graph_settings import BALANCED, DEFAULT
 
 KEYS = ("phase", "dataset", "labels", "method", "arguments", "seed", "data_seed")
 COLUMNS = (*KEYS, *EARLY, *FACTS)
@@ -32,7 +31,6 @@ PREFIX = "csg2l, default: "
 NO_CONTRAST = {"contrast_weight": 0.0}
 JOINT = {"base": "joint", "mix": 1.0}
 KNN = {"view": "knn", "mix": 1.0}
-BALANCED = NO_CONTRAST | {"balanced": True, "alignment": 0.0, "clean": True, "confident": "mean"}
 MLP = {"local_view": "mlp"}
 UNLIKE: dict[str, dict[str, Any]] = {
     "edges": {},
@@ -104,12 +102,16 @@ def tasks(phase: str, known: dict, methods: dict[str, dict], datasets, labels, s
     for seed in seeds:
         for dataset in datasets:
             for count in labels:
-                data = {"split": "random", "labels_per_class": count, "val_per_class": VAL_PER_CLASS, "num_test": -1}
                 for name, changed in methods.items():
                     arguments = json.dumps(DEFAULT | changed)
                     row = (phase, dataset, count, PREFIX + name, arguments, seed, seed)
-                    found.append((dict(zip(KEYS, row, strict=True)), known[dataset] | data))
+                    found.append((dict(zip(KEYS, row, strict=True)), known[dataset] | balanced(count)))
     return found
+
+
+def balanced(labels: int) -> dict[str, Any]:
+    """What GraphDataModule is given for a random split with as many labels of each class."""
+    return {"split": "random", "labels_per_class": labels, "val_per_class": VAL_PER_CLASS, "num_test": -1}
 
 
 def folds(known: dict, methods: dict[str, dict], datasets) -> list[tuple[dict, dict]]:
@@ -144,13 +146,6 @@ def validated(path: Path, phase: str) -> dict[str, float]:
             )
     most = max(map(len, found.values()), default=0)
     return ranked({name: values for name, values in found.items() if 2 * len(values) >= most})
-
-
-def ranked(found: dict[str, dict[tuple, float]]) -> dict[str, float]:
-    """Name -> mean over the cells that all names have, the highest first."""
-    cells = set.intersection(*map(set, found.values())) if found else set()
-    means = {name: mean(values[cell] for cell in cells) for name, values in found.items() if cells}
-    return dict(sorted(means.items(), key=lambda entry: -entry[1]))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
     python -m benchmarks.graph_quality --data FOLDER                      # -> results/csg2l.csv
     python -m benchmarks.graph_quality --data FOLDER --study encoders     # -> results/csg2l_encoders.csv
+    python -m benchmarks.graph_quality --data FOLDER --datasets Cora CiteSeer --methods "csg2l, appnp, balanced"
 
 For each method and data set `--configs` random configurations (spaces in graph_settings.py) are trained with one seed, the four
 of the highest validation accuracy with two more, and the one of the highest mean with `--seeds` fresh seeds; variants of
-CSG2L's in the ablation. Test nodes choose nothing. Rows are appended and not run again; several processes may share a file.
+CSG2L's in the ablation. `csg2l, gcn, balanced` and its like, run if asked for, draw their second view among those that differ
+from the edges. Test nodes choose nothing. Rows are appended and not run again; several processes may share a file.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Train one graph method once and measure it; many of them in worker processes (graph_quality.py, graph_robust.py)."""
+"""What the studies of graphs share: train a method once and measure it, many of them in worker processes, rows of a file."""
 
 import argparse
 import contextlib
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -275,8 +276,13 @@ def run_missing(rows: list[tuple[dict, dict]], out: Path, keys: tuple[str, ...],
         keys: Columns that tell rows apart.
         columns: All columns.
         options: Parsed arguments of `add_options`, with `stop_at`.
+
+    Raises:
+        SystemExit: If the file has final rows of a method whose configuration was another.
     """
-    done = {tuple(row[key] for key in keys) for row in read(out)}
+    old = read(out)
+    _check_final(rows, old, keys, out)
+    done = {tuple(row[key] for key in keys) for row in old}
     keyed = {tuple(str(row[key]) for key in keys): (row, data) for row, data in rows}  # a configuration can be drawn twice
     missing = [entry for key, entry in keyed.items() if key not in done]
     facts = environment() | {"processes": options.workers * options.together, "torch_geometric": torch_geometric.__version__}
@@ -287,6 +293,31 @@ def run_missing(rows: list[tuple[dict, dict]], out: Path, keys: tuple[str, ...],
                      found[name] for name in columns if name in found}, columns)  # fmt: skip
 
     run_all(missing, options.workers, write, options.stop_at, options.together)
+
+
+CONFIGURED = ("arguments", "drop_dissimilar")
+"""Columns of a method's configuration."""
+
+
+def _check_final(rows: list[tuple[dict, dict]], old: list[dict[str, str]], keys: tuple[str, ...], out: Path) -> None:
+    """Refuse to add to final rows of another choice: a table would take the mean of both."""
+    apart = [key for key in keys if key not in (*CONFIGURED, "seed", "data_seed")]
+    wanted = {tuple(str(row[key]) for key in apart): row for row, _ in rows if row.get("phase") == "final"}
+    for row in old:
+        now = wanted.get(tuple(row[key] for key in apart), row)
+        for key in CONFIGURED:
+            if key in keys and row[key] != str(now[key]):
+                raise SystemExit(
+                    f"{out} has final rows of {row['method']!r} on {row['dataset']} with {key} {row[key]}, but now it is "
+                    f"{now[key]}. Remove these rows, or give another --out."
+                )
+
+
+def ranked(found: dict[Any, dict[Any, float]]) -> dict[Any, float]:
+    """Name -> mean over the cells that all names have, the highest first; nothing if there is no such cell."""
+    cells = set.intersection(*map(set, found.values())) if found else set()
+    means = {name: mean(values[cell] for cell in cells) for name, values in found.items() if cells}
+    return dict(sorted(means.items(), key=lambda entry: -entry[1]))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -52,6 +52,11 @@ DEFAULT = {
     "warmup_epochs": 60,
 }
 """Those of the class, the same on every data set: not tuned."""
+BALANCED = {"contrast_weight": 0.0, "balanced": True, "alignment": 0.0, "clean": True, "confident": "mean"}
+"""Balanced softmax on pseudo-labels, and no contrast."""
+JOINT_OR_NEIGHBOURS = {"base": "joint", "mix": 1.0, "edge_weight": 1.0, "warmup_epochs": 60}
+OTHER_VIEW = {"view": ["svd", "knn", "drop"], "pseudo_weight": PSEUDO["pseudo_weight"]}
+"""Second views that differ from the edges: the joint low-rank one, edges and neighbours, dropped edges."""
 ENCODERS = ("gcn", "gat", "graphsage", "gin", "appnp", "sgc")
 METHODS: dict[str, tuple[str, dict[str, Any], dict[str, list]]] = {
     **{name: ("NodeClassifier", {"encoder": name}, COMMON) for name in ENCODERS},
@@ -65,6 +70,10 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, list]]] = {
         {"encoder": "gcn", "view": "drop"},
         COMMON | CONTRAST | PSEUDO | {"drop_edges": [0.2, 0.4], "drop_features": [0.2, 0.4]},
     ),
+    **{
+        f"csg2l, {name}, balanced": ("CSG2L", JOINT_OR_NEIGHBOURS | BALANCED | {"encoder": name}, COMMON | OTHER_VIEW)
+        for name in ("gcn", "appnp")
+    },
 }
 METHODS["csg2l, default"] = ("CSG2L", DEFAULT, {})
 """Name of a row -> class, what is fixed, and values among which the random search draws."""

@@ -61,16 +61,15 @@ def quality() -> str:
     found = accuracies(rows, "final", "method", "dataset")
     datasets = [name for name in NAMES if any(key[1] == name for key in found)]
     methods = sorted({key[0] for key in found}, key=lambda name: ("csg2l" in name, "pseudo" in name, name))
-    lines = [
-        [method, *(spread(found[method, name].values()) if (method, name) in found else "" for name in datasets)]
-        for method in methods
-    ]
-    for ours, alone in (("csg2l, gcn", "gcn"), ("csg2l, appnp", "appnp"), (DEFAULT, "gcn")):
-        cells = []
-        for name in datasets:
-            pair = [found.get((method, name), {}) for method in (ours, alone)]
-            cells.append(gain(paired(*pair)))
-        lines.append([f"{ours} − {alone}", *cells])
+    lines = []
+    for method in methods:
+        values = [found.get((method, name), {}).values() for name in datasets]
+        lines.append([method, *(spread(of_one) if len(of_one) > 1 else "" for of_one in values)])
+    pairs = [(f"csg2l, {name}{what}", name) for what in ("", ", balanced") for name in ("gcn", "appnp")]
+    for ours, alone in (*pairs, (DEFAULT, "gcn")):
+        cells = [gain(paired(found.get((ours, name), {}), found.get((alone, name), {}))) for name in datasets]
+        if any(cells):
+            lines.append([f"{ours} − {alone}", *cells])
     seeds = sorted({len(values) for values in found.values()})
     note = (
         f"Test accuracy in per cent, mean ± standard deviation of {' or '.join(map(str, seeds))} fresh seeds; differences are "
@@ -259,24 +258,6 @@ def few() -> str:
     return f"{accuracy}\n\n{table(['', 'Cora', 'CiteSeer', 'both'], lines)}\n\n{note}"
 
 
-def poisoned() -> str:
-    """Test accuracy on attacked graphs by method."""
-    rows = [row for row in read("csg2l_attack.csv") if row["phase"] == "final"]
-    found = accuracies(rows, "final", "method", "dataset", "attack")
-    cells = [(dataset, attack) for dataset in NAMES for attack in dict.fromkeys(row["attack"] for row in rows)
-             if any(key[1:] == (dataset, attack) for key in found)]  # fmt: skip
-    lines = []
-    for method in sorted({row["method"] for row in rows}, key=lambda name: (name.startswith("csg2l"), name)):
-        values = [list(found.get((method, *cell), {}).values()) for cell in cells]
-        shown = ("{:.1f} ± {:.1f} ({})".format(*interval(v), len(v)) if len(v) > 1 else "" for v in values)
-        lines.append([method, *shown])
-    note = (
-        "Test accuracy in per cent, 20 labels a class, mean ± half a 95 % interval over fresh splits (number of splits). "
-        f"{hardware(rows)}."
-    )
-    return f"{table(['', *(f'{NAMES[dataset]}, {attack}' for dataset, attack in cells)], lines)}\n\n{note}"
-
-
 def unlike(phase: str, splits: str, command: str) -> str:
     """Test accuracy by local and other view on graphs whose neighbours differ, and paired differences to the MLP alone."""
     rows = [row for row in read("csg2l_few.csv") if row["phase"] == phase]
@@ -336,6 +317,5 @@ TABLES = {
     "graphs-unlike-fresh": lambda: unlike(
         "unlike_fresh", "random splits of the same sizes", "graph_few --data FOLDER --study unlike_fresh"
     ),
-    "graphs-attack": poisoned,
     "graphs-speed": speed,
 }

@@ -28,6 +28,7 @@ from utilities.contract import GraphData, GraphFacts
 
 Split = Literal["public", "random", "geom-gcn", "uniform"]
 LARGEST_SEED = 2**32 - 1
+NUM_VAL, NUM_TEST = 500, 1000
 
 
 class GraphDataModule(LightningDataModule, GraphData):
@@ -58,8 +59,9 @@ class GraphDataModule(LightningDataModule, GraphData):
             48 % of all nodes for training, 32 % for validation and 20 % for the test, drawn as those ten were, by `seed`.
         labels_per_class: Number of training nodes of each class; null takes 20, or all that a public or geom-gcn split has. Of
             these splits, fewer are drawn; a .npz file has its own training nodes for 20, 40 and 60. Not with uniform.
-        num_val: Number of validation nodes; of no effect on splits that have them.
-        num_test: Number of test nodes; of no effect on splits that have them; -1 or null takes all that are left.
+        num_val: Number of validation nodes; of no effect on splits that have them. Not with uniform.
+        num_test: Number of test nodes; of no effect on splits that have them; -1 or null takes all that are left, as uniform
+            does, with which no other number goes.
         fold: Number of the public or geom-gcn split, of several, from 0.
         edge_noise: Number of edges added at random between nodes that have none, as a share of the number of edges.
         knn: Number of neighbours of each node of a kNN graph; of no effect on others.
@@ -86,8 +88,8 @@ class GraphDataModule(LightningDataModule, GraphData):
         root: str | None = None,
         split: Split = "random",
         labels_per_class: int | None = None,
-        num_val: int = 500,
-        num_test: int | None = 1000,
+        num_val: int = NUM_VAL,
+        num_test: int | None = NUM_TEST,
         fold: int = 0,
         edge_noise: float = 0.0,
         knn: int = 10,
@@ -113,11 +115,6 @@ class GraphDataModule(LightningDataModule, GraphData):
             raise ValueError(f"Argument `split` expected to be one of {accepted} but got {split!r}; random suits every source.")
         if labels_per_class is not None:
             check_integer("labels_per_class", labels_per_class, 1, "null takes 20, or what the split has")
-            if split == "uniform":
-                raise ValueError(
-                    f"Argument `labels_per_class` expected to be null with split = uniform but got {labels_per_class}; leave "
-                    "it out, or use random."
-                )
         check_integer("num_val", num_val, 1, "choices need validation nodes")
         if val_per_class is not None:
             check_integer("val_per_class", val_per_class, 1, "null draws num_val of all classes alike")
@@ -127,6 +124,8 @@ class GraphDataModule(LightningDataModule, GraphData):
                 )
         if num_test is not None and num_test != -1:
             check_integer("num_test", num_test, 1, "-1 takes all nodes that are left")
+        if split == "uniform":
+            _check_uniform(labels_per_class, num_val, num_test)
         check_integer("fold", fold, 0, "0 is the first split")
         if split in ("random", "uniform") and fold:
             raise ValueError(f"Argument `fold` expected to be 0 with split = {split} but got {fold}; vary `seed` instead.")
@@ -301,6 +300,24 @@ class GraphDataModule(LightningDataModule, GraphData):
         if self._on_device is None or self._on_device[0] != device:
             self._on_device = (device, copy.copy(self.data).to(device))  # Data.to moves the object itself, so move a copy
         return self._on_device[1]
+
+
+def _check_uniform(labels_per_class: int | None, num_val: int, num_test: int | None) -> None:
+    """Check that no sizes are given to a split that takes shares of all nodes; defaults are no such sizes.
+
+    Raises:
+        ValueError: If one is.
+    """
+    for name, value, accepted, text in (
+        ("labels_per_class", labels_per_class, (None,), "null"),
+        ("num_val", num_val, (NUM_VAL,), f"{NUM_VAL}, its default,"),
+        ("num_test", num_test, (NUM_TEST, -1, None), f"{NUM_TEST}, its default, or -1,"),
+    ):
+        if value not in accepted:
+            raise ValueError(
+                f"Argument `{name}` expected to be {text} with split = uniform, which takes shares of all nodes, but got "
+                f"{value}; leave it out, or use random."
+            )
 
 
 class WholeGraph:

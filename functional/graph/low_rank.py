@@ -65,7 +65,8 @@ def normalized_adjacency(
 class SparseMatrix:
     """A constant sparse CSR matrix (N, M) with its transpose, so that a gradient too is one product with a CSR matrix.
 
-    torch converts the transpose anew in each backward pass, which takes ten times the product and waits for a GPU.
+    torch converts the transpose anew in each backward pass, which takes ten times the product and waits for a GPU. Products
+    have the matrix's dtype, under autocast too: a CPU has no sparse product in bfloat16.
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -80,7 +81,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, matrix: Tensor, transposed: Tensor, dense: Tensor) -> Tensor:
         ctx.transposed = transposed
-        return matrix @ dense
+        with torch.autocast(dense.device.type, enabled=False):
+            return matrix @ dense.to(matrix.dtype)
 
     @staticmethod
     @once_differentiable

@@ -139,7 +139,8 @@ class NodeModule(ResumableModule):
         """Return the features of a batch; those of the whole graph sparse where that is faster, converted once."""
         if self.encoder.decoupled:
             return self.prepared(batch, 0)
-        if not self.encoder.takes_sparse or "num_seeds" in batch:
+        mixed = torch.is_autocast_enabled(batch.x.device.type)  # a CPU has no sparse product in bfloat16
+        if not self.encoder.takes_sparse or "num_seeds" in batch or mixed:
             return batch.x
         if self._sparse is None or self._sparse[0] is not batch.x:
             with torch.inference_mode(False):  # training uses what validation may have made
@@ -184,11 +185,17 @@ class NodeModule(ResumableModule):
         self._ready = True
 
     def setup(self, stage: str) -> None:
-        """Refuse a callback that could average what is not learned, such as the factors.
+        """Refuse a precision that features do not have, and a callback that could average what is not learned.
 
         Raises:
-            ValueError: If a callback averages weights and does not promise to leave buffers alone.
+            ValueError: If the weights would not be float32, or if a callback averages weights and does not promise to leave
+                buffers, such as the factors, alone.
         """
+        if str(self.trainer.precision).endswith("-true") and self.trainer.precision != "32-true":
+            raise ValueError(
+                "Argument `trainer.precision` expected 32-true or a mixed one for a graph module, whose features are float32, "
+                f"but got {self.trainer.precision}. Leave it out, or use bf16-mixed."
+            )
         for callback in self.trainer.callbacks:
             if stage == "fit" and isinstance(callback, WeightAveraging) and not isinstance(callback, AveragesParametersOnly):
                 raise ValueError(

@@ -8,7 +8,7 @@ import time
 import pytest
 
 import benchmarks.graph_runs as graph_runs
-from benchmarks import graph_attack, graph_settings
+from benchmarks import graph_attack, graph_attack_tables, graph_few, graph_settings
 from lightning_modules import CSG2L, NodeClassifier, PurifiedView
 
 SMALL = {"source": "wine", "num_val": 10}
@@ -39,7 +39,8 @@ def test_each_graph_is_attacked_once_and_the_same_for_all_methods():
     ]
     assert all("drop_dissimilar" not in graph and graph["edge_attack"] == "prbcd" for graph in graphs)
     dropped = [(row["method"], data) for row, data in rows if "drop_dissimilar" in data]
-    assert {name for name, _ in dropped} == {"gcn: jaccard"} and dropped[0][1]["drop_dissimilar"] == 0.0
+    assert {name for name, _ in dropped} == {name for name in graph_attack.METHODS if name.endswith("jaccard")}
+    assert len(dropped) == 3 * len(methods) * 3 and {data["drop_dissimilar"] for _, data in dropped} == {0.0}
     keys = {tuple(str(row[key]) for key in graph_attack.KEYS) for row, _ in rows}
     assert len(keys) == len(rows)
 
@@ -75,7 +76,7 @@ def test_thresholds_are_told_apart(tmp_path):
 def test_a_study_from_the_first_attack_to_its_rows(tmp_path, monkeypatch, capsys):
     """Candidates, then the final study with the one that was chosen; a second time nothing is run."""
     monkeypatch.setattr(graph_attack, "sources", lambda root: {"wine": SMALL | {"root": str(root)}})
-    monkeypatch.setattr(graph_attack, "VAL_PER_CLASS", 5)
+    monkeypatch.setattr(graph_few, "VAL_PER_CLASS", 5)
     monkeypatch.setattr(graph_runs, "MAX_EPOCHS", 20)
     small = {"encoder": "gcn", "hidden_channels": 8}
     monkeypatch.setattr(graph_attack, "METHODS", {"gcn": small})
@@ -112,3 +113,22 @@ def test_graphs_are_set_up_in_processes_and_what_fails_is_told(tmp_path, capfd):
     assert len(list((tmp_path / "attacks").glob("karate-prbcd-gcn-0.1-0-*.safetensors"))) == 1
     printed = capfd.readouterr().out
     assert printed.count("failed:") == 1 and "'nothing'" in printed
+
+
+def test_tables_have_accuracies_and_paired_differences(monkeypatch):
+    ours, other = graph_attack_tables.OURS[0], "csg2l, default: some other"
+    tests = {("gcn", "none"): (0.7, 0.8), (ours, "none"): (0.8, 0.7), (ours, "prbcd 25 %"): (0.6,), (other, "none"): (0.5, 0.5)}
+    facts = {"phase": "final", "dataset": "Cora", "hardware": "x", "torch": "1", "torch_geometric": "2"}
+    rows = [facts | {"method": method, "attack": attack, "seed": str(seed), "test": str(test)}
+            for (method, attack), values in tests.items() for seed, test in enumerate(values)]  # fmt: skip
+    rows.append(rows[0] | {"phase": "choose", "test": "0.0"})
+    monkeypatch.setattr(graph_attack_tables, "read", lambda name: rows)
+    lines = graph_attack_tables.poisoned().split("\n")
+    assert lines[0] == "| Cora | none | prbcd 25 % |"
+    assert lines[2:5] == [
+        "| gcn | 75.0 ± 63.5 (2) |  |",  # 12.706, t of one degree of freedom, times a standard error of 5
+        f"| {ours} | 75.0 ± 63.5 (2) |  |",
+        f"| {other} | 50.0 ± 0.0 (2) |  |",
+    ]
+    (difference,) = [line for line in lines if "−" in line]
+    assert difference == "| decoupled, knn − gcn | +0.0 ± 127.1 (2) |  |  |  |"  # +10 and -10: a standard error of 10

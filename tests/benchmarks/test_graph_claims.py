@@ -63,10 +63,15 @@ def test_contrast_beside_neighbours_has_lines_once_it_is_run(tmp_path, monkeypat
                     writer.writerow(["final", dataset, labels, graph_few.PREFIX + method, seed, test])
                     writer.writerow(["choose", dataset, labels, graph_few.PREFIX + method, seed, 1 - test])
     lines = [[line[0], *(cell.strip("*")[:4] for cell in line[1:])] for line in graph_claims.beside_neighbours()]
+    expected = {
+        "contrast with R − contrast without R": ["+2.0", "+4.0", "", "+3.0"],
+        "contrast without R − no contrast": ["+1.0", "+2.0", "", "+1.5"],
+        "contrast with R − no contrast": ["+3.0", "+6.0", "", "+4.5"],
+    }
     assert lines == [
-        ["knn and edges, balanced: contrast with R − contrast without R, ≤ 5 labels", "+2.0", "+4.0", "", "+3.0"],
-        ["knn and edges, balanced: contrast without R − no contrast, ≤ 5 labels", "+1.0", "+2.0", "", "+1.5"],
-        ["knn and edges, balanced: contrast with R − no contrast, ≤ 5 labels", "+3.0", "+6.0", "", "+4.5"],
+        [f"knn and edges, balanced: {pair}, {labels}", *cells]
+        for pair, cells in expected.items()
+        for labels in ("3 and 5 labels", "1 label")
     ]
 
 

@@ -136,6 +136,24 @@ def test_rows_that_are_there_are_not_run_again(tmp_path, monkeypatch):
     assert ran == [0, 1, 2] and [row["seed"] for row in graph_runs.read(tmp_path / "x.csv")] == ["0", "1", "2"]
 
 
+def test_final_rows_of_another_choice_are_not_mixed_with_new_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(graph_runs, "run_all", lambda rows, workers, write, *_: [write(row) for row, _ in rows])
+    options = argparse.Namespace(workers=1, together=1, stop_at=0.0)
+    keys = ("phase", "dataset", "method", "arguments", "seed")
+
+    def run(phase, dataset, arguments, seed):
+        row = dict(zip(keys, (phase, dataset, "chosen", arguments, seed), strict=True))
+        graph_runs.run_missing([(row, {})], tmp_path / "x.csv", keys, keys, options)
+
+    for phase, dataset, arguments, seed in (("choose", "a", "one", 0), ("choose", "a", "two", 0), ("final", "a", "one", 1)):
+        run(phase, dataset, arguments, seed)
+    run("final", "a", "one", 2)
+    run("final", "b", "two", 1)
+    with pytest.raises(SystemExit, match=r"final rows of 'chosen' on a with arguments one, but now it is two. Remove"):
+        run("final", "a", "two", 3)
+    assert len(graph_runs.read(tmp_path / "x.csv")) == 5
+
+
 def test_validation_chooses(tmp_path):
     path = tmp_path / "x.csv"
     with path.open("w", newline="") as file:

@@ -57,3 +57,22 @@ def test_fresh_splits_have_a_table_once_they_are_run(there, monkeypatch):
         assert "| edges | 40.0 (-15.0 ± 63.5) |" in text and "| mlp alone | 55.0 |" in text and "mean of 2 splits" in text
     else:
         assert text == "No rows yet: `python -m benchmarks.graph_few --study fresh`."
+
+
+def test_public_splits_have_a_line_for_each_pair_that_is_there(monkeypatch):
+    facts = {"hardware": "x", "torch": "1", "torch_geometric": "2", "phase": "final"}
+    tests = {
+        ("appnp", "Cora"): (0.82, 0.84),
+        ("csg2l, appnp, balanced", "Cora"): (0.83, 0.83),
+        ("csg2l, appnp, balanced", "CiteSeer"): (0.7,),  # cut short
+    }
+    rows = [facts | {"method": method, "dataset": dataset, "seed": str(seed), "test": str(test)}
+            for (method, dataset), values in tests.items() for seed, test in enumerate(values)]  # fmt: skip
+    monkeypatch.setattr(graph_tables, "read", lambda name: rows)
+    lines = graph_tables.quality().split("\n")
+    assert lines[2:5] == [
+        "| appnp | 83.0 ± 1.4 |  |",
+        "| csg2l, appnp, balanced | 83.0 ± 0.0 |  |",
+        "| csg2l, appnp, balanced − appnp | +0.0 ± 12.7 |  |",  # +1 and -1: a standard error of 1, t of one degree of freedom
+    ]
+    assert lines[5] == ""

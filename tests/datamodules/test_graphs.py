@@ -70,11 +70,12 @@ def test_validation_nodes_of_each_class():
 
 
 def test_uniform_split_has_all_nodes_whatever_their_classes_are():
-    module = ready(split="uniform")
+    rest = {"split": "uniform", "num_val": 500, "num_test": -1}
+    module = ready(**rest)
     check_form(module)
     assert sizes(module) == [85, 57, 36] and module.split_name == "uniform, seed 0"  # 48, 32 and 20 % of 178
     assert masks(module).sum(0).tolist() == [1] * 178
-    others = torch.stack([masks(ready(split="uniform", seed=seed)) for seed in range(1, 201)])
+    others = torch.stack([masks(ready(**rest, seed=seed)) for seed in range(1, 201)])
     shares = others.double().mean(0)  # of 200 draws; 5.5 standard deviations of the widest are 0.195
     for part, share in enumerate((85 / 178, 57 / 178, 36 / 178)):
         assert (shares[part] - share).abs().max() < 0.195
@@ -220,8 +221,10 @@ def test_with_a_trainer_in_batches(tmp_path):
         ({"split": "full"}, "`split` expected to be one of public, random, geom-gcn, uniform but got 'full'; random"),
         (
             {"labels_per_class": 3, "split": "uniform"},
-            "`labels_per_class` expected to be null with split = uniform but got 3; leave it out, or use random",
+            "`labels_per_class` expected to be null with split = uniform, which takes shares of all nodes, but got 3; leave it",
         ),
+        ({"num_val": 30, "split": "uniform"}, "`num_val` expected to be 500, its default, with split = uniform, which takes"),
+        ({"num_test": 50, "split": "uniform"}, "`num_test` expected to be 1000, its default, or -1, with split = uniform"),
         ({"fold": 1, "split": "uniform"}, "`fold` expected to be 0 with split = uniform but got 1; vary `seed`"),
         ({"labels_per_class": 0}, "`labels_per_class` expected to be an integer of at least 1 but got 0; null"),
         ({"num_val": 0}, "`num_val` expected to be an integer of at least 1 but got 0"),

@@ -310,6 +310,38 @@ def test_gradients_can_be_clipped(precision, tmp_path):
     assert norms == pytest.approx([1e-3] * 3, rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        NodeClassifier("gcn", hidden_channels=8),
+        NodeClassifier("gat", hidden_channels=8),
+        NodeClassifier("appnp", hidden_channels=8, local_view=PurifiedView(rank=5)),
+        CSG2L(**SMALL),
+        CSG2L(**SMALL | {"view": DropView()}),
+        CSG2L(**SMALL | {"encoder": "decoupled"}),
+        DGI(hidden_channels=8),
+    ],
+    ids=["gcn", "gat", "appnp", "csg2l", "csg2l-drop", "csg2l-decoupled", "dgi"],
+)
+def test_mixed_precision_on_a_cpu(module, tmp_path):
+    """Whose sparse products know no bfloat16: the embeddings are those of float32 up to rounding."""
+    data = GraphDataModule("karate", labels_per_class=1, num_val=9, num_test=-1)  # the identity, which is sparse
+    trained(module, tmp_path, epochs=5, data=data, precision="bf16-mixed")
+    module.eval()
+    with torch.no_grad():
+        exact = module.encode(data.data)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = module.encode(data.data)[0].float()
+    assert torch.isfinite(exact).all() and exact.abs().max() > 0
+    torch.testing.assert_close(mixed, exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_that_are_not_float32_are_refused(precision, tmp_path):
+    with pytest.raises(ValueError, match=f"`trainer.precision` expected 32-true or a mixed one .* but got {precision}"):
+        trained(NodeClassifier("gcn", hidden_channels=8), tmp_path, epochs=1, precision=precision)
+
+
 def test_a_pass_with_averaged_weights_is_no_teacher(tmp_path):
     """Validation has the average, training has its own weights: the teacher is that of training."""
     seen = []

@@ -221,3 +221,17 @@ def test_products_with_a_sparse_matrix_and_their_gradients():
     torch.testing.assert_close(found, wanted)
     gradients = [torch.autograd.grad((product * weights).sum(), x)[0] for product in (found, wanted)]
     torch.testing.assert_close(*gradients)
+
+
+def test_products_with_a_sparse_matrix_under_autocast():
+    """In the matrix's dtype, whatever the other factor's is; the gradient has the other factor's."""
+    generator = torch.Generator().manual_seed(9)
+    dense = torch.randn(7, 5, generator=generator) * (torch.rand(7, 5, generator=generator) < 0.4)
+    x = torch.randn(5, 3, generator=generator).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = SparseMatrix(dense.to_sparse_csr()) @ x
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), dense.double() @ x.double(), rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient.double(), dense.double().sum(0)[:, None].expand(5, 3), rtol=1e-2, atol=1e-2)
