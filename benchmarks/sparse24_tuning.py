@@ -14,7 +14,7 @@ from benchmarks.cuda_graphs import captured, cold_copies, seconds
 from functional.sparse24 import Config, compress, decode, default_config
 from lightning_modules.parts.linear24 import Linear24
 
-TILES, WARPS = (1, 2), (2, 4, 8, 16)
+TILES, WARPS = (1, 2, 4), (2, 4, 8, 16)
 STAGES_AND_UNROLL = ((1, 2), (1, 4), (1, 8), (4, 1), (6, 1))
 WORDS_IN_FLIGHT = (64, 1024)
 """Least and largest number of weight words in flight, per program and thread of a warp: fewer do not hide the memory's latency,

@@ -27,7 +27,7 @@ class Config(NamedTuple):
     """Division of the work of `decode` among programs and warps.
 
     Attributes:
-        tiles: Tiles of 16 outputs that a program computes; 1 or 2.
+        tiles: Tiles of 16 outputs that a program computes; 1, 2 or 4.
         warps: Warps of a program, which share the inputs.
         stages: Strips on their way from memory to shared memory at a time; 1 to load straight into registers.
         unroll: Strips on their way into the registers of a warp at a time, if stages is 1.
@@ -106,9 +106,9 @@ def decode(x: Tensor, weight: Compressed, bias: Tensor | None = None, config: Co
             "None."
         )
     config = config or default_config(x.shape[0], rows, columns)
-    if config.tiles not in (1, 2) or config.warps not in WARPS or min(config.stages, config.unroll) != 1:
+    if config.tiles not in (1, 2, 4) or config.warps not in WARPS or min(config.stages, config.unroll) != 1:
         raise ValueError(
-            f"Argument `config` expected 1 or 2 tiles, a power of two of at most {max(WARPS)} warps, and stages or unroll of "
+            f"Argument `config` expected 1, 2 or 4 tiles, a power of two of at most {max(WARPS)} warps, and stages or unroll of "
             f"1, but got {config}. Leave it out for the default."
         )
     return _decode(x, values, indices, bias, rows, list(config))

@@ -158,7 +158,7 @@ def decode_kernel(
     HAS_BIAS: tl.constexpr, BFLOAT16: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
     WARPS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Multiply TILES (1 or 2) tiles with up to TOKENS (8 or 16) tokens; warps take turns with the strips.
+    """Multiply TILES (1, 2 or 4) tiles with up to TOKENS (8 or 16) tokens; warps take turns with the strips.
 
     Args:
         x_ptr: Inputs, (tokens, 64 strips), as int32, two numbers each.
@@ -174,7 +174,7 @@ def decode_kernel(
         BFLOAT16: Whether numbers are bfloat16; if not, float16.
         EVEN: Whether WARPS x UNROLL divides the strips, so that no load needs a mask.
         TOKENS: 8 or 16, at least `tokens`.
-        TILES: Tiles of a program, 1 or 2.
+        TILES: Tiles of a program, 1, 2 or 4.
         WARPS: Warps of a program.
         STAGES: Strips that are loaded ahead through shared memory.
         UNROLL: Strips that are loaded into registers at a time.
@@ -184,44 +184,37 @@ def decode_kernel(
     warp, lane = place // 32, place % 32
     token, odd = lane // 4, lane % 2 == 1
     tile = tl.program_id(0) * TILES
-    next_tile = tl.minimum(tile + 1, tiles - 1)  # past the last it is not written
     values_at = values_ptr + (4 * lane)[:, None] + four
-    # In place of tokens past the last, the last is read again, which costs nothing: its cache line is there already.
-    x_at = x_ptr + (tl.minimum(token, tokens - 1) * (32 * strips) + 4 * (lane % 4))[:, None] + four
-    next_x_at = x_ptr + (tl.minimum(token + 8, tokens - 1) * (32 * strips) + 4 * (lane % 4))[:, None] + four
     zero = tl.zeros((32 * WARPS,), tl.float32)
-    sums00, sums01 = (zero, zero, zero, zero), (zero, zero, zero, zero)
-    sums10, sums11 = (zero, zero, zero, zero), (zero, zero, zero, zero)
+    x_at, sums = (), ()
+    for eight in tl.static_range(TOKENS // 8):
+        # In place of tokens past the last, the last is read again, which costs nothing: its cache line is there already.
+        row = tl.minimum(token + 8 * eight, tokens - 1)
+        x_at += (x_ptr + (row * (32 * strips) + 4 * (lane % 4))[:, None] + four,)
+        for _ in tl.static_range(TILES):
+            sums += ((zero, zero, zero, zero),)
     for block in tl.range(0, tl.cdiv(strips, WARPS * UNROLL), num_stages=STAGES):
-        first, second = (), ()
+        weights = ()
         for ahead in tl.static_range(UNROLL):
             strip, mask = _place(block * UNROLL + ahead, warp, strips, EVEN, WARPS)
-            first += (_tile(values_at, indices_ptr + lane, tile * strips + strip, mask, EVEN, WARPS),)
-            if TILES == 2:
-                second += (_tile(values_at, indices_ptr + lane, next_tile * strips + strip, mask, EVEN, WARPS),)
+            for turn in tl.static_range(TILES):
+                at = tl.minimum(tile + turn, tiles - 1) * strips + strip  # past the last tile nothing is written
+                weights += (_tile(values_at, indices_ptr + lane, at, mask, EVEN, WARPS),)
         if UNROLL > 1:
             tl.debug_barrier()  # without it the compiler delays loads that are not needed at once
         for ahead in tl.static_range(UNROLL):
             strip, mask = _place(block * UNROLL + ahead, warp, strips, EVEN, WARPS)
-            word = 32 * strip[:, None]
-            b0 = _inputs(tl.load(x_at + word), odd, WARPS, INTERPRETED)
-            b1 = _inputs(tl.load(x_at + word + 16), odd, WARPS, INTERPRETED)
-            sums00 = _two_products(sums00, first[ahead], b0, b1, BFLOAT16, WARPS, INTERPRETED)
-            if TILES == 2:
-                sums10 = _two_products(sums10, second[ahead], b0, b1, BFLOAT16, WARPS, INTERPRETED)
-            if TOKENS == 16:
-                b0 = _inputs(tl.load(next_x_at + word), odd, WARPS, INTERPRETED)
-                b1 = _inputs(tl.load(next_x_at + word + 16), odd, WARPS, INTERPRETED)
-                sums01 = _two_products(sums01, first[ahead], b0, b1, BFLOAT16, WARPS, INTERPRETED)
-                if TILES == 2:
-                    sums11 = _two_products(sums11, second[ahead], b0, b1, BFLOAT16, WARPS, INTERPRETED)
-    _store(sums00, bias_ptr, out_ptr, tile, 0, tokens, rows, HAS_BIAS, WARPS)
-    if TOKENS == 16:
-        _store(sums01, bias_ptr, out_ptr, tile, 8, tokens, rows, HAS_BIAS, WARPS)
-    if TILES == 2:
-        _store(sums10, bias_ptr, out_ptr, tile + 1, 0, tokens, rows, HAS_BIAS, WARPS)
-        if TOKENS == 16:
-            _store(sums11, bias_ptr, out_ptr, tile + 1, 8, tokens, rows, HAS_BIAS, WARPS)
+            added = ()
+            for eight in tl.static_range(TOKENS // 8):
+                b0 = _inputs(tl.load(x_at[eight] + 32 * strip[:, None]), odd, WARPS, INTERPRETED)
+                b1 = _inputs(tl.load(x_at[eight] + 32 * strip[:, None] + 16), odd, WARPS, INTERPRETED)
+                for turn in tl.static_range(TILES):
+                    given = sums[TILES * eight + turn], weights[TILES * ahead + turn]
+                    added += (_two_products(given[0], given[1], b0, b1, BFLOAT16, WARPS, INTERPRETED),)
+            sums = added
+    for eight in tl.static_range(TOKENS // 8):
+        for turn in tl.static_range(TILES):
+            _store(sums[TILES * eight + turn], bias_ptr, out_ptr, tile + turn, 8 * eight, tokens, rows, HAS_BIAS, WARPS)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ UNIT = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
 CONFIGS = {
     "one tile": Config(tiles=1, warps=4, stages=1, unroll=1),
     "two tiles": Config(tiles=2, warps=2, stages=1, unroll=2),
+    "four tiles": Config(tiles=4, warps=2, stages=1, unroll=2),
     "through shared memory": Config(tiles=2, warps=1, stages=3, unroll=1),
     "more warps than strips": Config(tiles=1, warps=16, stages=1, unroll=4),
 }
@@ -59,7 +60,7 @@ def test_equals_the_product_in_float64(dtype, tokens, config):
 @pytest.mark.parametrize("tokens", [1, 5, 13])
 @pytest.mark.parametrize(("rows", "inputs"), [(32, 256), (1, 4), (16, 64)])
 def test_full_strips_and_the_smallest(rows, inputs, tokens):
-    for config in (CONFIGS["one tile"], CONFIGS["two tiles"], None):
+    for config in (CONFIGS["one tile"], CONFIGS["two tiles"], CONFIGS["four tiles"], None):
         check(*problem(rows, inputs, tokens, torch.bfloat16, with_bias=False), config)
 
 
@@ -109,7 +110,7 @@ def test_wrong_arguments():
         with pytest.raises(ValueError, match=rf"`bias` expected \(16,\) of torch.float16 but got {got}. Cast it"):
             decode(x, compressed, bias)
     for config in (Config(3, 4, 1, 1), Config(1, 3, 1, 1), Config(1, 64, 1, 1), Config(2, 4, 0, 1), Config(1, 4, 2, 2)):
-        with pytest.raises(ValueError, match=r"`config` expected 1 or 2 tiles, .* but got Config.* Leave it out"):
+        with pytest.raises(ValueError, match=r"`config` expected 1, 2 or 4 tiles, .* but got Config.* Leave it out"):
             decode(x, compressed, None, config)
     with pytest.raises(ValueError, match="at most 16 tokens but got 17"):
         default_config(17, 16, 64)
@@ -150,7 +151,7 @@ def test_strides_and_alignment_do_not_matter():
 @pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096), (1, 4), (16, 192)])
 def test_the_default_is_one_that_triton_takes(tokens, rows, columns):
     config = default_config(tokens, rows, columns)
-    assert config.tiles in (1, 2) and config.warps in (1, 2, 4, 8, 16) and config.warps <= -(-columns // 64)
+    assert config.tiles in (1, 2, 4) and config.warps in (1, 2, 4, 8, 16) and config.warps <= -(-columns // 64)
     assert 1 in (config.stages, config.unroll) and min(config) >= 1
 
 
