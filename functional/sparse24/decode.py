@@ -108,8 +108,8 @@ def decode(x: Tensor, weight: Compressed, bias: Tensor | None = None, config: Co
     config = config or default_config(x.shape[0], rows, columns)
     if config.tiles not in (1, 2, 4) or config.warps not in WARPS or min(config.stages, config.unroll) != 1:
         raise ValueError(
-            f"Argument `config` expected 1, 2 or 4 tiles, a power of two of at most {max(WARPS)} warps, and stages or unroll of "
-            f"1, but got {config}. Leave it out for the default."
+            f"Argument `config` expected 1, 2 or 4 tiles, a power of two of at most {max(WARPS)} warps, and stages or unroll "
+            f"of 1, but got {config}. Leave it out for the default."
         )
     return _decode(x, values, indices, bias, rows, list(config))
 
