@@ -64,9 +64,12 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 """Name -> flat configuration; `drop_dissimilar` is given to the data."""
+FILTERED = [{"drop_dissimilar": threshold} for threshold in (0.0, 0.02, 0.05)]
 CHOICES: dict[str, list[dict[str, Any]]] = {
     "gcn: svd, chosen rank": [GCN | {"purified_rank": rank} for rank in (10, 20, 50, 100)],
-    "gcn: jaccard, chosen threshold": [GCN | {"drop_dissimilar": threshold} for threshold in (0.0, 0.02, 0.05)],
+    "gcn: jaccard, chosen threshold": [GCN | filtered for filtered in FILTERED],
+    f"{PREFIX}knn, balanced, chosen threshold": [DEFAULT | KNN | BALANCED | filtered for filtered in FILTERED],
+    f"{PREFIX}decoupled, knn, chosen threshold": [DEFAULT | DECOUPLED | KNN | filtered for filtered in FILTERED],
     f"{PREFIX}decoupled, knn, chosen beta": [
         DEFAULT | DECOUPLED | KNN | {"pseudo_beta": beta} for beta in (-4.0, -1.0, 1.0, 4.0)
     ],
