@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from functional.sparse24 import DTYPES
-from lightning_modules.parts.compressed_base import on_gpu, zeros_of
+from lightning_modules.parts.compressed_base import is_plain, on_gpu, zeros_of
 from lightning_modules.parts.csr_linear import CsrLinear
 from lightning_modules.parts.fastest_form import DENSE, FormTimes, fastest
 from lightning_modules.parts.lane_linear import LaneLinear, try_lanes
@@ -99,7 +99,7 @@ def _together(blocks: Sequence[nn.Module], groups: list[list[nn.Linear]]) -> lis
     found: dict[tuple[nn.Module, int | str], list[str]] = {}
     for block in blocks:
         for path, linear in block.named_modules():
-            if isinstance(linear, nn.Linear):
+            if is_plain(linear):
                 found.setdefault((block, number.get(linear, path)), []).append(path)
     return [(block, paths) for (block, _), paths in found.items()]
 
