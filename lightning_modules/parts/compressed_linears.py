@@ -155,15 +155,20 @@ def compress_model(
         run_model: As in `compress_linears`.
 
     Raises:
-        ValueError: If no linear has the zeros for it, or kernels do not run on the device.
+        ValueError: If there is no linear, or none has the zeros for it, or kernels do not run on the device.
     """
     has_kernels = device is not None and device.type == "cuda"
     timed = [form for form in ON_GPU if _runs(form, kind, device)] if has_kernels else None
     found = compress_linears(blocks, kind, device, timed, tokens, run_model)
+    if not found.total and kind != "auto":
+        raise ValueError(
+            f"Argument `compressed` = {kind} replaces nn.Linear, but the blocks of {path!r} have none: GPT-2 has Conv1D, and "
+            "those of a model in memory may be compressed already. Leave `compressed` out."
+        )
     if not found.replaced and kind != "auto":
         lacking = {
             "2:4": "2:4 with a multiple of 4 inputs. Give a model that was pruned with `pattern` = 2:4",
-            "unstructured": f"to {LEAST_ZEROS:.0%} zero. Give a pruned model",
+            "unstructured": f"zero to at least {LEAST_ZEROS:.0%}. Give a pruned model",
         }
         raise ValueError(
             f"Argument `compressed` = {kind}, but none of the {found.total} linears in the blocks of {path!r} is "
@@ -176,7 +181,8 @@ def compress_model(
         + f" {found.merged} that share their input with others were merged with these."
         * bool(found.merged)
     )
-    if (found.forms["2:4"] and dtype not in DTYPES) or found.forms["unstructured"]:
+    unread = dtype not in DTYPES or (device is not None and not has_kernels)
+    if (found.forms["2:4"] and unread) or found.forms["unstructured"]:
         rank_zero_warn(
             f"Weights of {dtype} on {device or 'this device'} are compressed, but no kernel multiplies them: every product "
             "makes them dense anew, which is many times slower than without `compressed`. Give `dtype` = bfloat16 or float16 "
