@@ -73,6 +73,7 @@ class FormTimes:
         self.path = cache_folder() / f"linears-{'-'.join(names)}.json"
         self._measure = measure or measure_forms
         self._times = _read(self.path, self.facts)
+        self._warned = False
 
     def of(
         self, forms: Mapping[str, Callable[[], nn.Module]], linear: nn.Linear, zeros: float, tokens: int = 1
@@ -101,7 +102,11 @@ class FormTimes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.facts | {"microseconds": dict(sorted(self._times.items()))})
         except OSError as error:
-            log.warning("Times of linears are not kept for the next run: %s cannot be written (%s).", self.path, error.strerror)
+            if not self._warned:
+                log.warning(
+                    "Times of linears are not kept for the next run: %s cannot be written (%s).", self.path, error.strerror
+                )
+            self._warned = True
 
 
 def key_of(form: str, linear: nn.Linear, zeros: float, tokens: int) -> str:
