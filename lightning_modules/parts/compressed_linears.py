@@ -97,9 +97,12 @@ def _together(blocks: Sequence[nn.Module], groups: list[list[nn.Linear]]) -> lis
     """Return the paths of all linears of each block, those of a group together."""
     number = {linear: index for index, group in enumerate(groups) for linear in group}
     found: dict[tuple[nn.Module, int | str], list[str]] = {}
+    seen: set[tuple[nn.Module, str]] = set()
     for block in blocks:
         for path, linear in block.named_modules():
-            if is_plain(linear):
+            place = block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+            if is_plain(linear) and place not in seen:  # blocks may share a module
+                seen.add(place)
                 found.setdefault((block, number.get(linear, path)), []).append(path)
     return [(block, paths) for (block, _), paths in found.items()]
 

@@ -193,6 +193,13 @@ def test_24_on_a_cpu_is_warned_of_in_every_dtype(dtype):
         compress_model([block_of(dtype)], "2:4", "x", dtype, CPU)
 
 
+def test_blocks_that_share_a_module():
+    shared = block_of()
+    blocks = [nn.ModuleDict({"shared": shared}) for _ in range(2)]
+    found = compress_linears(blocks, "2:4")
+    assert (found.total, found.forms) == (3, {"2:4": 1}) and kinds(shared) == [nn.Linear, Linear24, nn.Linear]
+
+
 @pytest.mark.parametrize("kind", ["2:4", "unstructured"])
 def test_blocks_without_linears_are_refused(kind):
     block = nn.ModuleDict({"conv": transformers.pytorch_utils.Conv1D(8, 8)})
