@@ -51,6 +51,11 @@ class ExportOnnx(AfterRun):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if not isinstance(pl_module, (CausalLM, ImageClassifier)):
             raise TypeError(f"ExportOnnx needs a CausalLM or an ImageClassifier but got {type(pl_module).__name__}.")
+        kind = pl_module.hparams.get("compressed", "none")
+        if kind != "none":
+            raise ValueError(
+                f"Argument `compressed` = {kind} replaces linears by forms that ONNX does not have. Leave it out here."
+            )
         require("export", "onnx", "onnxscript", "onnxruntime")
         need_whole_weights(trainer, type(self).__name__)
         if self.output_dir is not None:

@@ -21,6 +21,7 @@ from lightning_modules.parts.compressed_linears import MANY, ONE, Kind, compress
 from lightning_modules.parts.discovery import Discovery, discover
 from lightning_modules.parts.language_models import check_given, load_model, load_tokenizer, read_config
 from lightning_modules.parts.load_streamed import check_stage, discover_streamed, load_streamed
+from lightning_modules.parts.merged_linears import run_two_tokens
 from lightning_modules.parts.predictions import Predictions
 from lightning_modules.parts.self_text import sample_batch, start_token
 from lightning_modules.parts.streamed_passes import StreamedPasses
@@ -179,9 +180,8 @@ class CausalLM(PrunableModule, WritesText):
             compress_model(*given, MANY)
         else:
             self.model.eval()  # a layer that is dropped calls no linear
-            ids = torch.arange(2, device=self.model.device)[None]
             windows = data_of(self._trainer).facts().batch_size  # a step multiplies a token of each
-            compress_model(*given, windows or ONE, lambda: self.model(input_ids=ids, use_cache=False))
+            compress_model(*given, windows or ONE, lambda: run_two_tokens(self.model))
 
     def _check_length(self, config: Any) -> None:
         """Refuse windows longer than the positions that a model has learned; warn if positions are rotary."""

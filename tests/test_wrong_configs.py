@@ -76,6 +76,9 @@ def configs():
     found["llama"]["model"]["init_args"]["model_name_or_path"] = "./llama"
     found["opt"] = yaml.safe_load(yaml.safe_dump(found["llama"]))
     found["opt"]["model"]["init_args"]["model_name_or_path"] = "./opt"
+    found["unquoted"] = yaml.safe_load(yaml.safe_dump(found["llama"]))
+    (pruning,) = (part for part in found["unquoted"]["trainer"]["callbacks"] if part["class_path"].endswith("BlockwisePruning"))
+    pruning["init_args"] |= {"sparsity": None, "pattern": yaml.safe_load("2:4")}
     found["vit"]["model"]["init_args"]["model_args"] = VIT
     found["prune_vit"]["model"]["init_args"] |= {"model_name_or_path": "deit_tiny_patch16_224", "model_args": VIT}
     found["prune_vit"]["trainer"]["callbacks"] = found["prune_vit"]["trainer"]["callbacks"][-1:]
@@ -85,6 +88,13 @@ def configs():
 PRUNING = [
     ("llama", [PRUNE + "sparsity", "1.5"], r"`sparsity` expected to be a share of zeros in \[0, 1\) but got 1.5"),
     ("llama", [PRUNE + "sparsity", "half"], "`trainer.callbacks.sparsity` expected a number or null but got 'half'"),
+    (
+        "unquoted",
+        [],
+        "`trainer.callbacks.pattern` expected a text or null but got '124'. Write \"2:4\" in quotes if this was meant",
+    ),
+    ("predict llama", ["--model.compressed", "124"], "2:4, unstructured but got '124'. Write \"2:4\" in quotes if this"),
+    ("predict llama", ["--model.compressed", "123"], r"2:4, unstructured but got '123'\.$"),
     ("llama", [PRUNE + "pattern", "2:4"], "Arguments `sparsity`.* and `pattern`.*got sparsity=0.5 and pattern='2:4'"),
     ("llama", [PRUNE + "sparsity", "null"], "Arguments `sparsity`.* and `pattern`.*got sparsity=None and pattern=None"),
     (

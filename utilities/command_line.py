@@ -15,6 +15,8 @@ WRAPPED = ("Parser key", "Does not validate against any of the Union subtypes")
 """Beginnings of the messages that are trees."""
 LONGEST = 1000
 """Largest number of characters of an error."""
+BASE = 60
+"""Base of the numbers that YAML writes with a colon."""
 LISTED = 40
 """Largest number of names that are listed if none is similar."""
 
@@ -112,7 +114,7 @@ def _leaf(text: str, path: str, owner: str) -> str | None:
     if match := re.match(r"(?:Option|Key) '([^']+)' is not (?:accepted|expected)", text):
         return _unknown_of_class(match[1], path, owner)
     if match := re.match(r"Expected a (.+?)\. Got value: (.*)", text):
-        return f"Argument `{path}` expected {_in_words(match[1])} but got {match[2]!r}."
+        return f"Argument `{path}` expected {_in_words(match[1])} but got {match[2]!r}.{_unquoted(match[1], match[2])}"
     if match := re.match(r"module '([^']+)' has no attribute '([^']+)'; it has (.*)", text):
         return f"Argument `{path}`: {match[1]} has no {match[2]!r}.{_similar(match[2], match[3].split(', '))}"
     if text.startswith("Argument `"):
@@ -130,7 +132,10 @@ def _of_union(node: Node, errors: Node, path: str) -> str | None:
     texts = [child.text for child in node.children if child.text.startswith("Given value: ")]
     given = texts[0].removeprefix("Given value: ") if texts else ""
     words = [_in_words(text) for text in types if not text.startswith("path ")]
-    return f"Argument `{path}` expected {' or '.join(dict.fromkeys(words))} but got {given!r}." if words else None
+    told = (
+        f"Argument `{path}` expected {' or '.join(dict.fromkeys(words))} but got {given!r}.{_unquoted(' '.join(types), given)}"
+    )
+    return told if words else None
 
 
 def _in_words(type_text: str) -> str:
@@ -142,6 +147,16 @@ def _in_words(type_text: str) -> str:
     plain = {"float": "a number", "int": "an integer", "bool": "true or false", "str": "a text", "NoneType": "null"}
     name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", type_text)
     return plain.get(name, "a list" if name.lower().startswith(("list", "iterable")) else name)
+
+
+def _unquoted(types: str, given: str) -> str:
+    """Tell how YAML has made a number, 124, of a text without quotes, 2:4, in base 60, if such a text is accepted."""
+    if not re.fullmatch(r"\d+", given) or int(given) < BASE:
+        return ""
+    text = ":".join(map(str, divmod(int(given), BASE)))
+    if f"'{text}'" not in types and "<class 'str'>" not in types:
+        return ""
+    return f' Write "{text}" in quotes if this was meant: without them YAML reads the number {given}.'
 
 
 def _unknown_of_class(name: str, path: str, owner: str) -> str:

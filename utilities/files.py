@@ -139,10 +139,17 @@ def check_space(directory: Path, needed: int, what: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file by renaming, so that a reader finds the old file or the new one, never a part."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Write a JSON file by renaming, so that a reader finds the old file or the new one, never a part.
+
+    Each process writes a file of its own first: of two that share a name, one could rename what the other has half written.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def move_files(source: Path, target: Path) -> None:

@@ -77,7 +77,7 @@ def _decode(
     given = x.contiguous()
     if width > 1:
         padded = x if tokens == width else torch.cat([x, x.new_zeros(width - tokens, x.shape[1])])
-        given = padded.T.contiguous().view(torch.int32)
+        given = padded.T.flatten().view(torch.int32)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         kernels.decode_kernel[(slices,)](
             given, values.view(torch.int32), steps, firsts, starts, order, out if bias is None else bias.contiguous(), out,

@@ -53,6 +53,19 @@ def zeros_of(linear: nn.Linear) -> float:
     return 1 - torch.count_nonzero(linear.weight).item() / linear.weight.numel()
 
 
+@torch.no_grad()
+def is_plain(module: nn.Module) -> bool:
+    """Return whether a module multiplies as ``nn.Linear`` does; a subclass may not, such as a router or a quantised linear."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    try:
+        x = torch.linspace(-1, 1, 2 * module.in_features, dtype=module.weight.dtype, device=module.weight.device).view(2, -1)
+        torch.testing.assert_close(module(x), nn.functional.linear(x, module.weight, module.bias))
+    except Exception:  # of another shape or type, or not to be multiplied: each library raises its own
+        return False
+    return True
+
+
 def on_gpu(x: Tensor) -> bool:
     """Return whether kernels can read a tensor."""
     return x.is_cuda

@@ -55,10 +55,18 @@ class CompressedShards(Shards):
             mask, values = f"{name}.mask", f"{name}.values"
             if self.shape(mask) != (math.prod(shape[:-1]), -(-shape[-1] // 8)):
                 raise ValueError(f"{mask} has not the shape of a matrix {shape}")
+            if self._dtypes[mask] != "U8" or self._dtypes[values] not in FLOATING:
+                raise ValueError(
+                    f"{mask} and {values} expected U8 and floating point but have {self._dtypes[mask]} and "
+                    f"{self._dtypes[values]}"
+                )
             self._files[name], self._shapes[name], self._dtypes[name] = path, tuple(shape), self._dtypes[values]
             for part in (mask, values):
                 del self._files[part], self._shapes[part], self._dtypes[part]
             self._compressed.add(name)
+        masked = [name.removesuffix(".mask") for name in self._files if name.endswith(".mask")]
+        if left := [name for name in masked if f"{name}.values" in self._files]:
+            raise ValueError(f"the head of the file lacks the shape of {left[0]}")
 
     def _content(self, file: Any, name: str, dtype: torch.dtype | None) -> Tensor:
         if name not in self._compressed:
@@ -106,13 +114,7 @@ def open_shards(directory: Path) -> Shards:
     """
     if not is_compressed(directory):
         return Shards(find_shards(directory))
-    files = files_of(directory, COMPRESSED)
-    if files is None:
-        raise ValueError(
-            f"Argument `model_name_or_path`: {str(directory)!r} has {MARK} but neither {COMPRESSED} nor {COMPRESSED_INDEX}. "
-            "Get the missing files."
-        )
-    return CompressedShards(files)
+    return CompressedShards(_compressed_files(directory))
 
 
 def compress_directory(directory: Path) -> None:
@@ -150,7 +152,7 @@ def expand_weights(directory: Path, output: Path) -> None:
         ValueError: If a file is damaged or missing.
     """
     files = {}
-    for path in files_of(directory, COMPRESSED) or []:
+    for path in _compressed_files(directory):
         shards = CompressedShards([path])
         written = output / path.name.replace("compressed", "model", 1)
         write_shard(written, dict(zip(shards.names, shards.read(shards.names), strict=True)))
@@ -171,6 +173,17 @@ def remove_other_form(directory: Path, compressed: bool) -> None:
         path.unlink(missing_ok=True)
     if not compressed:
         (directory / MARK).unlink(missing_ok=True)
+
+
+def _compressed_files(directory: Path) -> list[Path]:
+    """Return the files of a compressed directory's weights."""
+    files = files_of(directory, COMPRESSED)
+    if not files:
+        raise ValueError(
+            f"Argument `model_name_or_path`: {str(directory)!r} has {MARK} but neither {COMPRESSED} nor {COMPRESSED_INDEX}. "
+            "Get the missing files."
+        )
+    return files
 
 
 def _compressed(tensor: Tensor) -> tuple[Tensor, Tensor] | None:

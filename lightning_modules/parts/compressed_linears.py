@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from functional.sparse24 import DTYPES
-from lightning_modules.parts.compressed_base import on_gpu, zeros_of
+from lightning_modules.parts.compressed_base import is_plain, on_gpu, zeros_of
 from lightning_modules.parts.csr_linear import CsrLinear
 from lightning_modules.parts.fastest_form import DENSE, FormTimes, fastest
 from lightning_modules.parts.lane_linear import LaneLinear, try_lanes
@@ -97,9 +97,12 @@ def _together(blocks: Sequence[nn.Module], groups: list[list[nn.Linear]]) -> lis
     """Return the paths of all linears of each block, those of a group together."""
     number = {linear: index for index, group in enumerate(groups) for linear in group}
     found: dict[tuple[nn.Module, int | str], list[str]] = {}
+    seen: set[tuple[nn.Module, str]] = set()
     for block in blocks:
         for path, linear in block.named_modules():
-            if isinstance(linear, nn.Linear):
+            place = block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+            if is_plain(linear) and place not in seen:  # blocks may share a module
+                seen.add(place)
                 found.setdefault((block, number.get(linear, path)), []).append(path)
     return [(block, paths) for (block, _), paths in found.items()]
 
@@ -155,15 +158,20 @@ def compress_model(
         run_model: As in `compress_linears`.
 
     Raises:
-        ValueError: If no linear has the zeros for it, or kernels do not run on the device.
+        ValueError: If there is no linear, or none has the zeros for it, or kernels do not run on the device.
     """
     has_kernels = device is not None and device.type == "cuda"
     timed = [form for form in ON_GPU if _runs(form, kind, device)] if has_kernels else None
     found = compress_linears(blocks, kind, device, timed, tokens, run_model)
+    if not found.total and kind != "auto":
+        raise ValueError(
+            f"Argument `compressed` = {kind} replaces nn.Linear, but the blocks of {path!r} have none: GPT-2 has Conv1D, and "
+            "those of a model in memory may be compressed already. Leave `compressed` out."
+        )
     if not found.replaced and kind != "auto":
         lacking = {
             "2:4": "2:4 with a multiple of 4 inputs. Give a model that was pruned with `pattern` = 2:4",
-            "unstructured": f"to {LEAST_ZEROS:.0%} zero. Give a pruned model",
+            "unstructured": f"zero to at least {LEAST_ZEROS:.0%}. Give a pruned model",
         }
         raise ValueError(
             f"Argument `compressed` = {kind}, but none of the {found.total} linears in the blocks of {path!r} is "
@@ -176,7 +184,8 @@ def compress_model(
         + f" {found.merged} that share their input with others were merged with these."
         * bool(found.merged)
     )
-    if (found.forms["2:4"] and dtype not in DTYPES) or found.forms["unstructured"]:
+    unread = dtype not in DTYPES or (device is not None and not has_kernels)
+    if (found.forms["2:4"] and unread) or found.forms["unstructured"]:
         rank_zero_warn(
             f"Weights of {dtype} on {device or 'this device'} are compressed, but no kernel multiplies them: every product "
             "makes them dense anew, which is many times slower than without `compressed`. Give `dtype` = bfloat16 or float16 "

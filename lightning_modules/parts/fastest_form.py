@@ -27,7 +27,7 @@ from utilities.files import write_json
 log = logging.getLogger(__name__)
 
 DENSE = "dense"
-KERNELS = 3
+KERNELS = 4
 """Version of this package's kernels; raised when one changes its speed."""
 GAIN = 0.95
 """Largest share of the dense time that another form may take to be chosen; times differ by less from run to run."""
@@ -35,6 +35,8 @@ STEP = 5
 """Shares of zeros are rounded to this many percent."""
 COLD_BYTES = 256 * 2**20
 """Bytes of all copies of a weight while it is timed, so that no cache holds them, as none holds a whole model."""
+MOST_COPIES = 2048
+"""Largest number of copies of a weight: a model does not have more, and of a tiny one they would take minutes."""
 SECONDS, LEAST_ROUNDS = 0.2, 5
 """Time that the forms of a linear are measured for, and how many rounds there are at least."""
 
@@ -71,6 +73,7 @@ class FormTimes:
         self.path = cache_folder() / f"linears-{'-'.join(names)}.json"
         self._measure = measure or measure_forms
         self._times = _read(self.path, self.facts)
+        self._warned = False
 
     def of(
         self, forms: Mapping[str, Callable[[], nn.Module]], linear: nn.Linear, zeros: float, tokens: int = 1
@@ -94,11 +97,16 @@ class FormTimes:
         return {form: self._times[key] for form, key in keys.items()}
 
     def _write(self) -> None:
+        self._times = _read(self.path, self.facts) | self._times  # another process may have added some
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.facts | {"microseconds": dict(sorted(self._times.items()))})
         except OSError as error:
-            log.warning("Times of linears are not kept for the next run: %s cannot be written (%s).", self.path, error.strerror)
+            if not self._warned:
+                log.warning(
+                    "Times of linears are not kept for the next run: %s cannot be written (%s).", self.path, error.strerror
+                )
+            self._warned = True
 
 
 def key_of(form: str, linear: nn.Linear, zeros: float, tokens: int) -> str:
@@ -156,7 +164,7 @@ def _over_copies(module: nn.Module, tokens: int) -> tuple[Callable[[], Any], int
     """Return what runs a linear and enough copies of it on some tokens, from a CUDA graph on a GPU; and how many."""
     tensor = next(tensor for tensor in (*module.parameters(), *module.buffers()))
     size = getattr(module, "nbytes", None) or sum(parameter.nbytes for parameter in module.parameters())
-    turns = [module, *(copy.deepcopy(module) for _ in range(math.ceil(COLD_BYTES / size) - 1))]
+    turns = [module, *(copy.deepcopy(module) for _ in range(min(math.ceil(COLD_BYTES / size), MOST_COPIES) - 1))]
     x = torch.ones(tokens, module.in_features, dtype=_dtype_of(module), device=tensor.device)
 
     def run() -> None:

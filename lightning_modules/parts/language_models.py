@@ -74,9 +74,14 @@ def _load_compressed(path: str, directory: Path, dtype: str, attn_implementation
         with torch.device("meta"):
             cls = type(auto_class(str(directory), {}).from_config(config))
         options = {"dtype": dtype, "attn_implementation": attn_implementation}
-        model = cls.from_pretrained(None, config=config, state_dict=weights, **options)
+        model, found = cls.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
         if (directory / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"Argument `model_name_or_path`: the compressed weights in {path!r} lack {len(missing)} of the model's tensors "
+            f"({missing[0]}), which would be random. Get the files again."
+        )
     model.name_or_path = model.config.name_or_path = str(directory)  # as `from_pretrained` notes a path
     keep_soft_cap(model, attn_implementation)
     return model

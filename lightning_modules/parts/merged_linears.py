@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.parts.block_stream import replaced_forwards
+from lightning_modules.parts.compressed_base import is_plain
 
 
 class MergedLinears(nn.Module):
@@ -63,6 +64,17 @@ class MergedPart(nn.Module):
         self.merged, self.index = merged, index
         self.in_features, self.out_features = merged.linear.in_features, merged.sizes[index]
 
+    @property
+    def weight(self) -> Tensor:
+        """Weight, (O, I), a view; only of a dense one. Adapters ask for its dtype.
+
+        Raises:
+            AttributeError: If the linear is compressed.
+        """
+        if not isinstance(self.merged.linear, nn.Linear):
+            raise AttributeError("a compressed linear has no dense weight")
+        return self.merged.linear.weight.split(self.merged.sizes)[self.index]
+
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x, (..., I), and return (..., O)."""
         return self.merged.take(self.index, x)
@@ -110,7 +122,7 @@ def sharing_linears(blocks: Sequence[nn.Module], run_model: Callable[[], Any]) -
 
         return forward
 
-    linears = [(number, part) for number, block in enumerate(blocks) for part in block.modules() if isinstance(part, nn.Linear)]
+    linears = [(number, part) for number, block in enumerate(blocks) for part in block.modules() if is_plain(part)]
     with replaced_forwards({linear: forward_of(number, linear) for number, linear in linears}):
         run_model()
     counts = Counter(linear for _, linear, _, _ in calls)
@@ -119,3 +131,17 @@ def sharing_linears(blocks: Sequence[nn.Module], run_model: Callable[[], Any]) -
         if counts[linear] == 1:
             groups.setdefault((block, id(x), version, linear.weight.dtype, linear.weight.device), []).append(linear)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def run_two_tokens(model: nn.Module) -> None:
+    """Run a language model on two tokens where it was loaded, on the host.
+
+    Attention is eager meanwhile, unless it is sdpa: that of some libraries, such as flash_attention_2, is for a GPU only.
+    """
+    ids, config = torch.arange(2, device=model.device)[None], model.config.get_text_config()
+    chosen = config._attn_implementation
+    config._attn_implementation = chosen if chosen in (None, "sdpa") else "eager"
+    try:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        config._attn_implementation = chosen

@@ -138,3 +138,10 @@ def test_what_a_user_is_told(pruned, text, tmp_path, monkeypatch):
 def test_experts_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"cannot export the experts of a MixtralForCausalLM \(model.layers.0.mlp.experts\)"):
         export_onnx(CausalLM(make_mixture("mixtral")), tmp_path / "model.onnx")
+
+
+def test_compressed_linears_are_refused_before_weights_are_read(text, tmp_path):
+    module = CausalLM("x/y", compressed="2:4")
+    with pytest.raises(ValueError, match=r"`compressed` = 2:4 replaces linears by forms that ONNX does not have. Leave it out"):
+        quiet(tmp_path, ExportOnnx()).validate(module, text, verbose=False)
+    assert module.model is None

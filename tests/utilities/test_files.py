@@ -98,10 +98,26 @@ def test_room_on_the_disk(tmp_path, monkeypatch):
         check_space(tmp_path / "not" / "yet", 6 * 2**20, "The model")
 
 
+def test_two_processes_that_write_one_json_file_are_not_in_each_others_way(tmp_path, monkeypatch):
+    path, replace = tmp_path / "times.json", files.os.replace
+
+    def replace_late(partial, target):
+        """The other process writes from beginning to end before this one renames its file."""
+        monkeypatch.setattr(files.os, "replace", replace)
+        monkeypatch.setattr(files.os, "getpid", lambda: 2)
+        write_json(path, {"written by": 2})
+        replace(partial, target)
+
+    monkeypatch.setattr(files.os, "replace", replace_late)
+    monkeypatch.setattr(files.os, "getpid", lambda: 1)
+    write_json(path, {"written by": 1})
+    assert json.loads(path.read_text()) == {"written by": 1} and [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
 def test_json_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     write_json(path, {"a": 1})
     monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("dead")))
     with pytest.raises(OSError, match="dead"):
         write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
+    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]

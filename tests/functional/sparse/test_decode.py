@@ -40,6 +40,12 @@ def test_every_cut(height, parts):
     assert_rounded(decode(x, to_lanes(weight, height, parts), bias), weight, x, bias)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9])
+def test_a_single_column(tokens):
+    weight, x, bias = problem(tokens, torch.bfloat16, torch.arange(5.0)[:, None])
+    assert_rounded(decode(x, to_lanes(weight), bias), weight, x, bias)
+
+
 def test_without_a_bias_and_weights_of_zeros_or_ones():
     for weight in (torch.zeros(5, 9), torch.ones(40, 64)):
         weight, x, bias = problem(2, torch.bfloat16, weight)

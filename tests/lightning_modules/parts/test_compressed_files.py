@@ -222,6 +222,50 @@ def test_a_mask_of_another_shape_is_refused(tmp_path):
         CompressedShards([tmp_path / "compressed.safetensors"])
 
 
+def rewritten(directory, change):
+    """Write the file of a small model again after a change of its tensors and shapes."""
+    path = saved(directory, with_zeros(make_model("llama")))[1] / "compressed.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, shapes = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["bitmap"])  # noqa: SIM118
+    metadata = change(tensors, shapes, next(iter(shapes)))
+    save_file(tensors, path, {"bitmap": json.dumps(shapes)} if metadata is None else metadata)
+    return path.parent
+
+
+BROKEN = [
+    (lambda tensors, shapes, name: {"format": "pt"}, "the head of the file lacks the shape of lm_head.weight"),
+    (lambda tensors, shapes, name: tensors.update({f"{name}.mask": tensors[f"{name}.mask"].int()}), "have I32 and F32"),
+    (lambda tensors, shapes, name: tensors.update({f"{name}.values": tensors[f"{name}.values"].int()}), "have U8 and I32"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN)
+def test_files_that_another_program_has_written_are_refused(change, message, tmp_path):
+    directory = rewritten(tmp_path, change)
+    for use in (lambda: load_model(str(directory), "auto", None), lambda: expand(directory, tmp_path / "out")):
+        with pytest.raises(ValueError, match=f"`model_name_or_path`: .*compressed.safetensors cannot be read .*{message}"):
+            use()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_is_missing_is_not_made_up(tmp_path):
+    def without_one(tensors, shapes, name):
+        for lost in (f"{name}.mask", f"{name}.values"):
+            del tensors[lost]
+        del shapes[name]
+
+    directory = rewritten(tmp_path, without_one)
+    with pytest.raises(ValueError, match=r"lack 1 of the model's tensors \(lm_head.weight\), which would be random"):
+        CausalLM(str(directory)).configure_model()
+
+
+def test_a_directory_without_weights_is_not_expanded(compressed, tmp_path):
+    (compressed / "compressed.safetensors.index.json").unlink()
+    with pytest.raises(SystemExit, match=r"has compressed.json but neither compressed.safetensors nor .* Get the missing"):
+        main([str(compressed), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapters_beside_compressed_weights_are_refused(compressed, monkeypatch):
     (compressed / "adapter_config.json").write_text("{}")
     monkeypatch.setattr(

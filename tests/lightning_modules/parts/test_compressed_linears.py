@@ -173,7 +173,9 @@ def test_forms_are_timed_with_the_tokens_of_the_stage(stage, tokens, sparse_mode
 
 def test_what_has_too_few_zeros_is_refused_unless_auto_decides(tiny_model):
     directory = tiny_model("llama")
-    with pytest.raises(ValueError, match=r"`compressed` = unstructured, but none of the 21 linears .* is to 30% zero. Give a"):
+    with pytest.raises(
+        ValueError, match=r"`compressed` = unstructured, but none of the 21 linears .* is zero to at least 30%. Give a"
+    ):
         CausalLM(directory, compressed="unstructured").configure_model()
     module = CausalLM(directory, compressed="auto")
     module.configure_model()
@@ -183,6 +185,29 @@ def test_what_has_too_few_zeros_is_refused_unless_auto_decides(tiny_model):
 def test_the_products_without_a_kernel_are_warned_of():
     with pytest.warns(UserWarning, match="no kernel multiplies them: .* or `compressed` = auto"):
         compress_model([block_of(torch.bfloat16)], "unstructured", "x", torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_24_on_a_cpu_is_warned_of_in_every_dtype(dtype):
+    with pytest.warns(UserWarning, match=f"{dtype} on cpu are compressed, but no kernel multiplies them"):
+        compress_model([block_of(dtype)], "2:4", "x", dtype, CPU)
+
+
+def test_blocks_that_share_a_module():
+    shared = block_of()
+    blocks = [nn.ModuleDict({"shared": shared}) for _ in range(2)]
+    found = compress_linears(blocks, "2:4")
+    assert (found.total, found.forms) == (3, {"2:4": 1}) and kinds(shared) == [nn.Linear, Linear24, nn.Linear]
+
+
+@pytest.mark.parametrize("kind", ["2:4", "unstructured"])
+def test_blocks_without_linears_are_refused(kind):
+    block = nn.ModuleDict({"conv": transformers.pytorch_utils.Conv1D(8, 8)})
+    with pytest.raises(
+        ValueError, match=f"`compressed` = {kind} replaces nn.Linear, but the blocks of 'x' have none: .* Leave"
+    ):
+        compress_model([block], kind, "x", torch.float32, CPU)
+    compress_model([block], "auto", "x", torch.float32, CPU)
 
 
 @pytest.mark.parametrize("kind", ["2:4", "auto", "unstructured"])

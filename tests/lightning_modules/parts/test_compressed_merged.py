@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from datamodules import TextDataModule
@@ -147,6 +148,23 @@ def test_predict_merges(directory, stage, merges, text_file, tmp_path, monkeypat
     assert any(isinstance(part, MergedPart) for part in module.model.modules()) == merges
     assert "21 of 21 linears were compressed (21 as 2:4)" in messages[0]
     assert ("15 that share their input" in messages[0]) == merges
+
+
+def test_linears_are_found_on_the_host_whatever_attention_is_chosen(directory):
+    """As flash_attention_2, which runs on a GPU only: the model is on the host when its linears are compressed."""
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("for a GPU only")
+
+    transformers.AttentionInterface.register("gpu_only", fails)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    model.set_attn_implementation("gpu_only")
+    module = CausalLM(model, compressed="2:4")
+    module.configure_model()
+    assert isinstance(module.model.model.layers[0].self_attn.q_proj, MergedPart)
+    assert module.model.config._attn_implementation == "gpu_only"
+    with pytest.raises(RuntimeError, match="for a GPU only"):
+        module.eval()(torch.arange(2)[None])
 
 
 def test_continuations_equal_those_of_the_dense_model(directory, text_file, tmp_path):

@@ -125,8 +125,10 @@ def test_a_folder_that_cannot_be_written_costs_the_next_run_only(tmp_path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     linear = nn.Linear(64, 32)
     with caplog.at_level(logging.WARNING):
-        assert FormTimes(CPU, Timer((2.0,))).of(forms(linear, "dense"), linear, 0.7) == {"dense": 2.0}
-    assert "Times of linears are not kept for the next run" in caplog.text
+        times = FormTimes(CPU, Timer((2.0,), (3.0,)))
+        assert times.of(forms(linear, "dense"), linear, 0.7) == {"dense": 2.0}
+        assert times.of(forms(linear, "dense"), linear, 0.5) == {"dense": 3.0}
+    assert caplog.text.count("Times of linears are not kept for the next run") == 1  # however many linears there are
 
 
 def test_a_write_that_fails_leaves_the_earlier_file(monkeypatch):
@@ -165,6 +167,28 @@ def test_every_form_is_run_as_often(monkeypatch):
     assert list(found) == ["dense", "other"] and min(found.values()) > 0
     assert len(calls) == 2 * 3 * (1 + fastest_form.LEAST_ROUNDS) and len(set(calls)) == 2 * 3
     assert calls[6:9] != calls[9:12] and calls[6:12] == calls[12:18]
+
+
+def test_two_processes_keep_the_times_of_both(folder):
+    first, second, linear = FormTimes(CPU, Timer((2.0,))), FormTimes(CPU, Timer((3.0,))), nn.Linear(64, 32)
+    first.of(forms(linear, "dense"), linear, 0.7)
+    second.of(forms(linear, "dense"), linear, 0.5)
+    again = FormTimes(CPU, Timer())  # measures nothing
+    assert [again.of(forms(linear, "dense"), linear, zeros)["dense"] for zeros in (0.7, 0.5)] == [2.0, 3.0]
+
+
+def test_a_tiny_linear_is_copied_a_limited_number_of_times(monkeypatch):
+    monkeypatch.setattr(fastest_form, "MOST_COPIES", 5)
+    calls = []
+
+    class Noting(nn.Linear):
+        def forward(self, x):
+            calls.append(id(self))
+            return super().forward(x)
+
+    run, turns = fastest_form._over_copies(Noting(4, 4), tokens=1)
+    run()
+    assert turns == len(calls) == len(set(calls)) == 5
 
 
 def test_a_captured_function_lives_as_long_as_its_replay(monkeypatch):

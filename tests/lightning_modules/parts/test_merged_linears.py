@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from functional.pruning.masks import Pattern, keep_largest_of_groups
+from lightning_modules.parts import compressed_linears
 from lightning_modules.parts.compressed_linears import compress_linears
 from lightning_modules.parts.discovery import chain_of
 from lightning_modules.parts.merged_linears import MergedLinears, MergedPart, concatenated, sharing_linears
@@ -120,6 +121,76 @@ def test_blocks_do_not_share():
     blocks = [nn.Sequential(nn.Linear(8, 8)) for _ in range(2)]
     x = torch.zeros(1, 8)
     assert sharing_linears(blocks, lambda: [block(x) for block in blocks]) == []
+
+
+class Router(nn.Linear):
+    """As PhimoeTopKRouter: a linear that returns more than its product."""
+
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores, scores.argmax(-1)
+
+
+class Doubled(nn.Linear):
+    """A linear that multiplies otherwise."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Transposed(nn.Linear):
+    """As FalconLinear: the same product, in other words."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Routed(nn.Module):
+    """Linears of four classes that read the same tensor, 2:4 all of them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.router, self.doubled, self.last = (kind(8, 8) for kind in (nn.Linear, Router, Doubled, Transposed))
+        for linear in self.children():
+            linear.requires_grad_(False).weight.mul_(keep_largest_of_groups(linear.weight.abs(), Pattern(2, 4)))
+
+    def forward(self, x):
+        scores, chosen = self.router(x)
+        return self.first(x) + scores + chosen[:, None] + self.doubled(x) + self.last(x)
+
+
+def test_subclasses_that_do_something_else_are_left_alone():
+    block, x = Routed(), torch.randn(3, 8)
+    expected = block(x)
+    assert sharing_linears([block], lambda: block(x)) == [[block.first, block.last]]
+    found = compress_linears([block], "2:4", run_model=lambda: block(x))
+    assert (found.total, found.merged, type(block.router), type(block.doubled)) == (2, 2, Router, Doubled)
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_adapters_beside_linears_that_are_merged(monkeypatch):
+    """peft asks for the dtype of an adapter's weight. On a GPU adapters, which stay dense, are merged as well."""
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(compressed_linears, "on_gpu", lambda x: True)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+    dense = peft.get_peft_model(pruned_to_24(make_model("llama")), config).base_model.model.eval().requires_grad_(False)
+    merged = copy.deepcopy(dense)
+    found = compress_linears(blocks_of(merged), "2:4", run_model=runs(merged))
+    parts = [part for path, part in merged.named_modules() if isinstance(part, MergedPart) and "lora_A" in path]
+    assert len(parts) == 3 * 2 and found.forms == {"2:4": 3 * 7}  # q and v of three blocks
+    adapters = blocks_of(dense)[0].self_attn
+    for part, linear in zip(parts, (adapters.q_proj, adapters.v_proj), strict=False):
+        assert torch.equal(part.weight, linear.lora_A["default"].weight)
+    with torch.inference_mode():
+        ids = tokens()
+        torch.testing.assert_close(merged(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_compressed_shows_no_weight(members):
+    _, parts = members
+    parts[0].merged.linear = nn.Identity()
+    assert not hasattr(parts[0], "weight")
 
 
 def test_groups_are_found_in_inference_mode_and_no_weight_is_read():
