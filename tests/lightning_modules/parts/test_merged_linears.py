@@ -171,7 +171,8 @@ def test_subclasses_that_do_something_else_are_left_alone():
 
 def test_adapters_beside_linears_that_are_merged(monkeypatch):
     """peft asks for the dtype of an adapter's weight. On a GPU adapters, which stay dense, are merged as well."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     monkeypatch.setattr(compressed_linears, "on_gpu", lambda x: True)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
     dense = peft.get_peft_model(pruned_to_24(make_model("llama")), config).base_model.model.eval().requires_grad_(False)
