@@ -36,9 +36,9 @@ class Compression:
     Attributes:
         forms: Form -> number of linears that have it now.
         total: Number of linears.
+        merged: Number of linears that are parts of one product.
         before: Bytes of all linears before.
         after: Bytes of all linears now.
-        merged: Number of linears that are parts of one product.
     """
 
     forms: Counter = field(default_factory=Counter)
