@@ -11,6 +11,8 @@ from statistics import median
 import torch
 from torch import nn
 
+from lightning_modules.parts import fastest_form
+
 COLD_BYTES = 400 * 2**20
 """Bytes of all copies of a weight: several times the L2 cache of the largest GPU."""
 REPLAYS = 30
@@ -26,16 +28,8 @@ def captured(function: Callable[[], object], device: torch.device) -> Callable[[
     """Capture the launches of a function, and return their replay; it is called twice before, and once while capturing."""
     if device.type == "cpu":
         return function
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # compiles kernels and fills caches, which must not happen while capturing
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+    function()  # compiles; the library's calls it once more before it captures
+    return fastest_form.captured(function, device)
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = REPLAYS) -> float:

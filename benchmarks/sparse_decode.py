@@ -6,10 +6,10 @@
 Weights are random; zeros are the smallest of a matrix, or two of every four. All is replayed from CUDA graphs. Linears take
 turns among enough copies that none is found in the L2 cache, and dense is measured beside every form in the same process; times
 are medians. `error` is relative to float64, `dense_error` what dense has. A model decodes greedily with keys and values in a
-static cache; a step is compiled as one graph (`compiled` = whole), as transformers' generate does it, or not (none; rows of
-earlier versions say True if norms, feed-forward networks and rotary embeddings were). merged: linears that share their input
-are one product, as in `predict`. `same_tokens` is the share of its tokens that are those of the same weights kept dense and
-apart. On a CPU nothing is captured, and dense linears are not merged: this only tries the script.
+static cache; a step is compiled as one graph (`compiled` = whole), as transformers' generate does it, or not (none).
+merged: linears that share their input are one product, as in `predict`. `same_tokens` is the share of its tokens that are those
+of the same weights kept dense and apart. On a CPU nothing is captured, and dense linears are not merged: this only tries the
+script.
 """
 
 import argparse

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_modules.base.prunable import PrunableModule
+from lightning_modules.parts.attention_form import attention_form
 from lightning_modules.parts.compressed_linears import MANY, ONE, Kind, compress_model
 from lightning_modules.parts.discovery import Discovery, discover
 from lightning_modules.parts.language_models import check_given, load_model, load_tokenizer, read_config
 from lightning_modules.parts.load_streamed import check_stage, discover_streamed, load_streamed
-from lightning_modules.parts.merged_linears import run_two_tokens
 from lightning_modules.parts.predictions import Predictions
 from lightning_modules.parts.self_text import sample_batch, start_token
 from lightning_modules.parts.streamed_passes import StreamedPasses
@@ -181,7 +181,13 @@ class CausalLM(PrunableModule, WritesText):
         else:
             self.model.eval()  # a layer that is dropped calls no linear
             windows = data_of(self._trainer).facts().batch_size  # a step multiplies a token of each
-            compress_model(*given, windows or ONE, lambda: run_two_tokens(self.model))
+            compress_model(*given, windows or ONE, self._run_two_tokens)
+
+    def _run_two_tokens(self) -> None:
+        """Run the model where it was loaded, on the host, where flash attention does not run."""
+        ids = torch.arange(2, device=self.model.device)[None]
+        with attention_form(self.model, "own"):
+            self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
     def _check_length(self, config: Any) -> None:
         """Refuse windows longer than the positions that a model has learned; warn if positions are rotary."""

@@ -131,17 +131,3 @@ def sharing_linears(blocks: Sequence[nn.Module], run_model: Callable[[], Any]) -
         if counts[linear] == 1:
             groups.setdefault((block, id(x), version, linear.weight.dtype, linear.weight.device), []).append(linear)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def run_two_tokens(model: nn.Module) -> None:
-    """Run a language model on two tokens where it was loaded, on the host.
-
-    Attention is eager meanwhile, unless it is sdpa: that of some libraries, such as flash_attention_2, is for a GPU only.
-    """
-    ids, config = torch.arange(2, device=model.device)[None], model.config.get_text_config()
-    chosen = config._attn_implementation
-    config._attn_implementation = chosen if chosen in (None, "sdpa") else "eager"
-    try:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    finally:
-        config._attn_implementation = chosen

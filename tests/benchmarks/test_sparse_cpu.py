@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import sparse_cpu, speed_tables
+from tests.helpers.marks import needs_mkl
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def rows(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch multiplies sparse rows through MKL")
+@needs_mkl
 def test_rows(rows):
     found = rows()
     assert [(row["dtype"], row["zeros"], row["tokens"]) for row in found] == [

@@ -14,11 +14,11 @@ from lightning_modules.parts.csr_linear import CsrLinear
 from lightning_modules.parts.lane_linear import LaneLinear
 from lightning_modules.parts.linear24 import Linear24
 from lightning_modules.parts.sparse_linear import SparseLinear
+from tests.helpers.marks import needs_mkl
 from tests.helpers.tiny import make_tokenizer, quiet
 
 CPU = torch.device("cpu")
 SLOW, FAST = {"dense": 10.0, "csr": 20.0}, {"dense": 10.0, "csr": 5.0}
-needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch multiplies sparse rows through MKL")
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,8 @@ from lightning_modules.parts.lane_linear import LaneLinear
 from lightning_modules.parts.linear24 import Linear24
 from lightning_modules.parts.merged_linears import MergedPart
 from lightning_modules.parts.sparse_linear import SparseLinear
+from tests.helpers.marks import needs_mkl
 from tests.helpers.tiny import make_model, make_tokenizer, quiet
-
-needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch multiplies sparse rows through MKL")
 
 
 class Attention(nn.Module):
