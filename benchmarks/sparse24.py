@@ -46,12 +46,21 @@ def shapes(hidden: int, intermediate: int) -> dict[str, tuple[int, int]]:
     return {"q": (hidden, hidden), "gate": (intermediate, hidden), "down": (hidden, intermediate)}
 
 
-def random_linear(outputs: int, inputs: int, options: argparse.Namespace) -> nn.Linear:
-    """Make a 2:4 linear without bias."""
+def make_zeros(weight: Tensor, share: float) -> None:
+    """Set the smallest weights of a matrix to zero, in place."""
+    magnitude = weight.abs().float().flatten()
+    weight[weight.abs() <= magnitude.kthvalue(max(1, int(share * magnitude.numel())))[0]] = 0
+
+
+def random_linear(outputs: int, inputs: int, options: argparse.Namespace, zeros: float | None = None) -> nn.Linear:
+    """Make a linear without bias that is 2:4, or has a share of zeros anywhere."""
     dtype = getattr(torch, options.dtype)
     linear = nn.Linear(inputs, outputs, bias=False, device=options.device, dtype=dtype).requires_grad_(False)
     linear.weight.normal_(0, 0.02)
-    make_24(linear.weight)
+    if zeros is None:
+        make_24(linear.weight)
+    else:
+        make_zeros(linear.weight, zeros)
     return linear
 
 
@@ -216,6 +225,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=2048, help="tokens before decoding, and of prefill")
     parser.add_argument("--steps", type=int, default=32, help="tokens that are decoded")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--zeros", type=float, help="of tune: zeros anywhere, so that there is a rest; 2:4 if left out")
     parser.add_argument(
         "--seconds", type=float, default=20, help="of tune, for each shape and number of tokens, after compiling"
     )
@@ -238,7 +248,7 @@ def main() -> None:
                 if options.part == "tune" and tokens > MOST_TOKENS:
                     print(f"{name}, {tokens} tokens: more than the kernel takes", flush=True)
                 elif options.part == "tune":
-                    tune(random_linear(outputs, inputs, options), name, tokens, options.seconds)
+                    tune(random_linear(outputs, inputs, options, options.zeros), name, tokens, options.seconds)
                 else:
                     rows.append(measure_linear(name, outputs, inputs, tokens, options))
                     print({key: shown(value) for key, value in rows[-1].items()}, flush=True)

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from benchmarks.cuda_graphs import captured, cold_copies, seconds
-from functional.sparse24 import Config, compress, decode, default_config
+from functional.sparse24 import Config, decode, default_config, split
 from lightning_modules.parts.linear24 import Linear24
+from lightning_modules.parts.split_linear import SplitLinear
 
-TILES, WARPS = (1, 2, 4), (2, 4, 8, 16)
-STAGES_AND_UNROLL = ((1, 2), (1, 4), (1, 8), (4, 1), (6, 1))
-WORDS_IN_FLIGHT = (64, 1024)
+TILES, WARPS, UNROLL = (1, 2, 4), (2, 4, 8, 16), (2, 4, 8)
+WORDS_IN_FLIGHT = (64, 512)
 """Least and largest number of weight words in flight, per program and thread of a warp: fewer do not hide the memory's latency,
 more do not fit."""
 COMPILERS = 12
@@ -26,10 +26,9 @@ REPLAYS = 7
 
 def grid() -> list[Config]:
     """Return configurations that could be fast, in a random order that is always the same."""
-    sizes = itertools.product(TILES, WARPS, STAGES_AND_UNROLL)
-    found = [Config(tiles, warps, *ahead) for tiles, warps, ahead in sizes]
+    found = [Config(*sizes) for sizes in itertools.product(TILES, WARPS, UNROLL)]
     least, most = WORDS_IN_FLIGHT
-    found = [config for config in found if least <= 8 * config.tiles * config.warps * config.stages * config.unroll <= most]
+    found = [config for config in found if least <= 8 * config.tiles * config.warps * config.unroll <= most]
     random.Random(0).shuffle(found)
     return found
 
@@ -40,9 +39,10 @@ def tune(linear: nn.Linear, name: str, tokens: int, budget: float) -> list[tuple
     Returns:
         Seconds of a call and configuration, fastest first.
     """
-    compressed = Linear24.from_linear(linear)
+    has_rest = not Linear24.fits(linear)
+    compressed = (SplitLinear if has_rest else Linear24).from_linear(linear)
     x = torch.randn(tokens, linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
-    default = default_config(tokens, *linear.weight.shape)
+    default = default_config(tokens, *linear.weight.shape, has_rest)
     configs = [default, *grid()]
     if x.is_cuda:
         configs = compiled(configs, x, compressed)
@@ -54,8 +54,8 @@ def tune(linear: nn.Linear, name: str, tokens: int, budget: float) -> list[tuple
         if time.monotonic() - begin > budget and found:
             break
         try:
-            y = decode(x, compressed.compressed, None, config).float()
-            run = captured(lambda config=config: [decode(x, turn.compressed, None, config) for turn in turns], x.device)
+            y = product(x, compressed, config).float()
+            run = captured(lambda config=config: [product(x, turn, config) for turn in turns], x.device)
             took = seconds(run, x.device, REPLAYS) / len(turns)
         except Exception as problem:  # a tile too large for this card is Triton's error, one of several classes
             failed += 1
@@ -74,16 +74,22 @@ def tune(linear: nn.Linear, name: str, tokens: int, budget: float) -> list[tuple
     return found
 
 
+def product(x: torch.Tensor, linear: Linear24 | SplitLinear, config: Config) -> torch.Tensor:
+    """Multiply with a configuration."""
+    return decode(x, linear.compressed, None, config, getattr(linear, "rest", None))
+
+
 @cache
 def compilers() -> ProcessPoolExecutor:
     """Processes of their own, since compiling takes most of the time; they stay for the next shape."""
     return ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn"))
 
 
-def compiled(configs: list[Config], x: torch.Tensor, linear: Linear24) -> list[Config]:
+def compiled(configs: list[Config], x: torch.Tensor, linear: Linear24 | SplitLinear) -> list[Config]:
     """Those that could be compiled; they are in Triton's cache on disk then."""
     begin = time.monotonic()
-    shape = (len(x), linear.out_features, linear.in_features, str(x.dtype).removeprefix("torch."))
+    rounds = linear.rounds if isinstance(linear, SplitLinear) else 0
+    shape = (len(x), linear.out_features, linear.in_features, str(x.dtype).removeprefix("torch."), rounds)
     jobs = {config: compilers().submit(compile_one, config, shape) for config in dict.fromkeys(configs)}
     problems = {config: job.result() for config, job in jobs.items()}
     for config, problem in problems.items():
@@ -95,10 +101,12 @@ def compiled(configs: list[Config], x: torch.Tensor, linear: Linear24) -> list[C
 
 def compile_one(config: Config, shape: tuple) -> str | None:
     """Run one configuration once on zeros; None if it went well, else what went wrong."""
-    tokens, rows, columns, dtype = shape
+    tokens, rows, columns, dtype, rounds = shape
     options = {"device": "cuda", "dtype": getattr(torch, dtype)}
+    main, rest = split(torch.zeros(rows, columns, **options))
     try:
-        decode(torch.zeros(tokens, columns, **options), compress(torch.zeros(rows, columns, **options)), None, config)
+        rest = rest._replace(rounds=rounds) if rounds else None
+        decode(torch.zeros(tokens, columns, **options), main, None, config, rest)
         torch.cuda.synchronize()
     except Exception as problem:
         return f"{type(problem).__name__}: {str(problem)[:100]}"

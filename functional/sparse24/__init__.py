@@ -1,12 +1,15 @@
 """Store and multiply 2:4 linears: at most two of every four consecutive weights of a row are not zero.
 
 `compress` keeps the two values of each group and their positions, 9/16 of the bytes at 16 bit. `decode` multiplies the result
-with a few tokens, when a GPU waits for the weights; `prefill` with many, by cuSPARSELt.
+with a few tokens, when a GPU waits for the weights; `prefill` with many, by cuSPARSELt. For zeros anywhere `split` makes of a
+matrix a 2:4 one and the rest, which `decode` takes beside it.
 """
 
 from functional.sparse24 import prefill
 from functional.sparse24.compress import GROUP, Compressed, compress, decompress, groups_over_two
-from functional.sparse24.decode import DTYPES, MOST_TOKENS, Config, decode, default_config, expand
+from functional.sparse24.config import MOST_TOKENS, Config, default_config
+from functional.sparse24.decode import DTYPES, decode, expand
+from functional.sparse24.rest import Rest, join, split
 
 __all__ = [
     "DTYPES",
@@ -14,11 +17,14 @@ __all__ = [
     "MOST_TOKENS",
     "Compressed",
     "Config",
+    "Rest",
     "compress",
     "decode",
     "decompress",
     "default_config",
     "expand",
     "groups_over_two",
+    "join",
     "prefill",
+    "split",
 ]

@@ -53,8 +53,7 @@ def groups_over_two(weight: Tensor) -> int:
         >>> groups_over_two(torch.tensor([[1.0, 2.0, 3.0, 0.0, 0.0, 0.0, 4.0, 5.0]]))
         1
     """
-    _check(weight)
-    return int((_groups(weight).sum(-1) > 2).sum())
+    return int(((as_groups(weight) != 0).sum(-1) > 2).sum())
 
 
 def compress(weight: Tensor) -> Compressed:
@@ -85,17 +84,25 @@ def compress(weight: Tensor) -> Compressed:
             f"Argument `weight` expected at most two weights that are not zero in every four consecutive ones of a row, but "
             f'{over} of {weight.numel() // GROUP} groups have more. Prune with pattern "2:4" first.'
         )
-    rows, columns = weight.shape
-    filled = pad(weight, (0, -columns % STRIP, 0, -rows % TILE))
-    a, b, c, d = _groups(filled).unbind(-1)
+    groups = as_groups(weight)
+    a, b, c, d = (groups != 0).unbind(-1)
     first = torch.where(a, 0, torch.where(b, 1, 2))
     last = torch.where(d, 3, torch.where(c, 2, 1))
     first = torch.minimum(first, last - 1)  # if there is none, or one only: a zero on its left stands in
-    kept = filled.unflatten(1, (-1, GROUP)).gather(2, torch.stack([first, last], -1))
-    values = _tiles(kept).permute(0, 3, 4, 2, 7, 5, 6, 1, 8).reshape(len(filled) // TILE, -1, 2, 32, 4, 2)
-    nibbles = _tiles((first | last << 2).to(torch.uint8)).permute(0, 3, 2, 4, 6, 1, 7, 5).reshape(*values.shape[:2], 32, 4, 2)
-    indices = (nibbles[..., 0] | nibbles[..., 1] << 4).view(torch.int32)[..., 0]
-    return Compressed(values, indices, rows, columns)
+    kept = groups.gather(2, torch.stack([first, last], -1))
+    return Compressed(in_order_of_lanes(kept), indices_of(first, last), *weight.shape)
+
+
+def in_order_of_lanes(kept: Tensor) -> Tensor:
+    """Bring the two values of each group, (16 T, 16 P, 2), into the order of `Compressed.values`."""
+    return _tiles(kept).permute(0, 3, 4, 2, 7, 5, 6, 1, 8).reshape(len(kept) // TILE, -1, 2, 32, 4, 2)
+
+
+def indices_of(first: Tensor, last: Tensor) -> Tensor:
+    """Make `Compressed.indices` of the two positions of each group, (16 T, 16 P) each."""
+    nibbles = _tiles((first | last << 2).to(torch.uint8)).permute(0, 3, 2, 4, 6, 1, 7, 5)
+    nibbles = nibbles.reshape(len(first) // TILE, -1, 32, 4, 2)
+    return (nibbles[..., 0] | nibbles[..., 1] << 4).view(torch.int32)[..., 0]
 
 
 def decompress(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
@@ -125,12 +132,12 @@ def _tiles(groups: Tensor) -> Tensor:
     return groups.unflatten(1, (-1, 2, 2, 2, 2)).unflatten(0, (-1, 2, 8))
 
 
-def _groups(weight: Tensor) -> Tensor:
-    """Return which weights are not zero, (O, I / 4, 4)."""
-    return (weight != 0).unflatten(1, (-1, GROUP))
+def as_groups(weight: Tensor) -> Tensor:
+    """Return the groups of a matrix (O, I), (16 T, 16 P, 4), padded with zeros.
 
-
-def _check(weight: Tensor) -> None:
+    Raises:
+        ValueError: If it is no floating-point matrix, or I is no multiple of 4.
+    """
     if weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(
             f"Argument `weight` expected to be a floating-point matrix (outputs, inputs), not empty, but got "
@@ -140,3 +147,4 @@ def _check(weight: Tensor) -> None:
         raise ValueError(
             f"Argument `weight` expected a multiple of {GROUP} inputs but got {weight.shape[1]}. Leave this linear dense."
         )
+    return pad(weight, (0, -weight.shape[1] % STRIP, 0, -len(weight) % TILE)).unflatten(1, (-1, GROUP))

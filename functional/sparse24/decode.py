@@ -1,78 +1,33 @@
-"""Torch operators that multiply compressed 2:4 weights with a few tokens, and that restore the dense weights, by kernels.
+"""Torch operators that multiply compressed weights with a few tokens, and that restore the dense weights, by kernels.
 
-As operators they can be captured by CUDA graphs and pass through torch.compile. They need a GPU with sparse tensor cores
-(compute capability 8.0 or more). On a CPU use `decompress`; with ``TRITON_INTERPRET=1`` they run there too, for tests.
+Weights are 2:4, or the sum of a 2:4 matrix and a rest. As operators they can be captured by CUDA graphs and pass through
+torch.compile. They need a GPU with sparse tensor cores (compute capability 8.0 or more). On a CPU use `decompress` or `join`;
+with ``TRITON_INTERPRET=1`` they run there too, for tests.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from functional.sparse24.compress import STRIP, TILE, Compressed
+from functional.sparse24.config import MOST_TOKENS, Config, check_config, check_tokens, default_config
+from functional.sparse24.rest import PLACES, STRIPS, Rest
 
-MOST_TOKENS = 16
-"""With more tokens a GPU no longer waits for the weights."""
 DTYPES = (torch.bfloat16, torch.float16)
 OF_A_PRODUCT = 8
 """Tokens that the sparse tensor cores take at a time."""
 BYTES_OF_A_LOAD = 16
 WARPS_TO_EXPAND = 8
-WARPS = (1, 2, 4, 8, 16, 32)
+LANES_TO_SCATTER = 128
+BYTES_OF_A_PATCH = 2 * PLACES + 16
+"""Shared memory for each tile and warp if there is a rest."""
 
 
-class Config(NamedTuple):
-    """Division of the work of `decode` among programs and warps.
-
-    Attributes:
-        tiles: Tiles of 16 outputs that a program computes; 1, 2 or 4.
-        warps: Warps of a program, which share the inputs.
-        stages: Strips on their way from memory to shared memory at a time; 1 to load straight into registers.
-        unroll: Strips on their way into the registers of a warp at a time, if stages is 1.
-    """
-
-    tiles: int
-    warps: int
-    stages: int
-    unroll: int
-
-
-FASTEST = {
-    (1, "few rows"): Config(1, 4, 1, 8), (1, "long rows"): Config(1, 4, 1, 8), (1, "many rows"): Config(2, 2, 1, 8),
-    (4, "few rows"): Config(2, 4, 1, 8), (4, "long rows"): Config(1, 4, 1, 8), (4, "many rows"): Config(2, 2, 1, 8),
-    (8, "few rows"): Config(2, 4, 6, 1), (8, "long rows"): Config(2, 4, 6, 1), (8, "many rows"): Config(2, 2, 1, 8),
-    (16, "few rows"): Config(2, 4, 6, 1), (16, "long rows"): Config(2, 4, 6, 1), (16, "many rows"): Config(2, 2, 1, 8),
-}  # fmt: skip
-"""Largest number of tokens, and shape -> fastest configuration for LLaMA-2-7B's linears (q, down, gate): up to 4 tokens on an
-H100, more on an H200 (benchmarks/sparse24_tuning.py)."""
-MANY = 8192
-
-
-def default_config(tokens: int, rows: int, columns: int) -> Config:
-    """Return the entry of `FASTEST` for the nearest shape.
-
-    Args:
-        tokens: Number of tokens.
-        rows: O.
-        columns: I.
-
-    Raises:
-        ValueError: If there are too many tokens.
-
-    Examples:
-        >>> default_config(tokens=1, rows=4096, columns=4096)
-        Config(tiles=1, warps=4, stages=1, unroll=8)
-    """
-    _check_tokens(tokens)
-    most = next(most for most in sorted({most for most, _ in FASTEST}) if tokens <= most)
-    chosen = FASTEST[most, "many rows" if rows > MANY else "long rows" if columns > MANY else "few rows"]
-    strips = -(-columns // STRIP)
-    return Config(chosen.tiles, min(chosen.warps, 1 << strips.bit_length() - 1), chosen.stages, chosen.unroll)
-
-
-def decode(x: Tensor, weight: Compressed, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
+def decode(
+    x: Tensor, weight: Compressed, bias: Tensor | None = None, config: Config | None = None, rest: Rest | None = None
+) -> Tensor:
     """Compute x Wᵀ + bias with float32 sums; repeated calls give the same bits.
 
     Args:
@@ -80,6 +35,7 @@ def decode(x: Tensor, weight: Compressed, bias: Tensor | None = None, config: Co
         weight: (O, I), of x's dtype, from `compress`.
         bias: (O,), of x's dtype.
         config: Division of the work; chosen by the shape when None.
+        rest: What W has beside the 2:4 matrix, from `split`; None if that is all.
 
     Returns:
         (tokens, O), of x's dtype.
@@ -93,43 +49,40 @@ def decode(x: Tensor, weight: Compressed, bias: Tensor | None = None, config: Co
             f"Argument `x` expected to be (tokens, {columns}) but got {tuple(x.shape)}. Give the inputs of this weight, "
             "flattened to two dimensions."
         )
-    _check_tokens(x.shape[0])
+    check_tokens(x.shape[0])
     if x.dtype not in DTYPES or values.dtype != x.dtype:
         raise ValueError(
             f"Arguments `x` and `weight` expected one dtype of bfloat16, float16 but got {x.dtype} and {values.dtype}. "
             "Multiply others by the dense weight, which `decompress` makes."
         )
-    _check(weight)
+    _check(weight, rest)
     if bias is not None and (bias.shape != (rows,) or bias.dtype != x.dtype):
         raise ValueError(
             f"Argument `bias` expected ({rows},) of {x.dtype} but got {tuple(bias.shape)} of {bias.dtype}. Cast it, or give "
             "None."
         )
-    config = config or default_config(x.shape[0], rows, columns)
-    if config.tiles not in (1, 2, 4) or config.warps not in WARPS or min(config.stages, config.unroll) != 1:
-        raise ValueError(
-            f"Argument `config` expected 1, 2 or 4 tiles, a power of two of at most {max(WARPS)} warps, and stages or unroll "
-            f"of 1, but got {config}. Leave it out for the default."
-        )
-    return _decode(x, values, indices, bias, rows, list(config))
+    config = config or default_config(x.shape[0], rows, columns, rest is not None)
+    check_config(config, rest is not None)
+    words, starts, rounds = (None, None, 0) if rest is None else rest
+    return _decode(x, values, indices, words, starts, bias, rows, rounds, list(config))
 
 
-def expand(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
-    """Do the same as `decompress` in one launch, for bfloat16 and float16.
+def expand(weight: Compressed, rest: Rest | None = None) -> Tensor:
+    """Do the same as `decompress` or `join` by kernels, for bfloat16 and float16.
 
     Args:
-        values: `Compressed.values`.
-        indices: `Compressed.indices`.
-        rows: O.
-        columns: I.
+        weight: (O, I), from `compress` or `split`.
+        rest: What there is beside it, from `split`; None if that is all.
 
     Raises:
         ValueError: If shapes or dtypes do not go together.
     """
+    values, indices, rows, columns = weight
     if values.dtype not in DTYPES:
-        raise ValueError(f"Argument `values` expected bfloat16 or float16 but got {values.dtype}. Use `decompress`.")
-    _check(Compressed(values, indices, rows, columns))
-    return _expand(values, indices, rows, columns)
+        raise ValueError(f"Argument `weight` expected bfloat16 or float16 but got {values.dtype}. Use `decompress`.")
+    _check(weight, rest)
+    words, starts = (None, None) if rest is None else rest[:2]
+    return _expand(values, indices, words, starts, rows, columns)
 
 
 def _aligned(values: Tensor) -> Tensor:
@@ -138,15 +91,7 @@ def _aligned(values: Tensor) -> Tensor:
     return values if values.data_ptr() % BYTES_OF_A_LOAD == 0 else values.clone()
 
 
-def _check_tokens(tokens: int) -> None:
-    if tokens > MOST_TOKENS:
-        raise ValueError(
-            f"Argument `x` expected at most {MOST_TOKENS} tokens but got {tokens}. Multiply more by the dense weight, which "
-            "`expand` and `decompress` make."
-        )
-
-
-def _check(weight: Compressed) -> None:
+def _check(weight: Compressed, rest: Rest | None) -> None:
     tiles, strips = -(-weight.rows // TILE), -(-weight.columns // STRIP)
     if (
         weight.indices.dtype != torch.int32
@@ -158,13 +103,24 @@ def _check(weight: Compressed) -> None:
             f"32, 4, 2) and int32 ({tiles}, {strips}, 32) but got {tuple(weight.values.shape)} and {weight.indices.dtype} "
             f"{tuple(weight.indices.shape)}. Take them from `compress`."
         )
+    if rest is None:
+        return
+    places = tiles * -(-strips // STRIPS) + 1
+    if rest.words.dtype != torch.int32 or rest.starts.dtype != torch.int32 or rest.starts.shape != (places,):
+        raise ValueError(
+            f"Argument `rest` of a weight ({weight.rows}, {weight.columns}) expected int32 words and starts, ({places},) of "
+            f"the latter, but got {rest.words.dtype} and {rest.starts.dtype} {tuple(rest.starts.shape)}. Take it from `split`."
+        )
 
 
 @torch.library.custom_op("sparse24::decode", mutates_args=())
-def _decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, rows: int, config: Sequence[int]) -> Tensor:
+def _decode(
+    x: Tensor, values: Tensor, indices: Tensor, rest: Tensor | None, starts: Tensor | None, bias: Tensor | None, rows: int,
+    rounds: int, config: Sequence[int],
+) -> Tensor:  # fmt: skip
     import triton
 
-    from functional.sparse24 import decode_triton as kernels
+    from functional.sparse24.decode_triton import decode_kernel
 
     chosen = Config(*config)
     tokens, columns = x.shape
@@ -173,45 +129,49 @@ def _decode(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, row
         return out
     tiles, strips = indices.shape[:2]
     words = _aligned(pad(x, (0, -columns % STRIP)) if columns % STRIP else x)  # padding copies even if nothing is added
-    options: dict[str, int] = {"HAS_BIAS": bias is not None, "BFLOAT16": x.dtype == torch.bfloat16}
-    options |= {"INTERPRETED": not x.is_cuda}
-    options |= {"TOKENS": OF_A_PRODUCT if tokens <= OF_A_PRODUCT else MOST_TOKENS, "TILES": chosen.tiles}
-    options |= {
-        "EVEN": strips % (chosen.warps * chosen.unroll) == 0,
-        "STAGES": chosen.stages,
-        "UNROLL": chosen.unroll,
-        "WARPS": chosen.warps,
-        "num_warps": chosen.warps,
-    }
+    options: dict[str, int | str] = {"HAS_BIAS": bias is not None, "BFLOAT16": x.dtype == torch.bfloat16}
+    options |= {"TOKENS": OF_A_PRODUCT if tokens <= OF_A_PRODUCT else MOST_TOKENS, "ROUNDS": rounds}
+    options |= {"EVEN": strips % (chosen.warps * chosen.unroll) == 0, "INTERPRETED": not x.is_cuda}
+    options |= {name.upper(): value for name, value in chosen._asdict().items()} | {"num_warps": chosen.warps}
+    buffers = chosen.tiles * chosen.warps if rounds else 0
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        kernels.decode_kernel[(triton.cdiv(tiles, chosen.tiles),)](
+        decode_kernel[(triton.cdiv(tiles, chosen.tiles),)](
             words.view(torch.int32), _aligned(values).view(torch.int32), indices.contiguous(),
-            out if bias is None else bias.contiguous(), out, tokens, rows, tiles, strips, **options,
+            indices if rest is None else rest.contiguous(), indices if starts is None else starts.contiguous(),
+            out if bias is None else bias.contiguous(), out, tokens, rows, tiles, strips,
+            PATCH=STRIPS, BYTES=str(16 + BYTES_OF_A_PATCH * buffers), **options,
         )  # fmt: skip
     return out
 
 
 @_decode.register_fake
-def _(x, values, indices, bias, rows, config):
+def _(x, values, indices, rest, starts, bias, rows, rounds, config):
     return x.new_empty(x.shape[0], rows)
 
 
 @torch.library.custom_op("sparse24::expand", mutates_args=())
-def _expand(values: Tensor, indices: Tensor, rows: int, columns: int) -> Tensor:
+def _expand(
+    values: Tensor, indices: Tensor, rest: Tensor | None, starts: Tensor | None, rows: int, columns: int
+) -> Tensor:  # fmt: skip
     import triton
 
-    from functional.sparse24 import decode_triton as kernels
+    from functional.sparse24.expand_triton import expand_kernel, scatter_kernel
 
     out = values.new_empty(rows, columns)
-    tiles, strips = indices.shape[:2]
+    (tiles, strips), left, patches = indices.shape[:2], indices, 0
     with torch.cuda.device_of(values):
-        kernels.expand_kernel[(tiles, triton.cdiv(strips, WARPS_TO_EXPAND))](
-            _aligned(values).view(torch.int32), indices.contiguous(), out.view(torch.int32), rows, columns, strips,
-            WARPS=WARPS_TO_EXPAND, num_warps=WARPS_TO_EXPAND,
+        if rest is not None and starts is not None:
+            patches = len(starts) - 1
+            left = values.new_zeros(patches, PLACES)
+            scatter_kernel[(patches,)](rest.contiguous(), starts.contiguous(), left.view(torch.int16), PLACES, LANES_TO_SCATTER)
+        expand_kernel[(tiles, triton.cdiv(strips, WARPS_TO_EXPAND))](
+            _aligned(values).view(torch.int32), indices.contiguous(), left.view(torch.int32), out.view(torch.int32), rows,
+            columns, strips, patches // tiles * STRIPS,
+            HAS_REST=rest is not None, WARPS=WARPS_TO_EXPAND, num_warps=WARPS_TO_EXPAND,
         )  # fmt: skip
     return out
 
 
 @_expand.register_fake
-def _(values, indices, rows, columns):
+def _(values, indices, rest, starts, rows, columns):
     return values.new_empty(rows, columns)

@@ -60,7 +60,9 @@ class Linear24(CompressedLinear):
 
     def dense(self) -> Tensor:
         """Return the dense weight, (O, I)."""
-        return (expand if self.values.is_cuda and self.values.dtype in DTYPES else decompress)(*self.compressed)
+        if self.values.is_cuda and self.values.dtype in DTYPES:
+            return expand(self.compressed)
+        return decompress(*self.compressed)
 
     def prepare_prefill(self, tokens: int) -> "Linear24":
         """Also keep cuSPARSELt's form of the weight, with the algorithm that is fastest for a number of tokens.

@@ -4,15 +4,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from functional.sparse24.decode import BYTES_OF_A_PATCH
 from functional.sparse24.decode_triton import decode_kernel
+from functional.sparse24.rest import STRIPS
 
 
-def decode_kernel_for(tiles: int, warps: int, tokens: int, capability: int = 80) -> str:
+def decode_kernel_for(tiles: int, warps: int, tokens: int, rounds: int = 0, unroll: int = 1, capability: int = 80) -> str:
     """Triton's last text before LLVM, in which every tensor has its layout."""
-    pointers = {name: "*i32" for name in ("x_ptr", "values_ptr", "indices_ptr")} | {"bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    pointers = {name: "*i32" for name in ("x_ptr", "values_ptr", "indices_ptr", "rest_ptr", "starts_ptr")} | {
+        "bias_ptr": "*bf16",
+        "out_ptr": "*bf16",
+    }
     numbers = dict.fromkeys(("tokens", "rows", "tiles", "strips"), "i32")
-    constants = {"HAS_BIAS": True, "BFLOAT16": True, "EVEN": False, "INTERPRETED": False, "STAGES": 1, "UNROLL": 1}
-    constants |= {"TOKENS": tokens, "TILES": tiles, "WARPS": warps}
+    constants = {"HAS_BIAS": True, "BFLOAT16": True, "EVEN": False, "INTERPRETED": False, "UNROLL": unroll}
+    constants |= {"TOKENS": tokens, "TILES": tiles, "WARPS": warps, "ROUNDS": rounds}
+    constants |= {"PATCH": STRIPS, "BYTES": str(16 + BYTES_OF_A_PATCH * tiles * warps)}
     names = decode_kernel.arg_names
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *numbers) if name != "tokens"}
     source = ASTSource(

@@ -17,11 +17,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One rounding of the result; the interpreter cuts off what a GPU rounds, hence a whole unit.
 UNIT = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
 CONFIGS = {
-    "one tile": Config(tiles=1, warps=4, stages=1, unroll=1),
-    "two tiles": Config(tiles=2, warps=2, stages=1, unroll=2),
-    "four tiles": Config(tiles=4, warps=2, stages=1, unroll=2),
-    "through shared memory": Config(tiles=2, warps=1, stages=3, unroll=1),
-    "more warps than strips": Config(tiles=1, warps=16, stages=1, unroll=4),
+    "one tile": Config(tiles=1, warps=4, unroll=1),
+    "two tiles": Config(tiles=2, warps=2, unroll=2),
+    "four tiles": Config(tiles=4, warps=2, unroll=2),
+    "more warps than strips": Config(tiles=1, warps=16, unroll=4),
 }
 
 
@@ -90,8 +89,9 @@ def test_operators_pass_torchs_own_checks(operator):
     """Schema, shapes of fake tensors, and that they can be traced."""
     weight, x, bias = problem(16, 64, 3, torch.bfloat16)
     values, indices, *sizes = compress(weight)
-    config = list(CONFIGS["two tiles"])
-    arguments = (x, values, indices, bias, 16, config) if operator == "decode" else (values, indices, *sizes)
+    arguments = (values, indices, None, None, *sizes)
+    if operator == "decode":
+        arguments = (x, *arguments[:4], bias, 16, 0, list(CONFIGS["two tiles"]))
     torch.library.opcheck(getattr(torch.ops.sparse24, operator).default, arguments)
 
 
@@ -109,13 +109,13 @@ def test_wrong_arguments():
     for bias, got in ((x[0, :15], r"\(15,\) of torch.float16"), (x[0, :16].float(), r"\(16,\) of torch.float32")):
         with pytest.raises(ValueError, match=rf"`bias` expected \(16,\) of torch.float16 but got {got}. Cast it"):
             decode(x, compressed, bias)
-    for config in (Config(3, 4, 1, 1), Config(1, 3, 1, 1), Config(1, 64, 1, 1), Config(2, 4, 0, 1), Config(1, 4, 2, 2)):
-        with pytest.raises(ValueError, match=r"`config` expected 1, 2 or 4 tiles, .* but got Config.* Leave it out"):
+    for config in (Config(3, 4, 1), Config(1, 3, 1), Config(1, 64, 1), Config(2, 4, 0)):
+        with pytest.raises(ValueError, match=r"`config` expected 1, 2 or 4 tiles, .* but got Config.* Leave it"):
             decode(x, compressed, None, config)
     with pytest.raises(ValueError, match="at most 16 tokens but got 17"):
         default_config(17, 16, 64)
     with pytest.raises(ValueError, match=r"bfloat16 or float16 but got torch.float32\. Use"):
-        expand(*compress(weight.float()))
+        expand(compress(weight.float()))
     values, indices, rows, columns = compressed
     for wrong in ((values[:, :, 1:], indices, rows), (values, indices.long(), rows), (values, indices, 17)):
         with pytest.raises(
@@ -129,7 +129,7 @@ def test_wrong_arguments():
 def test_expanding(dtype, rows, inputs):
     """Rows of whole 16 bytes and others, tiles and strips that are filled and others."""
     weight = problem(rows, inputs, 1, dtype)[0]
-    assert torch.equal(expand(*compress(weight)), weight)
+    assert torch.equal(expand(compress(weight)), weight)
 
 
 def test_strides_and_alignment_do_not_matter():
@@ -138,7 +138,7 @@ def test_strides_and_alignment_do_not_matter():
     values, indices = (torch.stack([part, part], -1)[..., 0] for part in compressed[:2])
     strided = Compressed(values, indices, 16, 64)
     expected = decode(x, compressed, bias)
-    assert torch.equal(decode(x, strided, bias), expected) and torch.equal(expand(*strided), weight)
+    assert torch.equal(decode(x, strided, bias), expected) and torch.equal(expand(strided), weight)
     assert torch.equal(decode(x, compressed, torch.stack([bias, bias + 100], -1)[:, 0]), expected)
     shifted = torch.cat([values.flatten()[:1], values.flatten()])[1:].view_as(values)
     assert shifted.data_ptr() % 4 == 2 and torch.equal(decode(x, Compressed(shifted, indices, 16, 64), bias), expected)
@@ -152,21 +152,28 @@ def test_strides_and_alignment_do_not_matter():
 def test_the_default_is_one_that_triton_takes(tokens, rows, columns):
     config = default_config(tokens, rows, columns)
     assert config.tiles in (1, 2, 4) and config.warps in (1, 2, 4, 8, 16) and config.warps <= -(-columns // 64)
-    assert 1 in (config.stages, config.unroll) and min(config) >= 1
+    assert min(config) >= 1
 
 
-def test_the_compiler_keeps_an_element_for_each_thread():
-    """The instruction of a whole warp counts on it; the interpreter cannot see it, so the compiler's own text is read."""
-    code = "from tests.helpers.compiling import decode_kernel_for; print(decode_kernel_for(tiles=2, warps=4, tokens=16))"
+@pytest.mark.parametrize(
+    ("arguments", "threads", "products"),
+    [("tiles=2, warps=4, tokens=16", 128, 8), ("tiles=1, warps=2, tokens=8, rounds=2, unroll=4", 64, 16)],
+)
+def test_the_compiler_keeps_an_element_for_each_thread(arguments, threads, products):
+    """The instruction of a whole warp counts on it; the interpreter cannot see it, so the compiler's own text is read.
+
+    Products: tiles, times eights of tokens, times strips, times two steps, twice if there is a rest.
+    """
+    code = f"from tests.helpers.compiling import decode_kernel_for; print(decode_kernel_for({arguments}))"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     text = done.stdout
-    products = [line for line in text.splitlines() if "mma.sp" in line]
-    assert len(products) == 8  # two tiles, two of eight tokens, two steps
-    layouts = {re.search(r"tensor<128xf32, (#\w+)>", line)[1] for line in products}
-    (name,) = layouts
+    lines = [line for line in text.splitlines() if "mma.sp" in line]
+    assert len(lines) == products
+    (name,) = {re.search(rf"tensor<{threads}xf32, (#\w+)>", line)[1] for line in lines}
     layout = re.search(rf"^{name} = (.*)$", text, re.MULTILINE)[1]
-    assert layout == "#ttg.blocked<{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [4], order = [0]}>"
+    each = f"sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [{threads // 32}], order = [0]"
+    assert layout == f"#ttg.blocked<{{{each}}}>"
 
 
 def test_prefill_needs_a_gpu():

@@ -1,0 +1,94 @@
+"""How `decode` divides its work among programs and warps, as it was fastest where it was measured."""
+
+from typing import NamedTuple
+
+from functional.sparse24.compress import STRIP
+from functional.sparse24.rest import STRIPS
+
+MOST_TOKENS = 16
+"""With more tokens a GPU no longer waits for the weights."""
+WARPS = (1, 2, 4, 8, 16, 32)
+MOST_BUFFERS = 11
+"""Patches of a rest in shared memory at a time, one for each tile and warp: a kernel can declare 48 KiB."""
+MANY = 8192
+"""Rows or columns from which a matrix has many rows or long ones."""
+
+
+class Config(NamedTuple):
+    """Division of the work of `decode` among programs and warps.
+
+    Attributes:
+        tiles: Tiles of 16 outputs that a program computes; 1, 2 or 4.
+        warps: Warps of a program, which share the inputs.
+        unroll: Strips on their way into the registers of a warp at a time; with a rest a multiple of 4.
+    """
+
+    tiles: int
+    warps: int
+    unroll: int
+
+
+FASTEST = {
+    (8, "few rows"): Config(1, 4, 8), (8, "long rows"): Config(1, 4, 8), (8, "many rows"): Config(2, 2, 8),
+    (16, "few rows"): Config(1, 4, 4), (16, "long rows"): Config(1, 4, 4), (16, "many rows"): Config(2, 2, 4),
+}  # fmt: skip
+"""Largest number of tokens, and shape -> fastest configuration for LLaMA-2-7B's linears (q, down, gate) on an H200
+(benchmarks/sparse24_tuning.py)."""
+FASTEST_WITH_REST = {
+    (8, "few rows"): Config(1, 4, 4), (8, "long rows"): Config(1, 4, 8), (8, "many rows"): Config(2, 2, 4),
+    (16, "few rows"): Config(1, 4, 4), (16, "long rows"): Config(1, 4, 4), (16, "many rows"): Config(2, 2, 4),
+}  # fmt: skip
+"""The same for matrices with a rest, at 50 and 70 % zeros."""
+
+
+def default_config(tokens: int, rows: int, columns: int, has_rest: bool = False) -> Config:
+    """Return the entry of `FASTEST` or `FASTEST_WITH_REST` for the nearest shape.
+
+    Args:
+        tokens: Number of tokens.
+        rows: O.
+        columns: I.
+        has_rest: Whether there is a rest.
+
+    Raises:
+        ValueError: If there are too many tokens.
+
+    Examples:
+        >>> default_config(tokens=1, rows=4096, columns=4096)
+        Config(tiles=1, warps=4, unroll=8)
+    """
+    check_tokens(tokens)
+    table = FASTEST_WITH_REST if has_rest else FASTEST
+    most = next(most for most in sorted({most for most, _ in table}) if tokens <= most)
+    chosen = table[most, "many rows" if rows > MANY else "long rows" if columns > MANY else "few rows"]
+    strips = -(-columns // STRIP)
+    return chosen._replace(warps=min(chosen.warps, 1 << strips.bit_length() - 1))
+
+
+def check_config(config: Config, has_rest: bool) -> None:
+    """Refuse a division that the kernel cannot have.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    tiles, warps, unroll = config
+    right = tiles in (1, 2, 4) and warps in WARPS and unroll >= 1
+    if not right or (has_rest and (unroll % STRIPS or tiles * warps > MOST_BUFFERS)):
+        raise ValueError(
+            f"Argument `config` expected 1, 2 or 4 tiles, a power of two of at most {max(WARPS)} warps, and an unroll of 1 or "
+            f"more (with a rest at most {MOST_BUFFERS} tiles times warps, and a multiple of {STRIPS}) but got {config}. "
+            "Leave it out for the default."
+        )
+
+
+def check_tokens(tokens: int) -> None:
+    """Refuse more tokens than kernels multiply at a time.
+
+    Raises:
+        ValueError: If there are more.
+    """
+    if tokens > MOST_TOKENS:
+        raise ValueError(
+            f"Argument `x` expected at most {MOST_TOKENS} tokens but got {tokens}. Multiply more by the dense weight, which "
+            "`expand` and `decompress` make."
+        )
