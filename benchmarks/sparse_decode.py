@@ -3,13 +3,13 @@
     python -m benchmarks.sparse_decode --part linears     one linear at a time, LLaMA-2-7B's shapes
     python -m benchmarks.sparse_decode --part model       the whole model: tokens/s after a prompt, bytes, and where time goes
 
-Weights are random; zeros are the smallest of a matrix, or two of every four. All is replayed from CUDA graphs. Linears take
-turns among enough copies that none is found in the L2 cache, and dense is measured beside every form in the same process; times
-are medians. `error` is relative to float64, `dense_error` what dense has. A model decodes greedily with keys and values in a
-static cache; a step is compiled as one graph (`compiled` = whole), as transformers' generate does it, or not (none).
-merged: linears that share their input are one product, as in `predict`. `same_tokens` is the share of its tokens that are those
-of the same weights kept dense and apart. On a CPU nothing is captured, and dense linears are not merged: this only tries the
-script.
+Weights are random; zeros are two of every four (2:4), or the smallest of a matrix, which is stored in lanes (unstructured) or
+split into a 2:4 one and the rest. All is replayed from CUDA graphs. Linears take turns among enough copies that none is found
+in the L2 cache, and dense is measured beside every form in the same process; times are medians. `error` is relative to float64,
+`dense_error` what dense has. A model decodes greedily with keys and values in a static cache; a step is compiled as one graph
+(`compiled` = whole), as transformers' generate does it, or not (none). merged: linears that share their input are one product,
+as in `predict`. `same_tokens` is the share of its tokens that are those of the same weights kept dense and apart. On a CPU
+nothing is captured, and dense linears are not merged: this only tries the script.
 """
 
 import argparse
@@ -26,15 +26,18 @@ from transformers import StaticCache
 
 from benchmarks.cuda_graphs import captured, cold_copies, seconds, wait
 from benchmarks.quality import ENVIRONMENT, append, environment
-from benchmarks.sparse24 import error, make_24, random_model, shapes, shown
+from benchmarks.sparse24 import error, make_24, make_zeros, random_model, shapes, shown
 from lightning_modules.parts.compressed_linears import compress_linears
 from lightning_modules.parts.lane_linear import LaneLinear
 from lightning_modules.parts.linear24 import Linear24
+from lightning_modules.parts.split_linear import SplitLinear
 
 SETTING = ("part", "what", "inputs", "outputs", "tokens", "form", "zeros", "compiled", "layers", "prompt", "dtype", "seed")
 MEASURED = ("us", "dense_us", "speedup", "bytes_share", "tokens_s", "gib", "same_tokens", "dense_error", "error")
 COLUMNS = (*SETTING, *MEASURED, *ENVIRONMENT)
 TOKENS, ZEROS = (1, 2, 4, 8, 16), (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+LINEARS = {"2:4": Linear24, "unstructured": LaneLinear, "2:4 and rest": SplitLinear}
+"""Forms of one linear -> their modules."""
 FORMS = {"dense": 0.0, "2:4": 0.5, "unstructured, 50 %": 0.5, "unstructured, 70 %": 0.7}
 """Forms of the whole model -> share of zeros."""
 MERGED = ", merged"
@@ -45,25 +48,19 @@ KEYS = 128
 """Keys of a block of flex_attention's mask."""
 
 
-def make_zeros(weight: Tensor, share: float) -> None:
-    """Set the smallest weights of a matrix to zero, in place."""
-    magnitude = weight.abs().float().flatten()
-    weight[weight.abs() <= magnitude.kthvalue(max(1, int(share * magnitude.numel())))[0]] = 0
-
-
 def linears(options: argparse.Namespace) -> Iterator[dict]:
     """Rows of every shape, number of tokens, form and share of zeros."""
     for name, (outputs, inputs) in shapes(options.hidden, options.intermediate).items():
         dense = nn.Linear(inputs, outputs, bias=False, device=options.device, dtype=getattr(torch, options.dtype))
         dense.requires_grad_(False).weight.normal_(0, 0.02)
         base = {tokens: timed(dense, tokens) for tokens in options.tokens}
-        for form, zeros in (("2:4", 0.5), *(("unstructured", share) for share in options.zeros)):
+        for form, zeros in [(name, share) for name in options.linears for share in ([0.5] if name == "2:4" else options.zeros)]:
             linear = copy.deepcopy(dense)
             if form == "2:4":
                 make_24(linear.weight)
             else:
                 make_zeros(linear.weight, zeros)
-            compressed = (Linear24 if form == "2:4" else LaneLinear).from_linear(linear)
+            compressed = LINEARS[form].from_linear(linear)
             for tokens in options.tokens:
                 took = timed(compressed, tokens)
                 x = torch.randn(tokens, inputs, device=options.device, dtype=linear.weight.dtype)
@@ -177,6 +174,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, default=11008)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of linears")
+    parser.add_argument("--linears", nargs="+", default=LINEARS, choices=LINEARS, help="forms of linears")
     parser.add_argument("--zeros", type=float, nargs="+", default=ZEROS, help="of linears")
     merged = [form + MERGED for form in FORMS]
     parser.add_argument("--forms", nargs="+", default=["dense", *merged], choices=[*FORMS, *merged], help="of the model")

@@ -62,8 +62,9 @@ class CausalLM(PrunableModule, WritesText):
             windows in a batch. unstructured: those with enough zeros, on a GPU at 16 bit in lanes (`LaneLinear`), which
             `predict` multiplies without unpacking; else as a bit for every weight and the values (`SparseLinear`), on a CPU
             as sparse rows where these are faster (`CsrLinear`). auto: each takes the form that is fastest on this device,
-            perhaps dense, by times that are measured once and kept in a cache file: for predict with a token for each window of
-            a batch, for validate and test with many. none leaves all dense. In `predict` linears that share their input
+            perhaps dense, or on a GPU a 2:4 matrix and the rest (`SplitLinear`), by times that are measured once and kept in a
+            cache file: for predict with a token for each window of a batch, for validate and test with many. none leaves all
+            dense. In `predict` linears that share their input
             become one product.
         static_cache: Whether `predict` keeps keys and values in a cache of fixed size. On a GPU transformers then compiles a
             step, once for each batch size, so that launching kernels no longer limits the speed.

@@ -1,4 +1,4 @@
-"""What the compressed forms of ``nn.Linear`` have in common: linear24.py, sparse_linear.py, lane_linear.py, csr_linear.py."""
+"""What the compressed forms of ``nn.Linear`` have in common: linear24.py, split_linear.py, lane_linear.py and others."""
 
 from collections.abc import Callable
 

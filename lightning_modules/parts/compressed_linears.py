@@ -17,14 +17,16 @@ from lightning_modules.parts.lane_linear import LaneLinear, try_lanes
 from lightning_modules.parts.linear24 import Linear24, try_kernels
 from lightning_modules.parts.merged_linears import MergedLinears, MergedPart, concatenated, sharing_linears
 from lightning_modules.parts.sparse_linear import LEAST_ZEROS, SparseLinear
+from lightning_modules.parts.split_linear import SplitLinear, try_split
 
 Kind = Literal["none", "auto", "2:4", "unstructured"]
-FORMS = {"2:4": Linear24, "unstructured": SparseLinear, "lanes": LaneLinear, "csr": CsrLinear}
+REST = "2:4 and rest"
+FORMS = {"2:4": Linear24, REST: SplitLinear, "unstructured": SparseLinear, "lanes": LaneLinear, "csr": CsrLinear}
 """Name of a form -> its module."""
-ON_GPU, ON_CPU = ("2:4", "lanes"), ("csr",)
+ON_GPU, ON_CPU = ("2:4", REST, "lanes"), ("csr",)
 """Forms with a product of their own on a device; the others make the dense weight for every call."""
 ASKED = {"2:4": "2:4", "lanes": "unstructured"}
-"""Form of a GPU -> kind that asks for it."""
+"""Form of a GPU -> kind that asks for it; only auto takes the others."""
 ONE, MANY = 1, 128
 """Tokens at a time with which forms are timed: of decoding one window, and of evaluation."""
 
@@ -225,14 +227,14 @@ def _form_of(linear: nn.Linear, kind: Kind, fitting: tuple[str, ...], times: dic
 
 def _runs(form: str, kind: Kind, device: torch.device) -> bool:
     """Return whether the kernels of a form run on a GPU; where the form was asked for, they have to."""
-    asked = ASKED[form]
+    asked = ASKED.get(form, "auto")
     if kind not in (asked, "auto"):
         return True
     try:
-        (try_kernels if form == "2:4" else try_lanes)(device)
+        {"2:4": try_kernels, REST: try_split, "lanes": try_lanes}[form](device)
     except ValueError as error:
-        if kind == asked:
+        if kind == ASKED.get(form):
             raise
-        rank_zero_warn(f"Argument `compressed` = auto leaves {asked} out. {error}")
+        rank_zero_warn(f"Argument `compressed` = auto leaves {ASKED.get(form, form)} out. {error}")
         return False
     return True

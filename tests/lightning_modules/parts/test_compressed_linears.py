@@ -14,6 +14,7 @@ from lightning_modules.parts.csr_linear import CsrLinear
 from lightning_modules.parts.lane_linear import LaneLinear
 from lightning_modules.parts.linear24 import Linear24
 from lightning_modules.parts.sparse_linear import SparseLinear
+from lightning_modules.parts.split_linear import SplitLinear
 from tests.helpers.marks import needs_mkl
 from tests.helpers.tiny import make_tokenizer, quiet
 
@@ -104,15 +105,17 @@ def test_auto_in_16_bit_on_a_cpu_leaves_all_dense(timed):
 @pytest.mark.parametrize(
     ("times", "expected"),
     [
-        ({"dense": 10.0, "2:4": 5.0, "lanes": 6.0}, [nn.Linear, Linear24, LaneLinear]),
-        ({"dense": 10.0, "2:4": 8.0, "lanes": 6.0}, [nn.Linear, LaneLinear, LaneLinear]),
-        ({"dense": 10.0, "2:4": 8.0, "lanes": 12.0}, [nn.Linear, Linear24, nn.Linear]),
+        ({"dense": 10.0, "2:4": 5.0, "2:4 and rest": 7.0, "lanes": 6.0}, [nn.Linear, Linear24, LaneLinear]),
+        ({"dense": 10.0, "2:4": 8.0, "2:4 and rest": 7.0, "lanes": 6.0}, [nn.Linear, LaneLinear, LaneLinear]),
+        ({"dense": 10.0, "2:4": 8.0, "2:4 and rest": 7.0, "lanes": 9.0}, [nn.Linear, Linear24, SplitLinear]),
+        ({"dense": 10.0, "2:4": 8.0, "2:4 and rest": 10.0, "lanes": 12.0}, [nn.Linear, Linear24, nn.Linear]),
     ],
 )
 def test_auto_among_the_forms_of_a_gpu(timed, times, expected):
     calls, block = timed(times), block_of(torch.bfloat16)
-    compress_linears([block], "auto", timed=("2:4", "lanes"))
-    assert kinds(block) == expected and calls == [["dense", "2:4", "lanes", 1], ["dense", "lanes", 1]]
+    compress_linears([block], "auto", timed=("2:4", "2:4 and rest", "lanes"))
+    assert kinds(block) == expected
+    assert calls == [["dense", "2:4", "lanes", 1], ["dense", "2:4 and rest", "lanes", 1]]
 
 
 def test_unstructured_on_a_gpu_takes_lanes_for_16_bit_and_a_bitmap_for_32():
@@ -121,6 +124,16 @@ def test_unstructured_on_a_gpu_takes_lanes_for_16_bit_and_a_bitmap_for_32():
     assert kinds(block) == [nn.Linear, LaneLinear, LaneLinear]
     block = block_of()
     assert compress_linears([block], "unstructured", timed=("2:4", "lanes")).forms == {"unstructured": 2}
+
+
+def test_a_form_that_only_auto_takes_is_left_out_if_its_kernels_do_not_run(monkeypatch):
+    def fails(device):
+        raise ValueError("Argument `compressed` = auto needs Triton")
+
+    monkeypatch.setattr(compressed_linears, "try_split", fails)
+    with pytest.warns(UserWarning, match="`compressed` = auto leaves 2:4 and rest out. .* needs Triton"):
+        assert not compressed_linears._runs("2:4 and rest", "auto", CPU)
+    assert compressed_linears._runs("2:4 and rest", "unstructured", CPU)
 
 
 @pytest.mark.parametrize(("form", "kind", "check"), [("2:4", "2:4", "try_kernels"), ("lanes", "unstructured", "try_lanes")])

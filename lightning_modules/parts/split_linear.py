@@ -1,0 +1,90 @@
+"""SplitLinear: a linear with zeros anywhere as a 2:4 matrix and the rest, for a few tokens on a GPU; for inference only."""
+
+import torch
+from torch import Tensor, nn
+
+from functional.sparse24 import (
+    DTYPES,
+    GROUP,
+    MOST_TOKENS,
+    Compressed,
+    Rest,
+    decode,
+    expand,
+    groups_over_two,
+    join,
+    split,
+)
+from lightning_modules.parts.compressed_base import CompressedLinear, bias_of, on_gpu, try_product, zeros_of
+from lightning_modules.parts.sparse_linear import LEAST_ZEROS
+
+
+class SplitLinear(CompressedLinear):
+    """``nn.Linear`` with a compressed weight of 16 bit: some 0.75 of its bytes at 50 % zeros, 0.61 at 70 %.
+
+    On a GPU, up to 16 tokens are multiplied with the compressed form: eight of them faster than with a dense linear, and faster
+    than by `LaneLinear`, which is smaller and ahead with one (times: docs/speed.md). More tokens, and tokens of another dtype
+    than the weight's, as under autocast, are multiplied with the dense weight, which is made for the call and freed.
+
+    Args:
+        weight: 2:4 part of the result of `functional.sparse24.split`, (O, I).
+        rest: Its rest.
+        bias: (O,), or None.
+    """
+
+    def __init__(self, weight: Compressed, rest: Rest, bias: Tensor | None) -> None:
+        super().__init__(weight.rows, weight.columns, bias)
+        self.register_buffer("values", weight.values)
+        self.register_buffer("indices", weight.indices)
+        self.register_buffer("words", rest.words)
+        self.register_buffer("starts", rest.starts)
+        self.rounds = rest.rounds
+
+    @staticmethod
+    def fits(linear: nn.Linear) -> bool:
+        """Return whether a linear is of 16 bit, has a multiple of 4 inputs and enough zeros, and is not 2:4 as it is."""
+        weight = linear.weight.detach()
+        possible = weight.dtype in DTYPES and weight.shape[1] % GROUP == 0
+        return possible and zeros_of(linear) >= LEAST_ZEROS and groups_over_two(weight) > 0
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> "SplitLinear":
+        """Compress the weight of a linear on its device; negative zeros become positive ones.
+
+        Raises:
+            ValueError: If the weight is not of 16 bit, or the number of inputs is no multiple of 4.
+        """
+        return cls(*split(linear.weight.detach()), bias_of(linear))
+
+    @property
+    def compressed(self) -> Compressed:
+        """2:4 part of the weight as it is stored."""
+        return Compressed(self.values, self.indices, self.out_features, self.in_features)
+
+    @property
+    def rest(self) -> Rest:
+        """Rest of the weight as it is stored."""
+        return Rest(self.words, self.starts, self.rounds)
+
+    def dense(self) -> Tensor:
+        """Return the dense weight, (O, I)."""
+        return (expand if self.values.is_cuda else join)(self.compressed, self.rest)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply tokens, (tokens, I), and return (tokens, O)."""
+        if on_gpu(x) and x.dtype == self.values.dtype and len(x) <= MOST_TOKENS:
+            return decode(x, self.compressed, self.bias, None, self.rest)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.dense().to(x.dtype), bias)
+
+
+def try_split(device: torch.device) -> None:
+    """Check that the kernels run on a device before a model relies on them.
+
+    Raises:
+        ValueError: If they do not, because Triton or a C compiler is missing, or the GPU has no sparse tensor cores.
+    """
+    weight = torch.ones(1, GROUP, device=device, dtype=torch.bfloat16)
+    needs = "Triton, a C compiler and, for a GPU, compute capability 8.0 or more, for 2:4 and rest"
+    main, rest = split(weight)
+    try_product(lambda: decode(weight, main, None, None, rest), "auto", needs)
