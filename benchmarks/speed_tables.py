@@ -14,6 +14,8 @@ JOINT_PARTS = {
 """Variant -> its name in the table of what each part costs."""
 MOST_OF_DECODING = 16
 """Tokens of a product that are still called decoding."""
+LINEARS = {"unstructured": "lanes", "2:4 and rest": "2:4 and rest"}
+"""Form of linears with zeros anywhere -> what the table says."""
 COMPILED = {"whole": "compiled", "none": "eager"}
 """How a model of sparse_decode.csv ran -> what the table says."""
 PHASES = ("two_passes", "statistics", "solve", "rule", "block")
@@ -170,7 +172,7 @@ def speedups(linears: list[dict[str, str]]) -> str:
         lines.append([f"{what}, {size}: dense, µs", "1", *(f"{dense[count]:.1f}" for count in tokens)])
         for form, zeros in dict.fromkeys((row["form"], row["zeros"]) for row in here):
             cells = [found.get((what, form, zeros, count)) for count in tokens]
-            name = form if form == "2:4" else f"{float(zeros):.0%} zeros"
+            name = form if form == "2:4" else f"{float(zeros):.0%} zeros, {LINEARS[form]}"
             share = next(f"{float(cell['bytes_share']):.2f}" for cell in cells if cell)
             lines.append([f"{what}, {name}", share, *(f"{float(cell['speedup']):.2f}" if cell else "" for cell in cells)])
     return table(["dense / form", "bytes", *(f"tokens: {count}" for count in tokens)], lines)
