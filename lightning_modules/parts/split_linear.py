@@ -1,5 +1,7 @@
 """SplitLinear: a linear with zeros anywhere as a 2:4 matrix and the rest, for a few tokens on a GPU; for inference only."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -65,6 +67,20 @@ class SplitLinear(CompressedLinear):
     def rest(self) -> Rest:
         """Rest of the weight as it is stored."""
         return Rest(self.words, self.starts, self.rounds)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SplitLinear":
+        """Move or cast the module; a cast is refused, since words hold the bits of values.
+
+        Raises:
+            TypeError: If it is one.
+        """
+        cast = fn(self.values.new_empty(0)).dtype
+        if cast != self.values.dtype:
+            raise TypeError(
+                f"SplitLinear expected to stay {self.values.dtype} but is cast to {cast}. Cast the model before its linears "
+                "are compressed."
+            )
+        return super()._apply(fn, recurse)
 
     def dense(self) -> Tensor:
         """Return the dense weight, (O, I)."""

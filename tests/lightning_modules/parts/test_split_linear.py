@@ -59,6 +59,14 @@ def test_buffers_are_saved_and_moved():
     assert str(split) == "SplitLinear(in_features=64, out_features=48, bias=True)" and not list(split.parameters())
 
 
+def test_a_cast_is_refused_and_a_move_is_not():
+    split = SplitLinear.from_linear(sparse_linear())
+    before = split.dense()
+    with pytest.raises(TypeError, match=r"stay torch.bfloat16 but is cast to torch.float16. Cast the model before"):
+        nn.Sequential(split).half()
+    assert torch.equal(split.to(DEVICE, torch.bfloat16).dense(), before)
+
+
 def test_which_linears_fit():
     assert SplitLinear.fits(sparse_linear()) and SplitLinear.fits(sparse_linear(torch.float16))
     assert not SplitLinear.fits(sparse_linear(torch.float32))
