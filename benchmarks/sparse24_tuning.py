@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks.cuda_graphs import captured, cold_copies, seconds
 from functional.sparse24 import Config, decode, default_config, split
+from functional.sparse24.config import possible
 from lightning_modules.parts.linear24 import Linear24
 from lightning_modules.parts.split_linear import SplitLinear
 
@@ -24,10 +25,11 @@ SHOWN = 5
 REPLAYS = 7
 
 
-def grid() -> list[Config]:
+def grid(has_rest: bool = False) -> list[Config]:
     """Return configurations that could be fast, in a random order that is always the same."""
     found = [Config(*sizes) for sizes in itertools.product(TILES, WARPS, UNROLL)]
     least, most = WORDS_IN_FLIGHT
+    found = [config for config in found if possible(config, has_rest)]
     found = [config for config in found if least <= 8 * config.tiles * config.warps * config.unroll <= most]
     random.Random(0).shuffle(found)
     return found
@@ -43,7 +45,7 @@ def tune(linear: nn.Linear, name: str, tokens: int, budget: float) -> list[tuple
     compressed = (SplitLinear if has_rest else Linear24).from_linear(linear)
     x = torch.randn(tokens, linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
     default = default_config(tokens, *linear.weight.shape, has_rest)
-    configs = [default, *grid()]
+    configs = [default, *grid(has_rest)]
     if x.is_cuda:
         configs = compiled(configs, x, compressed)
     dense, turns = cold_copies(linear), cold_copies(compressed)

@@ -8,8 +8,9 @@ split into a 2:4 one and the rest. All is replayed from CUDA graphs. Linears tak
 in the L2 cache, and dense is measured beside every form in the same process; times are medians. `error` is relative to float64,
 `dense_error` what dense has. A model decodes greedily with keys and values in a static cache; a step is compiled as one graph
 (`compiled` = whole), as transformers' generate does it, or not (none). merged: linears that share their input are one product,
-as in `predict`. `same_tokens` is the share of its tokens that are those of the same weights kept dense and apart. On a CPU
-nothing is captured, and dense linears are not merged: this only tries the script.
+as in `predict`. auto: each linear as it is fastest with a token for each sequence, as `predict` chooses it. `same_tokens` is
+the share of its tokens that are those of the same weights kept dense and apart. On a CPU nothing is captured, and dense linears
+are not merged: this only tries the script.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from transformers import StaticCache
 from benchmarks.cuda_graphs import captured, cold_copies, seconds, wait
 from benchmarks.quality import ENVIRONMENT, append, environment
 from benchmarks.sparse24 import error, make_24, make_zeros, random_model, shapes, shown
+from lightning_modules.parts.compressed_base import CompressedLinear
 from lightning_modules.parts.compressed_linears import compress_linears
 from lightning_modules.parts.lane_linear import LaneLinear
 from lightning_modules.parts.linear24 import Linear24
@@ -38,7 +40,9 @@ COLUMNS = (*SETTING, *MEASURED, *ENVIRONMENT)
 TOKENS, ZEROS = (1, 2, 4, 8, 16), (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 LINEARS = {"2:4": Linear24, "unstructured": LaneLinear, "2:4 and rest": SplitLinear}
 """Forms of one linear -> their modules."""
-FORMS = {"dense": 0.0, "2:4": 0.5, "unstructured, 50 %": 0.5, "unstructured, 70 %": 0.7}
+FORMS = {
+    "dense": 0.0, "2:4": 0.5, "unstructured, 50 %": 0.5, "unstructured, 70 %": 0.7, "auto, 50 %": 0.5, "auto, 70 %": 0.7,
+}  # fmt: skip
 """Forms of the whole model -> share of zeros."""
 MERGED = ", merged"
 """End of the name of a form whose linears are merged."""
@@ -87,7 +91,7 @@ def timed(module: nn.Module, tokens: int) -> float:
 def models(options: argparse.Namespace) -> Iterator[dict]:
     """Rows of the whole model in every form: dense as it is, the others from weights that were made sparse."""
     base = random_model(options, zeros=False)
-    prompt = torch.randint(base.config.vocab_size, (1, options.prompt), device=options.device)
+    prompt = torch.randint(base.config.vocab_size, (options.batch, options.prompt), device=options.device)
     for name in options.forms:
         form = name.removesuffix(MERGED)
         model = copy.deepcopy(base) if name != "dense" else base
@@ -101,14 +105,15 @@ def models(options: argparse.Namespace) -> Iterator[dict]:
             _, expected = decoded(model, prompt, options)
             run_model = partial(model, input_ids=prompt[:, :2], use_cache=False) if name.endswith(MERGED) else None
             kind = "2:4" if form == "dense" else form.split(",")[0]  # a dense one has no 2:4 linear
-            compress_linears(blocks, kind, timed=("2:4", "lanes"), run_model=run_model)
+            timed_forms = None if kind == "auto" else ("2:4", "lanes")
+            compress_linears(blocks, kind, timed=timed_forms, tokens=options.batch, run_model=run_model)
         took, tokens = decoded(model, prompt, options, options.profile)
-        kept = [t for block in blocks for m in block.modules() if isinstance(m, nn.Linear | Linear24 | LaneLinear)
+        kept = [t for block in blocks for m in block.modules() if isinstance(m, nn.Linear | CompressedLinear)
                 for t in (*m.parameters(), *m.buffers())]  # fmt: skip
         yield {
-            "part": "model", "what": "decoding" + f", {options.attention}" * (options.attention != "sdpa"), "tokens": 1,
-            "form": name, "zeros": FORMS[form], "compiled": "whole" if options.compile else "none", "layers": options.layers,
-            "prompt": options.prompt, "us": 1e6 * took, "tokens_s": 1 / took,
+            "part": "model", "what": "decoding" + f", {options.attention}" * (options.attention != "sdpa"), "form": name,
+            "zeros": FORMS[form], "compiled": "whole" if options.compile else "none", "layers": options.layers,
+            "prompt": options.prompt, "tokens": options.batch, "us": 1e6 * took, "tokens_s": options.batch / took,
             "gib": sum(tensor.nbytes for tensor in kept) / 2**30,
             "same_tokens": "" if expected is None else (tokens == expected).double().mean().item(),
         }  # fmt: skip
@@ -116,12 +121,12 @@ def models(options: argparse.Namespace) -> Iterator[dict]:
 
 def decoded(model: nn.Module, prompt: Tensor, options: argparse.Namespace, profiled: bool = False) -> tuple[float, Tensor]:
     """Return the seconds of a step after a prompt, each a replay of one graph, and the tokens."""
-    device, length = prompt.device, prompt.shape[1]
+    device, (batch, length) = prompt.device, prompt.shape
     cache = StaticCache(config=model.config, max_cache_len=length + options.steps + 5)
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     logits = model(input_ids=prompt, use_cache=True, logits_to_keep=1, **{name: cache}).logits
     token, position = logits[:, -1:].argmax(-1), torch.full((1, 1), length, device=device)
-    tokens = torch.zeros(options.steps + 8, dtype=torch.long, device=device)
+    tokens = torch.zeros(options.steps + 8, batch, dtype=torch.long, device=device)
     model.set_attn_implementation(options.attention)
     mask = block_mask(position, length + options.steps + 5) if options.attention == "flex_attention" else None
     torch._dynamo.reset()  # a graph of another model would be tried first, and count as one that has to be compiled anew
@@ -129,9 +134,10 @@ def decoded(model: nn.Module, prompt: Tensor, options: argparse.Namespace, profi
     call = torch.compile(model.__call__, fullgraph=True) if options.compile else model
 
     def run() -> None:
-        found = call(input_ids=token, attention_mask=mask, position_ids=position, use_cache=True, **{name: cache}).logits
+        positions = position.expand(batch, 1)
+        found = call(input_ids=token, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache}).logits
         token.copy_(found[:, -1:].argmax(-1))
-        tokens.index_copy_(0, position[0] - length, token[0])
+        tokens.index_copy_(0, position[0] - length, token.T)
         position.add_(1)
 
     replay = captured(run, device)
@@ -177,8 +183,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--linears", nargs="+", default=LINEARS, choices=LINEARS, help="forms of linears")
     parser.add_argument("--zeros", type=float, nargs="+", default=ZEROS, help="of linears")
     merged = [form + MERGED for form in FORMS]
-    parser.add_argument("--forms", nargs="+", default=["dense", *merged], choices=[*FORMS, *merged], help="of the model")
+    usual = [form for form in merged if not form.startswith("auto")]
+    parser.add_argument("--forms", nargs="+", default=["dense", *usual], choices=[*FORMS, *merged], help="of the model")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens before decoding")
+    parser.add_argument("--batch", type=int, default=1, help="sequences that a model decodes at a time")
     parser.add_argument("--steps", type=int, default=32, help="tokens that are decoded")
     parser.add_argument("--compile", action="store_true", help="compile a step of the model")
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "flex_attention"], help="of a step of the model")

@@ -65,15 +65,20 @@ def default_config(tokens: int, rows: int, columns: int, has_rest: bool = False)
     return chosen._replace(warps=min(chosen.warps, 1 << strips.bit_length() - 1))
 
 
+def possible(config: Config, has_rest: bool) -> bool:
+    """Return whether the kernel can have a division of the work."""
+    tiles, warps, unroll = config
+    right = tiles in (1, 2, 4) and warps in WARPS and unroll >= 1
+    return right and not (has_rest and (unroll % STRIPS or tiles * warps > MOST_BUFFERS))
+
+
 def check_config(config: Config, has_rest: bool) -> None:
     """Refuse a division that the kernel cannot have.
 
     Raises:
         ValueError: If it is one.
     """
-    tiles, warps, unroll = config
-    right = tiles in (1, 2, 4) and warps in WARPS and unroll >= 1
-    if not right or (has_rest and (unroll % STRIPS or tiles * warps > MOST_BUFFERS)):
+    if not possible(config, has_rest):
         raise ValueError(
             f"Argument `config` expected 1, 2 or 4 tiles, a power of two of at most {max(WARPS)} warps, and an unroll of 1 or "
             f"more (with a rest at most {MOST_BUFFERS} tiles times warps, and a multiple of {STRIPS}) but got {config}. "

@@ -70,24 +70,27 @@ def test_weights_are_24_and_decoding_follows_generate():
         assert torch.equal(written, expected)  # of the prompt, then 1 + 3 steps
 
 
-def test_tuning_finds_the_default_among_others(rows, capsys, monkeypatch):
+@pytest.mark.parametrize(("zeros", "unroll"), [((), 1), (("--zeros", "0.5"), 4)], ids=["2:4", "2:4 and rest"])
+def test_tuning_finds_the_default_among_others(rows, capsys, monkeypatch, zeros, unroll):
     monkeypatch.setattr(sparse24_tuning, "WARPS", (1, 2))
-    monkeypatch.setattr(sparse24_tuning, "STAGES_AND_UNROLL", ((1, 1),))
+    monkeypatch.setattr(sparse24_tuning, "UNROLL", (unroll,))
     monkeypatch.setattr(sparse24_tuning, "WORDS_IN_FLIGHT", (8, 1024))
     monkeypatch.setattr(sparse24_tuning, "REPLAYS", 1)
     monkeypatch.setattr(sparse24_tuning, "COMPILERS", 2)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # kernels run on CPU tensors in Triton's interpreter only
     sizes = ("--device", device, "--dtype", "bfloat16")
-    assert rows("--part", "tune", "--shapes", "q", "--tokens", "1", "--seconds", "inf", *sizes) == []
+    assert rows("--part", "tune", "--shapes", "q", "--tokens", "1", "--seconds", "inf", *sizes, *zeros) == []
     lines = [line for line in capsys.readouterr().out.splitlines() if "compiled in" not in line]
     assert len(lines) > 2 and lines[0].startswith("q, 1 tokens: dense") and any(line.endswith("(default)") for line in lines)
     assert not any("WRONG" in line for line in lines)
 
 
-def test_the_grid_has_what_triton_takes():
-    configs = sparse24_tuning.grid()
-    assert len(configs) == len(set(configs)) > 20
-    assert all(config.tiles in (1, 2, 4) and config.warps <= 16 and 1 in (config.stages, config.unroll) for config in configs)
+@pytest.mark.parametrize(("has_rest", "most"), [(False, 64), (True, 11)])
+def test_the_grid_has_what_triton_takes(has_rest, most):
+    configs = sparse24_tuning.grid(has_rest)
+    assert len(configs) == len(set(configs)) > 10
+    assert all(config.tiles in (1, 2, 4) and config.tiles * config.warps <= most for config in configs)
+    assert not has_rest or all(config.unroll % 4 == 0 for config in configs)
 
 
 def test_the_table_shows_both_parts(rows, monkeypatch):

@@ -30,12 +30,10 @@ def rows(tmp_path, monkeypatch):
 
 def test_linears(rows):
     found = rows("--part", "linears", "--tokens", "1", "3", "--zeros", "0.5", "0.7")
-    assert len(found) == 3 * 2 * 3 and {row["what"] for row in found} == {"q", "gate", "down"}
-    assert [(row["form"], row["zeros"], row["tokens"]) for row in found[:6]] == [
-        (form, zeros, tokens)
-        for form, zeros in (("2:4", "0.5"), ("unstructured", "0.5"), ("unstructured", "0.7"))
-        for tokens in "13"
-    ]
+    assert len(found) == 3 * 2 * 5 and {row["what"] for row in found} == {"q", "gate", "down"}
+    forms = [("2:4", "0.5"), *((form, zeros) for form in ("unstructured", "2:4 and rest") for zeros in ("0.5", "0.7"))]
+    expected = [(form, zeros, tokens) for form, zeros in forms for tokens in "13"]
+    assert [(row["form"], row["zeros"], row["tokens"]) for row in found[:10]] == expected
     for row in found:
         assert float(row["speedup"]) == pytest.approx(float(row["dense_us"]) / float(row["us"]), rel=1e-3)
         assert float(row["error"]) < 0.01 and float(row["dense_error"]) < 0.01 and row["torch"] and row["commit"]
@@ -43,12 +41,19 @@ def test_linears(rows):
 
 def test_model(rows):
     found = rows("--part", "model")
-    assert [row["form"] for row in found] == ["dense", *(f"{form}, merged" for form in sparse_decode.FORMS)]
+    forms = [form for form in sparse_decode.FORMS if not form.startswith("auto")]
+    assert [row["form"] for row in found] == ["dense", *(f"{form}, merged" for form in forms)]
     dense, merged, pattern = (float(row["gib"]) for row in found[:3])
     assert merged == dense and pattern == pytest.approx(9 / 16 * dense, rel=1e-3)
     assert all(float(row["tokens_s"]) == pytest.approx(1e6 / float(row["us"]), rel=1e-3) for row in found)
     assert found[0]["same_tokens"] == "" and all(0 <= float(row["same_tokens"]) <= 1 for row in found[1:])
     assert {(row["what"], row["compiled"]) for row in found} == {("decoding", "none")}
+
+
+def test_sequences_in_a_batch_are_counted(rows):
+    (row,) = rows("--part", "model", "--batch", "3", "--forms", "auto, 70 %, merged")
+    assert row["tokens"] == "3" and float(row["tokens_s"]) == pytest.approx(3e6 / float(row["us"]), rel=1e-3)
+    assert float(row["same_tokens"]) == 1  # in bfloat16 on a CPU all stay dense
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
@@ -87,4 +92,4 @@ def test_zeros_are_the_smallest(share):
 
 def test_table():
     text = speed_tables.sparse_decode()
-    assert "| q, 70% zeros | 0.38 |" in text and "| unstructured, 70 %, merged, compiled |" in text
+    assert "| q, 70% zeros, lanes | 0.38 |" in text and "| unstructured, 70 %, merged, compiled |" in text
