@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from functional.sparse24.compress import STRIP, TILE, Compressed
 from functional.sparse24.config import MOST_TOKENS, Config, check_config, check_tokens, default_config
-from functional.sparse24.rest import PLACES, STRIPS, Rest
+from functional.sparse24.rest import PLACES, ROUNDS, STRIPS, Rest
 
 DTYPES = (torch.bfloat16, torch.float16)
 OF_A_PRODUCT = 8
@@ -111,6 +111,8 @@ def _check(weight: Compressed, rest: Rest | None) -> None:
             f"Argument `rest` of a weight ({weight.rows}, {weight.columns}) expected int32 words and starts, ({places},) of "
             f"the latter, but got {rest.words.dtype} and {rest.starts.dtype} {tuple(rest.starts.shape)}. Take it from `split`."
         )
+    if rest.rounds not in ROUNDS:  # with others words would be left out
+        raise ValueError(f"Argument `rest` expected rounds of {ROUNDS} but got {rest.rounds}. Take it from `split`.")
 
 
 @torch.library.custom_op("sparse24::decode", mutates_args=())
