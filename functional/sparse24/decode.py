@@ -19,6 +19,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 OF_A_PRODUCT = 8
 """Tokens that the sparse tensor cores take at a time."""
 BYTES_OF_A_LOAD = 16
+MOST_STRIPS = 2**23
+"""Strips of all tiles of a weight; kernels count their words, 256 each, in 32 bits."""
 WARPS_TO_EXPAND = 8
 LANES_TO_SCATTER = 128
 BYTES_OF_A_PATCH = 2 * PLACES + 16
@@ -102,6 +104,11 @@ def _check(weight: Compressed, rest: Rest | None) -> None:
             f"Arguments `values` and `indices` of a weight ({weight.rows}, {weight.columns}) expected ({tiles}, {strips}, 2, "
             f"32, 4, 2) and int32 ({tiles}, {strips}, 32) but got {tuple(weight.values.shape)} and {weight.indices.dtype} "
             f"{tuple(weight.indices.shape)}. Take them from `compress`."
+        )
+    if tiles * strips > MOST_STRIPS:
+        raise ValueError(
+            f"Argument `weight` expected at most {MOST_STRIPS} strips of {TILE} x {STRIP} but ({weight.rows}, "
+            f"{weight.columns}) has {tiles * strips}. Split its rows."
         )
     if rest is None:
         return
