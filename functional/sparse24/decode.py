@@ -13,12 +13,14 @@ from torch.nn.functional import pad
 
 from functional.sparse24.compress import STRIP, TILE, Compressed
 from functional.sparse24.config import MOST_TOKENS, Config, check_config, check_tokens, default_config
-from functional.sparse24.rest import PLACES, STRIPS, Rest
+from functional.sparse24.rest import PLACES, ROUNDS, STRIPS, Rest
 
 DTYPES = (torch.bfloat16, torch.float16)
 OF_A_PRODUCT = 8
 """Tokens that the sparse tensor cores take at a time."""
 BYTES_OF_A_LOAD = 16
+MOST_STRIPS = 2**23
+"""Strips of all tiles of a weight; kernels count their words, 256 each, in 32 bits."""
 WARPS_TO_EXPAND = 8
 LANES_TO_SCATTER = 128
 BYTES_OF_A_PATCH = 2 * PLACES + 16
@@ -103,6 +105,11 @@ def _check(weight: Compressed, rest: Rest | None) -> None:
             f"32, 4, 2) and int32 ({tiles}, {strips}, 32) but got {tuple(weight.values.shape)} and {weight.indices.dtype} "
             f"{tuple(weight.indices.shape)}. Take them from `compress`."
         )
+    if tiles * strips > MOST_STRIPS:
+        raise ValueError(
+            f"Argument `weight` expected at most {MOST_STRIPS} strips of {TILE} x {STRIP} but ({weight.rows}, "
+            f"{weight.columns}) has {tiles * strips}. Split its rows."
+        )
     if rest is None:
         return
     places = tiles * -(-strips // STRIPS) + 1
@@ -111,6 +118,8 @@ def _check(weight: Compressed, rest: Rest | None) -> None:
             f"Argument `rest` of a weight ({weight.rows}, {weight.columns}) expected int32 words and starts, ({places},) of "
             f"the latter, but got {rest.words.dtype} and {rest.starts.dtype} {tuple(rest.starts.shape)}. Take it from `split`."
         )
+    if rest.rounds not in ROUNDS:  # with others words would be left out
+        raise ValueError(f"Argument `rest` expected rounds of {ROUNDS} but got {rest.rounds}. Take it from `split`.")
 
 
 @torch.library.custom_op("sparse24::decode", mutates_args=())

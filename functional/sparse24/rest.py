@@ -73,8 +73,18 @@ def split(weight: Tensor) -> tuple[Compressed, Rest]:
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
     patch, place = _by_bank(*(values != 0).nonzero(as_tuple=True))
     words = values[patch, place].view(torch.int16).int() << 16 | 2 * place.int()
-    most = -(-int(counts.max()) // BANKS)
-    return compressed, Rest(words, starts, next(rounds for rounds in ROUNDS if most <= rounds))
+    return compressed, Rest(words, starts, rounds_of(starts))
+
+
+def rounds_of(starts: Tensor) -> int:
+    """Return `Rest.rounds` of `Rest.starts`.
+
+    Examples:
+        >>> rounds_of(torch.tensor([0, 5, 5, 38], dtype=torch.int32))
+        2
+    """
+    most = -(-int(starts.diff().max()) // BANKS)
+    return next(rounds for rounds in ROUNDS if most <= rounds)
 
 
 def join(compressed: Compressed, rest: Rest) -> Tensor:
@@ -99,8 +109,8 @@ def other_positions(indices: Tensor) -> Tensor:
     Positions i0 < i1 make a nibble n = i0 | i1 << 2. The others make n ^ 5, but n ^ 10 for positions 0 and 1, and for 2 and 3.
 
     Examples:
-        >>> [hex(int(nibbles)) for nibbles in other_positions(torch.tensor([0x048C9DE], dtype=torch.int32))]
-        ['...']
+        >>> hex(other_positions(torch.tensor(0x448C9DE4, dtype=torch.int32)).item() & 0xFFFFFFFF)
+        '0xeed9c84e'
     """
     ends = (~indices >> 3 | indices >> 1) & 0x11111111
     return indices ^ 0x55555555 ^ 15 * ends

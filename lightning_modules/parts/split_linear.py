@@ -1,6 +1,7 @@
 """SplitLinear: a linear with zeros anywhere as a 2:4 matrix and the rest, for a few tokens on a GPU; for inference only."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from functional.sparse24 import (
     join,
     split,
 )
+from functional.sparse24.rest import rounds_of
 from lightning_modules.parts.compressed_base import CompressedLinear, bias_of, on_gpu, try_product, zeros_of
 from lightning_modules.parts.sparse_linear import LEAST_ZEROS
 
@@ -81,6 +83,21 @@ class SplitLinear(CompressedLinear):
                 "are compressed."
             )
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *others: Any) -> None:
+        """Load buffers, and find the rounds that these need; another dtype is refused, since words hold the bits of values.
+
+        Raises:
+            TypeError: If it is another.
+        """
+        values = state_dict.get(f"{prefix}values", self.values)
+        if values.dtype != self.values.dtype:
+            raise TypeError(
+                f"SplitLinear expected to load {prefix}values of {self.values.dtype} but got {values.dtype}. Compress a linear "
+                "of that dtype."
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, *others)
+        self.rounds = rounds_of(self.starts)
 
     def dense(self) -> Tensor:
         """Return the dense weight, (O, I)."""

@@ -124,6 +124,20 @@ def test_wrong_arguments():
             decode(x, Compressed(*wrong, columns))
 
 
+def test_more_words_than_32_bits_count():
+    """Tensors without memory: the largest weight that kernels address passes, and one more tile does not."""
+    for tiles in (2**17, 2**17 + 1):
+        values = torch.empty(tiles, 64, 2, 32, 4, 2, dtype=torch.bfloat16, device="meta")
+        indices = torch.empty(tiles, 64, 32, dtype=torch.int32, device="meta")
+        weight = Compressed(values, indices, 16 * tiles, 4096)
+        if tiles == 2**17:
+            assert expand(weight).shape == (16 * tiles, 4096)
+            continue
+        for call in (expand, lambda weight: decode(torch.empty(1, 4096, dtype=torch.bfloat16, device="meta"), weight)):
+            with pytest.raises(ValueError, match=r"at most 8388608 strips of 16 x 64 but \(2097168, 4096\) has 8388672"):
+                call(weight)
+
+
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 @pytest.mark.parametrize(("rows", "inputs"), [(1, 4), (15, 60), (16, 64), (20, 68), (37, 356)])
 def test_expanding(dtype, rows, inputs):

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from functional.sparse24 import Config, Rest, decode, decompress, default_config, expand, join, split
-from functional.sparse24.rest import BANKS, PLACES, ROUNDS, other_positions
+from functional.sparse24 import Config, Rest, decode, decompress, default_config, expand, join, rest_triton, split
+from functional.sparse24.decode import BYTES_OF_A_PATCH
+from functional.sparse24.rest import BANKS, PLACES, ROUNDS, STRIPS, other_positions
 from tests.functional.sparse24.test_decode import DEVICE, UNIT, assert_rounded
 
 CONFIGS = {
@@ -62,6 +63,12 @@ def test_words_in_turn_are_of_different_banks():
         assert list(zip(turns, banks, strict=True)) == sorted(zip(turns, banks, strict=True))
 
 
+def test_words_that_are_none_have_a_place_behind_the_patch():
+    """The kernel's own numbers are those that its memory is reserved by."""
+    assert rest_triton.NO_WORD.value == 2 * PLACES == STRIPS * rest_triton.BYTES_OF_A_STRIP.value
+    assert rest_triton.BYTES_OF_A_PATCH.value == BYTES_OF_A_PATCH >= 2 * PLACES + 2 and BYTES_OF_A_PATCH % 16 == 0
+
+
 @pytest.mark.parametrize("tokens", [1, 8, 11])
 @pytest.mark.parametrize("config", [*CONFIGS, None])
 def test_equals_the_product_in_float64(config, tokens):
@@ -100,6 +107,11 @@ def test_wrong_arguments():
     for wrong in (Rest(rest.words.long(), rest.starts, 1), Rest(rest.words, rest.starts[1:], 1)):
         for call in (lambda: decode(x, compressed, None, None, wrong), lambda: expand(compressed, wrong)):  # noqa: B023
             with pytest.raises(ValueError, match=r"`rest` of a weight \(16, 64\) expected int32 .* Take it from `split`"):
+                call()
+    for rounds in (0, 7, 65):
+        wrong = rest._replace(rounds=rounds)
+        for call in (lambda: decode(x, compressed, None, None, wrong), lambda: expand(compressed, wrong)):  # noqa: B023
+            with pytest.raises(ValueError, match=rf"`rest` expected rounds of \(1, 2, .*\) but got {rounds}. Take it"):
                 call()
     for config in (Config(1, 4, 2), Config(4, 4, 4), Config(3, 1, 4), Config(1, 4, 0)):
         with pytest.raises(
