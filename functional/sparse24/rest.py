@@ -21,6 +21,8 @@ STRIPS = 4
 PLACES = 512 * STRIPS
 """Values of a patch."""
 BANKS = 32
+ROWS_AT_A_TIME = 1024
+"""Rows that are sorted at a time, which takes 20 times their bytes."""
 ROUNDS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 """Words of a patch that a lane can take: the compiler makes a kernel for each."""
 
@@ -64,10 +66,9 @@ def split(weight: Tensor) -> tuple[Compressed, Rest]:
         )
     groups = as_groups(weight)
     rows, columns = weight.shape
-    zero = (groups == 0).to(torch.uint8)
-    kept, left = (half.sort(-1)[0] for half in zero.argsort(stable=True).split(2, -1))  # the first two that are not zero
-    compressed = Compressed(in_order_of_lanes(groups.gather(2, kept)), indices_of(*kept.unbind(-1)), rows, columns)
-    rest = in_order_of_lanes(groups.gather(2, left)).flatten(2)
+    kept, positions, left = (torch.cat(parts) for parts in zip(*map(_halves, groups.split(ROWS_AT_A_TIME)), strict=True))
+    compressed = Compressed(in_order_of_lanes(kept), indices_of(*positions.unbind(-1)), rows, columns)
+    rest = in_order_of_lanes(left).flatten(2)
     values = pad(rest, (0, 0, 0, -rest.shape[1] % STRIPS)).reshape(-1, PLACES)
     counts = torch.count_nonzero(values, dim=1)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
@@ -114,6 +115,13 @@ def other_positions(indices: Tensor) -> Tensor:
     """
     ends = (~indices >> 3 | indices >> 1) & 0x11111111
     return indices ^ 0x55555555 ^ 15 * ends
+
+
+def _halves(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return two values of each group, (rows, groups, 4), not zero if it has such; their positions; and the two others."""
+    order = (groups == 0).to(torch.uint8).argsort(stable=True)
+    kept, left = (half.sort(-1)[0] for half in order.split(2, -1))
+    return groups.gather(2, kept), kept.to(torch.uint8), groups.gather(2, left)
 
 
 def _by_bank(patch: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
