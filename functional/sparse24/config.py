@@ -8,7 +8,7 @@ from functional.sparse24.rest import STRIPS
 MOST_TOKENS = 16
 """With more tokens a GPU no longer waits for the weights."""
 WARPS = (1, 2, 4, 8, 16, 32)
-MOST_BUFFERS = 11
+MOST_BUFFERS = 8
 """Patches of a rest in shared memory at a time, one for each tile and warp: a kernel can declare 48 KiB."""
 MANY = 8192
 """Rows or columns from which a matrix has many rows or long ones."""

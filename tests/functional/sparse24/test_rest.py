@@ -115,7 +115,7 @@ def test_wrong_arguments():
                 call()
     for config in (Config(1, 4, 2), Config(4, 4, 4), Config(3, 1, 4), Config(1, 4, 0)):
         with pytest.raises(
-            ValueError, match=r"`config` expected .*with a rest at most 11 tiles times warps, and a multiple of 4"
+            ValueError, match=r"`config` expected .*with a rest at most 8 tiles times warps, and a multiple of 4"
         ):
             decode(x, compressed, None, config, rest)
 
@@ -124,4 +124,4 @@ def test_wrong_arguments():
 @pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (11008, 4096), (4096, 11008), (1, 4)])
 def test_the_default_is_one_that_triton_takes(tokens, rows, columns):
     config = default_config(tokens, rows, columns, has_rest=True)
-    assert config.unroll in (4, 8) and config.tiles * config.warps <= 11
+    assert config.unroll in (4, 8) and config.tiles * config.warps <= 8
