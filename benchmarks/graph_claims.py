@@ -48,7 +48,7 @@ ATTACKED = (
     ("purified, joint", "knn, balanced"),
 )
 """The same in csg2l_attack.csv; `purified` is a local view from an SVD in place of the edges."""
-ATTACKS = ("none", "prbcd 25 %")
+ATTACKS = ("none", "prbcd 25 %", "dice 25 %")
 FRESH = (("default", "alone"), ("default", "pseudo-labels"), ("chosen", "alone"), ("chosen", "pseudo-labels"))
 """CSG2L, and the encoder by itself."""
 
