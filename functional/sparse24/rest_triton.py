@@ -23,7 +23,13 @@ def shared_memory(
 ):  # fmt: skip
     """Return the address of memory that the threads of a program share, and where that of a warp's patches begins; all zero.
 
-    BYTES is a string of the number.
+    Args:
+        lane: Lane of each thread.
+        warp: Warp of each thread.
+        BYTES: Number of bytes, as a string.
+        ROUNDS: 0 if there is no rest, so that no patch needs memory.
+        TILES: Patches of a warp at a time.
+        INTERPRETED: Whether Triton's interpreter runs the kernel, which needs no such memory.
     """
     if INTERPRETED:
         return lane, lane
@@ -59,7 +65,14 @@ def wait_for_warp(lane):
 
 @triton.jit
 def words_of(rest_ptr, bounds, lane, ROUNDS: tl.constexpr):
-    """Load the words of a patch: ROUNDS of (threads,)."""
+    """Load the words of a patch: ROUNDS of (threads,).
+
+    Args:
+        rest_ptr: `Rest.words`.
+        bounds: Numbers of the first word of the patch and of the next one, for each thread.
+        lane: Lane of each thread.
+        ROUNDS: Words that a lane takes; `NO_WORD` past the last one.
+    """
     found = ()
     for turn in tl.static_range(ROUNDS):
         number = bounds[0] + 32 * turn + lane
@@ -69,14 +82,28 @@ def words_of(rest_ptr, bounds, lane, ROUNDS: tl.constexpr):
 
 @triton.jit
 def bounds_of(starts_ptr, patch, tile, tiles, patches):
-    """Return the numbers of the first word of a patch and of the next one; the same if there is no such patch."""
+    """Return the numbers of the first word of a patch and of the next one; the same if there is no such patch.
+
+    Args:
+        starts_ptr: `Rest.starts`.
+        patch: Number of the patch in its tile, for each thread.
+        tile: Number of the tile; past the last tile that one is taken.
+        tiles: Number of tiles.
+        patches: Number of patches of a tile.
+    """
     at = starts_ptr + tl.minimum(tile, tiles - 1) * patches + patch
     return tl.load(at, mask=patch < patches, other=0), tl.load(at + 1, mask=patch < patches, other=0)
 
 
 @triton.jit
 def scatter(words, memory, ROUNDS: tl.constexpr):
-    """Store the values of a patch at their places, from an address on."""
+    """Store the values of a patch at their places.
+
+    Args:
+        words: Its words, from `words_of`.
+        memory: Address of the memory of the patch, for each thread.
+        ROUNDS: Number of words of a lane.
+    """
     for turn in tl.static_range(ROUNDS):
         tl.inline_asm_elementwise(
             """{ .reg .b16 low, high; .reg .b32 at; mov.b32 {low, high}, $1;
@@ -89,7 +116,17 @@ def scatter(words, memory, ROUNDS: tl.constexpr):
 def gather(
     words, memory, lane, STRIP: tl.constexpr, ROUNDS: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """Load the registers of both steps of a strip of a patch, and set their memory to zero for the next patch."""
+    """Load the registers of both steps of a strip of a patch, and set their memory to zero for the next patch.
+
+    Args:
+        words: Words of the patch; only plain operations read them.
+        memory: Address of its memory, for each thread.
+        lane: Lane of each thread.
+        STRIP: Number of the strip in the patch.
+        ROUNDS: Number of words of a lane.
+        WARPS: Warps of the program.
+        INTERPRETED: Whether plain operations take the place of instructions.
+    """
     if INTERPRETED:
         return _gather_by_plain_operations(words, STRIP, ROUNDS, WARPS)
     a = tl.inline_asm_elementwise(

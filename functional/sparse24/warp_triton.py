@@ -12,7 +12,13 @@ from functional.words_triton import four_words, two_numbers
 
 @triton.jit
 def places(nibble, first_value, second_value):
-    """Return the values at the four positions; the first index is at most 2, the second at least 1 and larger."""
+    """Return the values at the four positions; the first index is at most 2, the second at least 1 and larger.
+
+    Args:
+        nibble: Both indices, the second one from bit 2 on.
+        first_value: Value at the first index.
+        second_value: Value at the second index.
+    """
     first, second = nibble & 3, nibble & 12
     nothing = tl.zeros(first_value.shape, first_value.dtype)
     w0 = tl.where(first == 0, first_value, nothing)
@@ -24,13 +30,29 @@ def places(nibble, first_value, second_value):
 
 @triton.jit
 def four_in_order(w0, w1, w2, w3):
-    """Join four tensors of one shape to (..., 2, 2); the last two axes flatten to their order."""
+    """Join four tensors of one shape to (..., 2, 2); the last two axes flatten to their order.
+
+    Args:
+        w0: First tensor.
+        w1: Second tensor.
+        w2: Third tensor.
+        w3: Fourth tensor.
+    """
     return tl.join(tl.join(w0, w2), tl.join(w1, w3))
 
 
 @triton.jit
 def product(sums, a, b, index, STEP: tl.constexpr, BFLOAT16: tl.constexpr):
-    """Return sums + a (16 rows, 32 inputs, 2:4) times b (32 inputs, 8 tokens), spread over the lanes of each warp."""
+    """Return sums + a (16 rows, 32 inputs, 2:4) times b (32 inputs, 8 tokens), spread over the lanes of each warp.
+
+    Args:
+        sums: Four registers of float32.
+        a: Four registers of a's values.
+        b: Four registers of b.
+        index: Nibbles of a, of both steps.
+        STEP: Which step of the strip, 0 or 1.
+        BFLOAT16: Whether numbers are bfloat16; if not, float16.
+    """
     TYPE: tl.constexpr = "bf16" if BFLOAT16 else "f16"
     ASM: tl.constexpr = (
         "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." + TYPE + "." + TYPE + ".f32 "
@@ -63,7 +85,17 @@ def _dense_rows(a, index, HALF: tl.constexpr, STEP: tl.constexpr, BFLOAT16: tl.c
 def product_by_plain_operations(
     sums, a, b, index, STEP: tl.constexpr, BFLOAT16: tl.constexpr, WARPS: tl.constexpr
 ):  # fmt: skip
-    """Compute the same as `product`."""
+    """Compute the same as `product`.
+
+    Args:
+        sums: Four registers of float32.
+        a: Four registers of a's values.
+        b: Four registers of b.
+        index: Nibbles of a, of both steps.
+        STEP: Which step of the strip, 0 or 1.
+        BFLOAT16: Whether numbers are bfloat16; if not, float16.
+        WARPS: Warps of the program.
+    """
     low0, high0 = two_numbers(b[0], BFLOAT16)
     low1, high1 = two_numbers(b[1], BFLOAT16)
     low2, high2 = two_numbers(b[2], BFLOAT16)
@@ -94,6 +126,12 @@ def inputs(words, odd, WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
 
     Lane t of four has loaded groups 2 t and 2 t + 1 of a token's 32 inputs. Afterwards register i of lanes 2 u and 2 u + 1 has
     the two halves of group 4 u + i.
+
+    Args:
+        words: 16 bytes of each thread, (threads, 4).
+        odd: Whether the number of a thread's lane is odd.
+        WARPS: Warps of the program.
+        INTERPRETED: Whether plain operations take the place of instructions.
     """
     w0, w1, w2, w3 = four_words(words, 32 * WARPS)
     other0 = _of_neighbour(tl.where(odd, w0, w1), WARPS, INTERPRETED)
