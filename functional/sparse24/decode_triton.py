@@ -59,6 +59,26 @@ def _two_products(
 
 
 @triton.jit
+def _multiplied(
+    sums, rest_sums, main, rest, x, odd, BFLOAT16: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr
+):  # fmt: skip
+    """Multiply a strip of each tile, and of its rest if there is one, with all tokens; return all sums."""
+    TILES: tl.constexpr = len(main)
+    added, rest_added = (), ()
+    for eight in tl.static_range(len(x)):
+        b0 = inputs(x[eight][0], odd, WARPS, INTERPRETED)
+        b1 = inputs(x[eight][1], odd, WARPS, INTERPRETED)
+        for turn in tl.static_range(TILES):
+            before, rest_before = sums[TILES * eight + turn], rest_sums[TILES * eight + turn]
+            added += (_two_products(before, main[turn], b0, b1, BFLOAT16, WARPS, INTERPRETED),)
+            if len(rest):
+                rest_added += (_two_products(rest_before, rest[turn], b0, b1, BFLOAT16, WARPS, INTERPRETED),)
+            else:
+                rest_added += (rest_before,)
+    return added, rest_added
+
+
+@triton.jit
 def _total(main, rest):
     """Add the sums of the steps of both matrices."""
     found = ()
@@ -162,20 +182,10 @@ def decode_kernel(
                     of_patch, at = words[ahead // PATCH * TILES + turn], memory + turn * BYTES_OF_A_PATCH
                     a0, a1 = gather(of_patch, at, lane, ahead % PATCH, ROUNDS, WARPS, INTERPRETED)
                     rest += ((a0, a1, other_positions(index)),)
-            added, rest_added = (), ()
-            for eight in tl.static_range(EIGHTS):
-                b0 = inputs(x[EIGHTS * ahead + eight][0], odd, WARPS, INTERPRETED)
-                b1 = inputs(x[EIGHTS * ahead + eight][1], odd, WARPS, INTERPRETED)
-                for turn in tl.static_range(TILES):
-                    both = sums[TILES * eight + turn], rest_sums[TILES * eight + turn]
-                    added += (_two_products(both[0], main[turn], b0, b1, BFLOAT16, WARPS, INTERPRETED),)
-                    if ROUNDS:
-                        rest_added += (_two_products(both[1], rest[turn], b0, b1, BFLOAT16, WARPS, INTERPRETED),)
-            sums = added
-            if ROUNDS:
-                rest_sums = rest_added
-                if ahead % PATCH == PATCH - 1 and ahead + 1 < UNROLL and not INTERPRETED:
-                    wait_for_warp(lane)
+            given = x[EIGHTS * ahead : EIGHTS * (ahead + 1)]
+            sums, rest_sums = _multiplied(sums, rest_sums, main, rest, given, odd, BFLOAT16, WARPS, INTERPRETED)
+            if ROUNDS and ahead % PATCH == PATCH - 1 and ahead + 1 < UNROLL and not INTERPRETED:
+                wait_for_warp(lane)
     for eight in tl.static_range(EIGHTS):
         for turn in tl.static_range(TILES):
             y = _total(sums[TILES * eight + turn], rest_sums[TILES * eight + turn])
