@@ -9,15 +9,7 @@ from torch import nn
 from functional.sparse import decode
 from lightning_modules.parts import lane_linear
 from lightning_modules.parts.lane_linear import LaneLinear, try_lanes
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def sparse_linear(dtype=torch.bfloat16, bias=True, inputs=64, outputs=48):
-    torch.manual_seed(0)
-    linear = nn.Linear(inputs, outputs, bias=bias).to(DEVICE, dtype).requires_grad_(False)
-    linear.weight[torch.rand(outputs, inputs, device=DEVICE) < 0.6] = 0
-    return linear
+from tests.helpers.sparse_linears import DEVICE, sparse_linear
 
 
 @pytest.mark.parametrize("bias", [True, False])

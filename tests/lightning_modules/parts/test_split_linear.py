@@ -10,15 +10,7 @@ from functional.sparse24 import decode
 from lightning_modules.parts import split_linear
 from lightning_modules.parts.merged_linears import MergedLinears, MergedPart, concatenated
 from lightning_modules.parts.split_linear import SplitLinear, try_split
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def sparse_linear(dtype=torch.bfloat16, bias=True, inputs=64, outputs=48):
-    torch.manual_seed(0)
-    linear = nn.Linear(inputs, outputs, bias=bias).to(DEVICE, dtype).requires_grad_(False)
-    linear.weight[torch.rand(outputs, inputs, device=DEVICE) < 0.6] = 0
-    return linear
+from tests.helpers.sparse_linears import DEVICE, sparse_linear
 
 
 @pytest.mark.parametrize("bias", [True, False])
