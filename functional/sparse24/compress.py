@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+DTYPES = (torch.bfloat16, torch.float16)
+"""Dtypes that kernels multiply."""
 GROUP = 4
 TILE = 16
 STRIP = 64

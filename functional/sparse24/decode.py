@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from functional.sparse24.compress import STRIP, TILE, Compressed
+from functional.sparse24.compress import DTYPES, STRIP, TILE, Compressed
 from functional.sparse24.config import MOST_TOKENS, Config, check_config, check_tokens, default_config
 from functional.sparse24.rest import PLACES, ROUNDS, STRIPS, Rest
 
-DTYPES = (torch.bfloat16, torch.float16)
 OF_A_PRODUCT = 8
 """Tokens that the sparse tensor cores take at a time."""
 BYTES_OF_A_LOAD = 16

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from functional.sparse24.compress import Compressed, as_groups, decompress, in_order_of_lanes, indices_of
+from functional.sparse24.compress import DTYPES, Compressed, as_groups, decompress, in_order_of_lanes, indices_of
 
 STRIPS = 4
 """Strips of a patch."""
@@ -60,7 +60,7 @@ def split(weight: Tensor) -> tuple[Compressed, Rest]:
         >>> len(rest.words), rest.rounds, torch.equal(join(compressed, rest), weight)
         (2, 1, True)
     """
-    if weight.dtype not in (torch.bfloat16, torch.float16):
+    if weight.dtype not in DTYPES:
         raise ValueError(
             f"Argument `weight` expected bfloat16 or float16 but got {weight.dtype}. Leave this linear dense, or cast it."
         )

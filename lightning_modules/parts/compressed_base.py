@@ -33,6 +33,11 @@ class CompressedLinear(nn.Module):
         """Multiply tokens, (tokens, I), and return (tokens, O); with the dense weight, which is made for the call and freed."""
         return nn.functional.linear(x, self.dense(), self.bias)
 
+    def multiply_cast(self, x: Tensor) -> Tensor:
+        """Do the same with the dense weight and the bias cast to the dtype of the tokens."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.dense().to(x.dtype), bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x, (..., I), and return (..., O)."""
         return self.multiply(x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], self.out_features)

@@ -107,8 +107,7 @@ class SplitLinear(CompressedLinear):
         """Multiply tokens, (tokens, I), and return (tokens, O)."""
         if on_gpu(x) and x.dtype == self.values.dtype and len(x) <= MOST_TOKENS:
             return decode(x, self.compressed, self.bias, None, self.rest)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.dense().to(x.dtype), bias)
+        return self.multiply_cast(x)
 
 
 def try_split(device: torch.device) -> None:

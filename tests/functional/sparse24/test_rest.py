@@ -1,6 +1,7 @@
 """Matrices with zeros anywhere as a 2:4 one and a rest: storing them, and the kernels against a naive float64 product."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -105,12 +106,12 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"`weight` expected a multiple of 4 inputs but got 63"):
         split(weight[:, :63])
     for wrong in (Rest(rest.words.long(), rest.starts, 1), Rest(rest.words, rest.starts[1:], 1)):
-        for call in (lambda: decode(x, compressed, None, None, wrong), lambda: expand(compressed, wrong)):  # noqa: B023
+        for call in (partial(decode, x, compressed, None, None, wrong), partial(expand, compressed, wrong)):
             with pytest.raises(ValueError, match=r"`rest` of a weight \(16, 64\) expected int32 .* Take it from `split`"):
                 call()
     for rounds in (0, 7, 65):
         wrong = rest._replace(rounds=rounds)
-        for call in (lambda: decode(x, compressed, None, None, wrong), lambda: expand(compressed, wrong)):  # noqa: B023
+        for call in (partial(decode, x, compressed, None, None, wrong), partial(expand, compressed, wrong)):
             with pytest.raises(ValueError, match=rf"`rest` expected rounds of \(1, 2, .*\) but got {rounds}. Take it"):
                 call()
     for config in (Config(1, 4, 2), Config(4, 4, 4), Config(3, 1, 4), Config(1, 4, 0)):

@@ -6,38 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from functional.sparse import decode
 from lightning_modules.parts import lane_linear
 from lightning_modules.parts.lane_linear import LaneLinear, try_lanes
 from tests.helpers.sparse_linears import DEVICE, sparse_linear
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (2, 4, 64), (3, 7, 64)], ids=str)
-def test_equals_the_dense_linear(shape, bias):
-    linear = sparse_linear(bias=bias)
-    x = torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
-    y = LaneLinear.from_linear(linear)(x)
-    assert y.shape == (*shape[:-1], 48)
-    torch.testing.assert_close(y, linear(x), rtol=2e-2, atol=2e-2)
-
-
-def test_few_tokens_go_through_the_kernel_and_many_do_not(monkeypatch):
-    seen = []
-
-    def counted(x, *others):
-        seen.append(len(x))
-        return decode(x, *others)
-
-    monkeypatch.setattr(lane_linear, "decode", counted)
-    monkeypatch.setattr(lane_linear, "on_gpu", lambda x: True)
-    linear = sparse_linear()
-    lanes = LaneLinear.from_linear(linear)
-    for tokens in (1, 32, 33):
-        x = torch.randn(tokens, 64, device=DEVICE, dtype=torch.bfloat16)
-        torch.testing.assert_close(lanes(x), linear(x), rtol=2e-2, atol=2e-2)
-    assert seen == [1, 32]
-    assert lanes(x[:1].float()).dtype == torch.float32 and seen == [1, 32]
 
 
 def test_buffers_are_saved_and_moved():
