@@ -7,6 +7,7 @@ they run on a CPU too, for tests.
 import torch
 from torch import Tensor
 
+from functional.launches import overlapping
 from functional.sparse.lanes import Lanes
 
 OF_A_PASS = 8
@@ -47,8 +48,7 @@ def decode(x: Tensor, weight: Lanes, bias: Tensor | None = None) -> Tensor:
             f"Argument `bias` expected ({weight.rows},) of {x.dtype} but got {tuple(bias.shape)} of {bias.dtype}. Cast it, or "
             "give None."
         )
-    parts = [part.contiguous() for part in weight[:5]]
-    passes = [_decode(some, *parts, bias, weight.rows) for some in x.split(OF_A_PASS)]
+    passes = [_decode(some, *weight[:5], bias, weight.rows) for some in x.split(OF_A_PASS)]
     return passes[0] if len(passes) == 1 else torch.cat(passes)
 
 
@@ -78,11 +78,14 @@ def _decode(
     if width > 1:
         padded = x if tokens == width else torch.cat([x, x.new_zeros(width - tokens, x.shape[1])])
         given = padded.T.flatten().view(torch.int32)
+    weights = [values, steps, firsts, starts, order]
+    stored = [part.contiguous() for part in weights]
+    constant, launch = overlapping(x, weights, stored)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         kernels.decode_kernel[(slices,)](
-            given, values.view(torch.int32), steps, firsts, starts, order, out if bias is None else bias.contiguous(), out,
-            tokens, rows, HAS_BIAS=bias is not None, BFLOAT16=x.dtype == torch.bfloat16, TOKENS=width, HEIGHT=height,
-            PARTS=parts, UNROLL=2 if tokens == 1 and height == TALL else 1, num_warps=max(1, height * parts // 32),
+            given, stored[0].view(torch.int32), *stored[1:], out if bias is None else bias.contiguous(), out, tokens, rows,
+            constant, HAS_BIAS=bias is not None, BFLOAT16=x.dtype == torch.bfloat16, TOKENS=width, HEIGHT=height,
+            PARTS=parts, UNROLL=2 if tokens == 1 and height == TALL else 1, num_warps=max(1, height * parts // 32), **launch,
         )  # fmt: skip
     return out
 

@@ -10,6 +10,7 @@ With ``TRITON_INTERPRET=1`` the kernels run on CPU tensors, by the same operatio
 import triton
 import triton.language as tl
 
+from functional.launches_triton import wait_before_inputs, wait_before_weights
 from functional.words_triton import four_words, two_numbers
 
 
@@ -35,11 +36,11 @@ def _inputs(x_ptr, column, TOKENS: tl.constexpr, BFLOAT16: tl.constexpr, LANES: 
     return found
 
 
-@triton.jit(do_not_specialize=["tokens", "rows"])
+@triton.jit(do_not_specialize=["tokens", "rows", "constant"])
 def decode_kernel(
-    x_ptr, values_ptr, steps_ptr, firsts_ptr, starts_ptr, order_ptr, bias_ptr, out_ptr, tokens, rows,
+    x_ptr, values_ptr, steps_ptr, firsts_ptr, starts_ptr, order_ptr, bias_ptr, out_ptr, tokens, rows, constant,
     HAS_BIAS: tl.constexpr, BFLOAT16: tl.constexpr, TOKENS: tl.constexpr, HEIGHT: tl.constexpr, PARTS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Multiply a slice with up to TOKENS tokens.
 
@@ -54,13 +55,16 @@ def decode_kernel(
         out_ptr: Result, (tokens, O).
         tokens: Number of tokens.
         rows: O.
+        constant: Whether weights may be read before the kernel ahead has ended.
         HAS_BIAS: Whether a bias is added.
         BFLOAT16: Whether numbers are bfloat16; if not, float16.
         TOKENS: 1, 2, 4 or 8, at least `tokens`.
         HEIGHT: H.
         PARTS: P.
         UNROLL: Chunks on their way into the registers of a lane at a time.
+        OVERLAPS: Whether the GPU can launch a kernel before the one ahead has ended.
     """
+    wait_before_weights(constant, OVERLAPS)
     LANES: tl.constexpr = HEIGHT * PARTS
     lane, four = tl.arange(0, LANES), tl.arange(0, 4)[None, :]
     part, piece = lane // HEIGHT, tl.program_id(0)
@@ -82,6 +86,7 @@ def decode_kernel(
             at = values_at + chunk * (4 * LANES)
             words += (tl.load(at, mask=here[:, None], other=0, eviction_policy="evict_first"),)
             steps += (tl.load(steps_at + chunk * LANES, mask=here, other=0, eviction_policy="evict_first"),)
+        wait_before_inputs(OVERLAPS)
         if UNROLL > 1:
             tl.debug_barrier()  # without it the compiler delays loads that are not needed at once
         for ahead in tl.static_range(UNROLL):

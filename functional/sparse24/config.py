@@ -5,8 +5,10 @@ from typing import NamedTuple
 from functional.sparse24.compress import STRIP
 from functional.sparse24.rest import STRIPS
 
-MOST_TOKENS = 16
-"""With more tokens a GPU no longer waits for the weights."""
+OF_A_PASS = 16
+"""Tokens of a pass over the weights."""
+MOST_TOKENS = 32
+"""Two passes take less time than restoring the dense matrix and a dense product, more do not (results/sparse_decode.csv)."""
 WARPS = (1, 2, 4, 8, 16, 32)
 MOST_BUFFERS = 8
 """Patches of a rest in shared memory at a time, one for each tile and warp: a kernel can declare 48 KiB."""
@@ -35,7 +37,7 @@ FASTEST = {
 """Largest number of tokens, and shape -> fastest configuration for LLaMA-2-7B's linears (q, down, gate) on an H200
 (benchmarks/sparse24_tuning.py)."""
 FASTEST_WITH_REST = {
-    (8, "few rows"): Config(1, 4, 4), (8, "long rows"): Config(1, 4, 8), (8, "many rows"): Config(2, 2, 4),
+    (8, "few rows"): Config(1, 4, 4), (8, "long rows"): Config(1, 4, 8), (8, "many rows"): Config(1, 2, 4),
     (16, "few rows"): Config(1, 4, 4), (16, "long rows"): Config(1, 4, 4), (16, "many rows"): Config(2, 2, 4),
 }  # fmt: skip
 """The same for matrices with a rest, at 50 and 70 % zeros."""
@@ -45,19 +47,20 @@ def default_config(tokens: int, rows: int, columns: int, has_rest: bool = False)
     """Return the entry of `FASTEST` or `FASTEST_WITH_REST` for the nearest shape.
 
     Args:
-        tokens: Number of tokens.
+        tokens: Number of tokens of a pass.
         rows: O.
         columns: I.
         has_rest: Whether there is a rest.
 
     Raises:
-        ValueError: If there are too many tokens.
+        ValueError: If there are more tokens than a pass takes.
 
     Examples:
         >>> default_config(tokens=1, rows=4096, columns=4096)
         Config(tiles=1, warps=4, unroll=8)
     """
-    check_tokens(tokens)
+    if tokens > OF_A_PASS:
+        raise ValueError(f"Argument `tokens` expected at most {OF_A_PASS}, those of a pass, but got {tokens}.")
     table = FASTEST_WITH_REST if has_rest else FASTEST
     most = next(most for most in sorted({most for most, _ in table}) if tokens <= most)
     chosen = table[most, "many rows" if rows > MANY else "long rows" if columns > MANY else "few rows"]
@@ -83,17 +86,4 @@ def check_config(config: Config, has_rest: bool) -> None:
             f"Argument `config` expected 1, 2 or 4 tiles, a power of two of at most {max(WARPS)} warps, and an unroll of 1 or "
             f"more (with a rest at most {MOST_BUFFERS} tiles times warps, and a multiple of {STRIPS}) but got {config}. "
             "Leave it out for the default."
-        )
-
-
-def check_tokens(tokens: int) -> None:
-    """Refuse more tokens than kernels multiply at a time.
-
-    Raises:
-        ValueError: If there are more.
-    """
-    if tokens > MOST_TOKENS:
-        raise ValueError(
-            f"Argument `x` expected at most {MOST_TOKENS} tokens but got {tokens}. Multiply more by the dense weight, which "
-            "`expand` and `decompress` make."
         )

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from functional.launches import overlapping
 from functional.sparse24.compress import DTYPES, STRIP, TILE, Compressed
-from functional.sparse24.config import MOST_TOKENS, Config, check_config, check_tokens, default_config
+from functional.sparse24.config import MOST_TOKENS, OF_A_PASS, Config, check_config, default_config
 from functional.sparse24.rest import PLACES, ROUNDS, STRIPS, Rest
 
 OF_A_PRODUCT = 8
@@ -21,7 +22,6 @@ BYTES_OF_A_LOAD = 16
 MOST_STRIPS = 2**23
 """Strips of all tiles of a weight; kernels count their words, 256 each, in 32 bits."""
 WARPS_TO_EXPAND = 8
-LANES_TO_SCATTER = 128
 BYTES_OF_A_PATCH = 2 * PLACES + 16
 """Shared memory for each tile and warp if there is a rest."""
 
@@ -32,7 +32,7 @@ def decode(
     """Compute x Wᵀ + bias with float32 sums; repeated calls give the same bits.
 
     Args:
-        x: (tokens, I), at most 16 tokens, bfloat16 or float16.
+        x: (tokens, I), at most 32 tokens, bfloat16 or float16; 16 at a time.
         weight: (O, I), of x's dtype, from `compress`.
         bias: (O,), of x's dtype.
         config: Division of the work; chosen by the shape when None.
@@ -45,12 +45,11 @@ def decode(
         ValueError: If shapes or dtypes do not go together, or there are too many tokens.
     """
     values, indices, rows, columns = weight
-    if x.ndim != 2 or x.shape[1] != columns:
+    if x.ndim != 2 or x.shape[1] != columns or len(x) > MOST_TOKENS:
         raise ValueError(
-            f"Argument `x` expected to be (tokens, {columns}) but got {tuple(x.shape)}. Give the inputs of this weight, "
-            "flattened to two dimensions."
+            f"Argument `x` expected to be (tokens, {columns}) with at most {MOST_TOKENS} tokens but got {tuple(x.shape)}. "
+            "Multiply more tokens by the dense weight, which `expand` makes."
         )
-    check_tokens(x.shape[0])
     if x.dtype not in DTYPES or values.dtype != x.dtype:
         raise ValueError(
             f"Arguments `x` and `weight` expected one dtype of bfloat16, float16 but got {x.dtype} and {values.dtype}. "
@@ -62,10 +61,11 @@ def decode(
             f"Argument `bias` expected ({rows},) of {x.dtype} but got {tuple(bias.shape)} of {bias.dtype}. Cast it, or give "
             "None."
         )
-    config = config or default_config(x.shape[0], rows, columns, rest is not None)
-    check_config(config, rest is not None)
+    chosen = config or default_config(min(len(x), OF_A_PASS), rows, columns, rest is not None)
+    check_config(chosen, rest is not None)
     words, starts, rounds = (None, None, 0) if rest is None else rest
-    return _decode(x, values, indices, words, starts, bias, rows, rounds, list(config))
+    passes = [_decode(some, values, indices, words, starts, bias, rows, rounds, list(chosen)) for some in x.split(OF_A_PASS)]
+    return passes[0] if len(passes) == 1 else torch.cat(passes)
 
 
 def expand(weight: Compressed, rest: Rest | None = None) -> Tensor:
@@ -82,8 +82,8 @@ def expand(weight: Compressed, rest: Rest | None = None) -> Tensor:
     if values.dtype not in DTYPES:
         raise ValueError(f"Argument `weight` expected bfloat16 or float16 but got {values.dtype}. Use `decompress`.")
     _check(weight, rest)
-    words, starts = (None, None) if rest is None else rest[:2]
-    return _expand(values, indices, words, starts, rows, columns)
+    words, starts, rounds = (None, None, 0) if rest is None else rest
+    return _expand(values, indices, words, starts, rows, columns, rounds)
 
 
 def _aligned(values: Tensor) -> Tensor:
@@ -137,17 +137,18 @@ def _decode(
         return out
     tiles, strips = indices.shape[:2]
     words = _aligned(pad(x, (0, -columns % STRIP)) if columns % STRIP else x)  # padding copies even if nothing is added
+    weights = [values, indices, indices if rest is None else rest, indices if starts is None else starts]
+    stored = [_aligned(values).view(torch.int32), *(part.contiguous() for part in weights[1:])]
+    constant, launch = overlapping(x, weights, stored)
     options: dict[str, int | str] = {"HAS_BIAS": bias is not None, "BFLOAT16": x.dtype == torch.bfloat16}
-    options |= {"TOKENS": OF_A_PRODUCT if tokens <= OF_A_PRODUCT else MOST_TOKENS, "ROUNDS": rounds}
+    options |= {"TOKENS": OF_A_PRODUCT if tokens <= OF_A_PRODUCT else OF_A_PASS, "ROUNDS": rounds}
     options |= {"EVEN": strips % (chosen.warps * chosen.unroll) == 0, "INTERPRETED": not x.is_cuda}
     options |= {name.upper(): value for name, value in chosen._asdict().items()} | {"num_warps": chosen.warps}
     buffers = chosen.tiles * chosen.warps if rounds else 0
     with torch.cuda.device_of(x):  # Triton launches on the current device
         decode_kernel[(triton.cdiv(tiles, chosen.tiles),)](
-            words.view(torch.int32), _aligned(values).view(torch.int32), indices.contiguous(),
-            indices if rest is None else rest.contiguous(), indices if starts is None else starts.contiguous(),
-            out if bias is None else bias.contiguous(), out, tokens, rows, tiles, strips,
-            PATCH=STRIPS, BYTES=str(16 + BYTES_OF_A_PATCH * buffers), **options,
+            words.view(torch.int32), *stored, out if bias is None else bias.contiguous(), out, tokens, rows, tiles, strips,
+            constant, PATCH=STRIPS, BYTES=str(16 + BYTES_OF_A_PATCH * buffers), **options, **launch,
         )  # fmt: skip
     return out
 
@@ -159,27 +160,25 @@ def _(x, values, indices, rest, starts, bias, rows, rounds, config):
 
 @torch.library.custom_op("sparse24::expand", mutates_args=())
 def _expand(
-    values: Tensor, indices: Tensor, rest: Tensor | None, starts: Tensor | None, rows: int, columns: int
+    values: Tensor, indices: Tensor, rest: Tensor | None, starts: Tensor | None, rows: int, columns: int, rounds: int
 ) -> Tensor:  # fmt: skip
     import triton
 
-    from functional.sparse24.expand_triton import expand_kernel, scatter_kernel
+    from functional.sparse24.expand_triton import expand_kernel
 
     out = values.new_empty(rows, columns)
-    (tiles, strips), left, patches = indices.shape[:2], indices, 0
+    tiles, strips = indices.shape[:2]
+    buffers = WARPS_TO_EXPAND // STRIPS if rounds else 0
     with torch.cuda.device_of(values):
-        if rest is not None and starts is not None:
-            patches = len(starts) - 1
-            left = values.new_zeros(patches, PLACES)
-            scatter_kernel[(patches,)](rest.contiguous(), starts.contiguous(), left.view(torch.int16), PLACES, LANES_TO_SCATTER)
         expand_kernel[(tiles, triton.cdiv(strips, WARPS_TO_EXPAND))](
-            _aligned(values).view(torch.int32), indices.contiguous(), left.view(torch.int32), out.view(torch.int32), rows,
-            columns, strips, patches // tiles * STRIPS,
-            HAS_REST=rest is not None, WARPS=WARPS_TO_EXPAND, num_warps=WARPS_TO_EXPAND,
+            _aligned(values).view(torch.int32), indices.contiguous(), indices if rest is None else rest.contiguous(),
+            indices if starts is None else starts.contiguous(), out.view(torch.int32), rows, columns, strips,
+            ROUNDS=triton.cdiv(rounds, STRIPS), WARPS=WARPS_TO_EXPAND, PATCH=STRIPS, BYTES=str(16 + BYTES_OF_A_PATCH * buffers),
+            INTERPRETED=not values.is_cuda, num_warps=WARPS_TO_EXPAND,
         )  # fmt: skip
     return out
 
 
 @_expand.register_fake
-def _(values, indices, rest, starts, rows, columns):
+def _(values, indices, rest, starts, rows, columns, rounds):
     return values.new_empty(rows, columns)

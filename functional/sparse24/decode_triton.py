@@ -2,7 +2,8 @@
 
 It is bound by memory. Weights lie in memory as the registers of sparse tensor cores need them (compress.py), so nothing is
 unpacked. A warp loads all that UNROLL strips need before it multiplies the first of them. Each step of a strip has its own
-sums, since a product waits for the one that its sums come from.
+sums, since a product waits for the one that its sums come from. Inputs are loaded last: in a CUDA graph the kernel ahead, which
+makes them, still runs when the first weights are on their way.
 
 With ``TRITON_INTERPRET=1`` the kernel runs on CPU tensors; INTERPRETED then replaces instructions by plain operations.
 """
@@ -10,6 +11,7 @@ With ``TRITON_INTERPRET=1`` the kernel runs on CPU tensors; INTERPRETED then rep
 import triton
 import triton.language as tl
 
+from functional.launches_triton import wait_before_inputs, wait_before_weights
 from functional.sparse24.rest_triton import (
     BYTES_OF_A_PATCH,
     bounds_of,
@@ -101,12 +103,12 @@ def _store(
     tl.store(out_ptr + token * rows + row, y.to(out_ptr.dtype.element_ty), mask=(token < tokens) & (row < rows))
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "constant"])
 def decode_kernel(
-    x_ptr, values_ptr, indices_ptr, rest_ptr, starts_ptr, bias_ptr, out_ptr, tokens, rows, tiles, strips,
+    x_ptr, values_ptr, indices_ptr, rest_ptr, starts_ptr, bias_ptr, out_ptr, tokens, rows, tiles, strips, constant,
     HAS_BIAS: tl.constexpr, BFLOAT16: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr, ROUNDS: tl.constexpr,
     TILES: tl.constexpr, WARPS: tl.constexpr, UNROLL: tl.constexpr, PATCH: tl.constexpr, BYTES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Multiply TILES (1, 2 or 4) tiles with up to TOKENS (8 or 16) tokens; warps take turns with UNROLL strips.
 
@@ -122,6 +124,7 @@ def decode_kernel(
         rows: O.
         tiles: Number of tiles.
         strips: Number of strips of a tile.
+        constant: Whether weights may be read before the kernel ahead has ended.
         HAS_BIAS: Whether a bias is added.
         BFLOAT16: Whether numbers are bfloat16; if not, float16.
         EVEN: Whether WARPS x UNROLL divides the strips, so that no load needs a mask.
@@ -132,8 +135,10 @@ def decode_kernel(
         UNROLL: Strips that are loaded into registers at a time.
         PATCH: Strips of a patch.
         BYTES: Bytes of shared memory, as a string: 16, and those of a patch for each tile and warp if there is a rest.
+        OVERLAPS: Whether the GPU can launch a kernel before the one ahead has ended.
         INTERPRETED: Whether Triton's interpreter runs the kernel.
     """
+    wait_before_weights(constant, OVERLAPS)
     EIGHTS: tl.constexpr = TOKENS // 8
     place, four = tl.arange(0, 32 * WARPS), tl.arange(0, 4)[None, :]
     warp, lane = place // 32, place % 32
@@ -151,7 +156,7 @@ def decode_kernel(
         for _ in tl.static_range(TILES):
             sums += (none,)
             rest_sums += (none,)
-    shared, memory = shared_memory(lane, warp, BYTES, ROUNDS, TILES, INTERPRETED)
+    shared, memory = shared_memory(lane, warp * TILES, BYTES, TILES if ROUNDS else 0, 32, INTERPRETED)
     bounds = _bounds_of_block(starts_ptr, 0, warp, tile, tiles, patches, ROUNDS, TILES, WARPS, UNROLL // PATCH)
     for block in range(0, tl.cdiv(strips, WARPS * UNROLL)):
         weights, x, words = (), (), ()
@@ -160,12 +165,15 @@ def decode_kernel(
             for turn in tl.static_range(TILES):
                 at = tl.minimum(tile + turn, tiles - 1) * strips + strip  # past the last tile nothing is written
                 weights += (_tile(values_at, indices_ptr + lane, at, mask, EVEN, WARPS),)
+        for patch in tl.static_range(len(bounds)):
+            words += (words_of(rest_ptr, bounds[patch], lane, ROUNDS, 32),)
+        bounds = _bounds_of_block(starts_ptr, block + 1, warp, tile, tiles, patches, ROUNDS, TILES, WARPS, UNROLL // PATCH)
+        wait_before_inputs(OVERLAPS)
+        for ahead in tl.static_range(UNROLL):
+            strip = _place(block, ahead, warp, strips, EVEN, WARPS, UNROLL)[0]
             for eight in tl.static_range(EIGHTS):
                 here = x_at[eight] + 32 * strip[:, None]
                 x += ((tl.load(here), tl.load(here + 16)),)
-        for patch in tl.static_range(len(bounds)):
-            words += (words_of(rest_ptr, bounds[patch], lane, ROUNDS),)
-        bounds = _bounds_of_block(starts_ptr, block + 1, warp, tile, tiles, patches, ROUNDS, TILES, WARPS, UNROLL // PATCH)
         # Without the barrier, and a zero from behind it that all products need, the compiler delays loads.
         tl.debug_barrier()
         nothing = lane & 0 if INTERPRETED else load_word(shared)

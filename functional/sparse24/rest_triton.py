@@ -19,27 +19,27 @@ NO_WORD: tl.constexpr = tl.constexpr(4096)
 
 @triton.jit
 def shared_memory(
-    lane, warp, BYTES: tl.constexpr, ROUNDS: tl.constexpr, TILES: tl.constexpr, INTERPRETED: tl.constexpr
+    lane, patch, BYTES: tl.constexpr, PATCHES: tl.constexpr, LANES: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """Return the address of memory that the threads of a program share, and where that of a warp's patches begins; all zero.
+    """Return the address of memory that the threads of a program share, and where that of a thread's patches begins; all zero.
 
     Args:
-        lane: Lane of each thread.
-        warp: Warp of each thread.
+        lane: Number of each thread among the LANES that share patches.
+        patch: Number of the first of these patches.
         BYTES: Number of bytes, as a string.
-        ROUNDS: 0 if there is no rest, so that no patch needs memory.
-        TILES: Patches of a warp at a time.
+        PATCHES: Patches of LANES threads at a time; 0 if there is no rest.
+        LANES: Threads that share patches.
         INTERPRETED: Whether Triton's interpreter runs the kernel, which needs no such memory.
     """
     if INTERPRETED:
         return lane, lane
     ASM: tl.constexpr = "{ .shared .align 16 .b8 memory[" + BYTES + "]; mov.u32 $0, memory; }"
     shared = tl.inline_asm_elementwise(ASM, "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1)
-    memory = shared + 16 + warp * (TILES * BYTES_OF_A_PATCH)
+    memory = shared + 16 + patch * BYTES_OF_A_PATCH
     _clear(shared)
-    for turn in tl.static_range(TILES if ROUNDS else 0):
-        for line in tl.static_range(8):
-            _clear(memory + turn * BYTES_OF_A_PATCH + 16 * lane + 512 * line)
+    for turn in tl.static_range(PATCHES):
+        for line in tl.static_range(4 * BYTES_OF_A_STRIP // (16 * LANES)):
+            _clear(memory + turn * BYTES_OF_A_PATCH + 16 * (LANES * line + lane))
     return shared, memory
 
 
@@ -64,18 +64,19 @@ def wait_for_warp(lane):
 
 
 @triton.jit
-def words_of(rest_ptr, bounds, lane, ROUNDS: tl.constexpr):
+def words_of(rest_ptr, bounds, lane, ROUNDS: tl.constexpr, LANES: tl.constexpr):
     """Load the words of a patch: ROUNDS of (threads,).
 
     Args:
         rest_ptr: `Rest.words`.
         bounds: Numbers of the first word of the patch and of the next one, for each thread.
-        lane: Lane of each thread.
-        ROUNDS: Words that a lane takes; `NO_WORD` past the last one.
+        lane: Number of each thread among the LANES that share the patch.
+        ROUNDS: Words that a thread takes; `NO_WORD` past the last one.
+        LANES: Threads that share a patch.
     """
     found = ()
     for turn in tl.static_range(ROUNDS):
-        number = bounds[0] + 32 * turn + lane
+        number = bounds[0] + LANES * turn + lane
         found += (tl.load(rest_ptr + number, mask=number < bounds[1], other=NO_WORD),)
     return found
 
@@ -141,14 +142,32 @@ def gather(
 @triton.jit
 def _gather_by_plain_operations(words, STRIP: tl.constexpr, ROUNDS: tl.constexpr, WARPS: tl.constexpr):
     """Compute the same as `scatter` and `gather`."""
-    found = tl.zeros((WARPS, 512), tl.int32)
-    place = BYTES_OF_A_STRIP * STRIP + 2 * tl.arange(0, 512)[None, None, :]
-    for turn in tl.static_range(ROUNDS):
-        word = tl.reshape(words[turn], (WARPS, 32))[:, :, None]
-        found += tl.sum(tl.where((word & 0xFFFF) == place, word >> 16 & 0xFFFF, 0), 1)
-    low, high = tl.split(tl.reshape(found, (WARPS, 256, 2)))
-    a0, a1 = tl.split(tl.permute(tl.reshape(low | high << 16, (WARPS, 2, 32, 4)), (0, 2, 3, 1)))
+    found = scattered_by_plain_operations(words, BYTES_OF_A_STRIP * STRIP, 512, ROUNDS, WARPS, 32)
+    a0, a1 = tl.split(tl.permute(tl.reshape(found, (WARPS, 2, 32, 4)), (0, 2, 3, 1)))
     return four_words(tl.reshape(a0, (32 * WARPS, 4)), 32 * WARPS), four_words(tl.reshape(a1, (32 * WARPS, 4)), 32 * WARPS)
+
+
+@triton.jit
+def scattered_by_plain_operations(
+    words, FIRST: tl.constexpr, VALUES: tl.constexpr, ROUNDS: tl.constexpr, PATCHES: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Return what `scatter` stores, (PATCHES, VALUES / 2) of int32, two values each.
+
+    Args:
+        words: Words of the patches, from `words_of`.
+        FIRST: First byte of a patch that is wanted.
+        VALUES: Number of values that are wanted.
+        ROUNDS: Words that a thread takes.
+        PATCHES: Number of patches.
+        LANES: Threads that share a patch.
+    """
+    found = tl.zeros((PATCHES, VALUES), tl.int32)
+    place = FIRST + 2 * tl.arange(0, VALUES)[None, None, :]
+    for turn in tl.static_range(ROUNDS):
+        word = tl.reshape(words[turn], (PATCHES, LANES))[:, :, None]
+        found += tl.sum(tl.where((word & 0xFFFF) == place, word >> 16 & 0xFFFF, 0), 1)
+    low, high = tl.split(tl.reshape(found, (PATCHES, VALUES // 2, 2)))
+    return low | high << 16
 
 
 @triton.jit

@@ -89,7 +89,7 @@ def test_operators_pass_torchs_own_checks(operator):
     """Schema, shapes of fake tensors, and that they can be traced."""
     weight, x, bias = problem(16, 64, 3, torch.bfloat16)
     values, indices, *sizes = compress(weight)
-    arguments = (values, indices, None, None, *sizes)
+    arguments = (values, indices, None, None, *sizes, 0)
     if operator == "decode":
         arguments = (x, *arguments[:4], bias, 16, 0, list(CONFIGS["two tiles"]))
     torch.library.opcheck(getattr(torch.ops.sparse24, operator).default, arguments)

@@ -93,7 +93,7 @@ def test_operators_pass_torchs_own_checks(operator):
     weight, x, bias = problem(16, 64, 3, torch.bfloat16, 0.5)
     (values, indices, *sizes), (words, starts, rounds) = split(weight)
     config = list(CONFIGS["one tile"])
-    last = (bias, 16, rounds, config) if operator == "decode" else sizes
+    last = (bias, 16, rounds, config) if operator == "decode" else (*sizes, rounds)
     arguments = (*([x] if operator == "decode" else []), values, indices, words, starts, *last)
     torch.library.opcheck(getattr(torch.ops.sparse24, operator).default, arguments)
 
