@@ -12,9 +12,8 @@ def wait_before_weights(constant, OVERLAPS: tl.constexpr):
         constant: Whether none does.
         OVERLAPS: Whether the GPU can launch a kernel before the one ahead has ended.
     """
-    if OVERLAPS:
-        if constant == 0:
-            tl.extra.cuda.gdc_wait()
+    if OVERLAPS and constant == 0:
+        _wait()
 
 
 @triton.jit
@@ -25,4 +24,10 @@ def wait_before_inputs(OVERLAPS: tl.constexpr):
         OVERLAPS: Whether the GPU can launch a kernel before the one ahead has ended.
     """
     if OVERLAPS:
-        tl.extra.cuda.gdc_wait()
+        _wait()
+
+
+@triton.jit
+def _wait():
+    """Do as `tl.extra.cuda.gdc_wait`, which Triton 3.4 cannot compile; a wait that is over costs nothing."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)

@@ -52,7 +52,8 @@ def expand_kernel(
         bounds = bounds_of(starts_ptr, strip // PATCH, tile, tl.num_programs(0), tl.cdiv(strips, PATCH))
         left = words_of(rest_ptr, bounds, thread % LANES, ROUNDS, LANES)
         if INTERPRETED:
-            rest = tl.reshape(scattered_by_plain_operations(left, 0, 512 * PATCH, ROUNDS, WARPS // PATCH, LANES), (256 * WARPS,))
+            values = scattered_by_plain_operations(left, 0, 512 * PATCH, ROUNDS, WARPS // PATCH, LANES)
+            rest = tl.reshape(values, (256 * WARPS,))
         else:
             memory = shared_memory(thread % LANES, warp // PATCH, BYTES, 1, LANES, INTERPRETED)[1]
             tl.debug_barrier()

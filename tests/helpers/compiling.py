@@ -16,11 +16,13 @@ def decode_kernel_for(tiles: int, warps: int, tokens: int, rounds: int = 0, unro
         "out_ptr": "*bf16",
     }
     numbers = dict.fromkeys(("tokens", "rows", "tiles", "strips", "constant"), "i32")
-    constants = {"HAS_BIAS": True, "BFLOAT16": True, "EVEN": False, "OVERLAPS": capability >= 90, "INTERPRETED": False, "UNROLL": unroll}
+    constants = {"HAS_BIAS": True, "BFLOAT16": True, "EVEN": False, "INTERPRETED": False, "UNROLL": unroll}
+    constants |= {"OVERLAPS": capability >= 90}
     constants |= {"TOKENS": tokens, "TILES": tiles, "WARPS": warps, "ROUNDS": rounds}
     constants |= {"PATCH": STRIPS, "BYTES": str(16 + BYTES_OF_A_PATCH * tiles * warps)}
     names = decode_kernel.arg_names
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *numbers) if name not in ("tokens", "constant")}
+    whole = [name for name in (*pointers, *numbers) if name not in ("tokens", "constant")]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in whole}
     source = ASTSource(
         fn=decode_kernel,
         signature=pointers | numbers | dict.fromkeys(constants, "constexpr"),

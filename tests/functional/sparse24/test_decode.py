@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from functional.launches import overlapping
 from functional.pruning.masks import Pattern, keep_largest_of_groups
 from functional.sparse24 import Compressed, Config, compress, decode, default_config, expand, prefill
 
@@ -98,10 +100,10 @@ def test_operators_pass_torchs_own_checks(operator):
 def test_wrong_arguments():
     weight, x, _ = problem(16, 64, 3, torch.float16)
     compressed = compress(weight)
-    with pytest.raises(ValueError, match=r"`x` expected to be \(tokens, 64\) but got \(3, 32\)"):
+    with pytest.raises(ValueError, match=r"`x` expected to be \(tokens, 64\) with at most 32 tokens but got \(3, 32\)"):
         decode(x[:, :32], compressed)
-    with pytest.raises(ValueError, match=r"at most 16 tokens but got 18. Multiply more by the dense weight"):
-        decode(x.repeat(6, 1), compressed)
+    with pytest.raises(ValueError, match=r"\(tokens, 64\) with at most 32 tokens but got \(33, 64\). Multiply more tokens by"):
+        decode(x.repeat(11, 1), compressed)
     with pytest.raises(ValueError, match=r"one dtype of bfloat16, float16 but got torch.bfloat16 and torch.float16"):
         decode(x.bfloat16(), compressed)
     with pytest.raises(ValueError, match=r"one dtype of bfloat16, float16 but got torch.float32 and torch.float32"):
@@ -112,7 +114,7 @@ def test_wrong_arguments():
     for config in (Config(3, 4, 1), Config(1, 3, 1), Config(1, 64, 1), Config(2, 4, 0)):
         with pytest.raises(ValueError, match=r"`config` expected 1, 2 or 4 tiles, .* but got Config.* Leave it"):
             decode(x, compressed, None, config)
-    with pytest.raises(ValueError, match="at most 16 tokens but got 17"):
+    with pytest.raises(ValueError, match="at most 16, those of a pass, but got 17"):
         default_config(17, 16, 64)
     with pytest.raises(ValueError, match=r"bfloat16 or float16 but got torch.float32\. Use"):
         expand(compress(weight.float()))
@@ -169,6 +171,14 @@ def test_the_default_is_one_that_triton_takes(tokens, rows, columns):
     assert min(config) >= 1
 
 
+def compiled(arguments):
+    """Text of the kernel in Triton's last step before LLVM; in another process, where there is no interpreter."""
+    code = f"from tests.helpers.compiling import decode_kernel_for; print(decode_kernel_for({arguments}))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "threads", "products"),
     [("tiles=2, warps=4, tokens=16", 128, 8), ("tiles=1, warps=2, tokens=8, rounds=2, unroll=4", 64, 16)],
@@ -178,16 +188,51 @@ def test_the_compiler_keeps_an_element_for_each_thread(arguments, threads, produ
 
     Products: tiles, times eights of tokens, times strips, times two steps, twice if there is a rest.
     """
-    code = f"from tests.helpers.compiling import decode_kernel_for; print(decode_kernel_for({arguments}))"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    text = done.stdout
+    text = compiled(arguments)
     lines = [line for line in text.splitlines() if "mma.sp" in line]
     assert len(lines) == products
     (name,) = {re.search(rf"tensor<{threads}xf32, (#\w+)>", line)[1] for line in lines}
     layout = re.search(rf"^{name} = (.*)$", text, re.MULTILINE)[1]
     each = f"sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [{threads // 32}], order = [0]"
     assert layout == f"#ttg.blocked<{{{each}}}>"
+
+
+def test_inputs_are_read_after_the_wait_for_the_kernel_ahead():
+    """A step loads weights, waits, and loads inputs: two loads for eight tokens of a strip. Older GPUs have no such wait."""
+    found = {}
+    for capability in (80, 90):
+        text = compiled(f"tiles=1, warps=2, tokens=8, capability={capability}")
+        marks = {"griddepcontrol.wait": "wait", "tt.load": "load", "ttg.barrier": "barrier", "gpu.barrier": "barrier"}
+        marks |= {"mma.sp": "product", "tt.store": "store"}
+        steps = [name for line in text.splitlines() for mark, name in marks.items() if mark in line]
+        found[capability] = steps[: steps.index("product")]
+        assert steps.index("store") > steps.index("product")
+    assert found[90] == ["wait", *["load"] * 3, "wait", *["load"] * 2, "barrier"]
+    assert found[80] == [*["load"] * 5, "barrier"]
+
+
+def test_weights_are_constant_unless_a_kernel_copies_them(monkeypatch):
+    """Nothing but a CUDA graph lets a kernel read weights early, and there only those that are not copied first."""
+    x, weights = torch.zeros(1, 4), [torch.zeros(4), torch.zeros(3)]
+    assert overlapping(x, weights, weights) == (False, {"OVERLAPS": False, "launch_pdl": False})
+    on_gpu = Mock(is_cuda=True)
+    for capability, capturing, read, expected in (
+        ((9, 0), True, weights, (True, True)),
+        ((9, 0), False, weights, (False, True)),
+        ((9, 0), True, [weights[0], weights[1].clone()], (False, True)),
+        ((8, 9), True, weights, (False, False)),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, value=capability: value)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda value=capturing: value)
+        early, able = expected
+        assert overlapping(on_gpu, weights, read) == (early, {"OVERLAPS": able, "launch_pdl": able})
+
+
+@pytest.mark.parametrize("tokens", [17, 32])
+def test_two_passes(tokens):
+    weight, x, bias = problem(37, 356, tokens, torch.bfloat16)
+    check(weight, x, bias, None)
+    check(weight, x, bias, CONFIGS["two tiles"])
 
 
 def test_prefill_needs_a_gpu():
