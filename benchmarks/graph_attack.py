@@ -44,6 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "gcn, pseudo-labels": GCN | PSEUDO,
     "gcn: svd": GCN | PURIFIED,
     "gcn: jaccard": GCN | JACCARD,
+    "dgi": {},
+    "grace": {},
     "csg2l, default": DEFAULT,
     **{
         PREFIX + name: DEFAULT | changed
@@ -63,7 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
         }.items()
     },
 }
-"""Name -> flat configuration; `drop_dissimilar` is given to the data."""
+"""Name -> flat configuration; `drop_dissimilar` is given to the data. DGI and GRACE have the defaults of their classes."""
 FILTERED = [{"drop_dissimilar": threshold} for threshold in (0.0, 0.02, 0.05)]
 CHOICES: dict[str, list[dict[str, Any]]] = {
     "gcn: svd, chosen rank": [GCN | {"purified_rank": rank} for rank in (10, 20, 50, 100)],
