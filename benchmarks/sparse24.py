@@ -23,8 +23,7 @@ from benchmarks.cuda_graphs import captured, cold_copies, seconds, wait
 from benchmarks.quality import ENVIRONMENT, append, environment
 from benchmarks.sparse24_tuning import tune
 from functional.pruning.masks import Pattern, keep_largest_of_groups
-from functional.sparse24 import MOST_TOKENS
-from functional.sparse24.config import OF_A_PASS
+from functional.sparse24 import OF_A_PASS
 from lightning_modules.parts.compressed_linears import compress_linears
 from lightning_modules.parts.linear24 import Linear24
 
@@ -78,7 +77,7 @@ def measure_linear(name: str, outputs: int, inputs: int, tokens: int, options: a
     x = torch.randn(tokens, inputs, device=device, dtype=linear.weight.dtype)
     compressed = Linear24.from_linear(linear)
     dense_error = error(linear(x), x, linear.weight)
-    if tokens > MOST_TOKENS and device.type == "cuda":
+    if tokens > OF_A_PASS and device.type == "cuda":
         compressed.prepare_prefill(tokens)
         print(f"{name}: cuSPARSELt's algorithm, split, kind {compressed.algorithm}", flush=True)
     times = {}
@@ -96,7 +95,7 @@ def measure_linear(name: str, outputs: int, inputs: int, tokens: int, options: a
     row = {"what": name, "inputs": inputs, "outputs": outputs, "tokens": tokens, "unit": "us"}
     row |= {form: 1e6 * value for form, value in times.items()}
     row |= {"speedup": times["dense"] / times["compressed"]}
-    if tokens <= MOST_TOKENS:
+    if tokens <= OF_A_PASS:
         row["dense_gb_s"] = linear.weight.nbytes / times["dense"] / 1e9
         row["compressed_gb_s"] = compressed.nbytes / times["compressed"] / 1e9
     return row | {"dense_error": dense_error, "error": error(last[0], x, linear.weight)}

@@ -1,4 +1,4 @@
-"""Parts of Triton kernels that begin before the kernel ahead of them has ended (launches.py)."""
+"""Parts of Triton kernels that are launched early (launches.py)."""
 
 import triton
 import triton.language as tl
@@ -6,11 +6,11 @@ import triton.language as tl
 
 @triton.jit
 def wait_before_weights(constant, OVERLAPS: tl.constexpr):
-    """Wait until all kernels ahead have ended, unless none of them writes weights.
+    """Wait until what all kernels ahead wrote can be read, unless weights are constant.
 
     Args:
-        constant: Whether none does.
-        OVERLAPS: Whether the GPU can launch a kernel before the one ahead has ended.
+        constant: Whether they are.
+        OVERLAPS: Whether the GPU can launch kernels early.
     """
     if OVERLAPS and constant == 0:
         _wait()
@@ -18,10 +18,10 @@ def wait_before_weights(constant, OVERLAPS: tl.constexpr):
 
 @triton.jit
 def wait_before_inputs(OVERLAPS: tl.constexpr):
-    """Wait until all kernels ahead have ended, so that what they write can be read, and what they read be written.
+    """Wait until what all kernels ahead wrote can be read, and what they read can be written.
 
     Args:
-        OVERLAPS: Whether the GPU can launch a kernel before the one ahead has ended.
+        OVERLAPS: Whether the GPU can launch kernels early.
     """
     if OVERLAPS:
         _wait()

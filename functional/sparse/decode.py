@@ -24,7 +24,7 @@ def decode(x: Tensor, weight: Lanes, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: (tokens, I), at most 32 tokens, bfloat16 or float16; eight at a time.
-        weight: (O, I), of x's dtype, from `to_lanes`.
+        weight: (O, I), of x's dtype, from `to_lanes`. A CUDA graph must not write what it multiplies (functional/launches.py).
         bias: (O,), of x's dtype.
 
     Returns:
@@ -36,7 +36,8 @@ def decode(x: Tensor, weight: Lanes, bias: Tensor | None = None) -> Tensor:
     if x.ndim != 2 or x.shape[1] != weight.columns or len(x) > MOST_TOKENS:
         raise ValueError(
             f"Argument `x` expected to be (tokens, {weight.columns}) with at most {MOST_TOKENS} tokens but got "
-            f"{tuple(x.shape)}. Multiply more tokens by the dense weight, which `expand` makes."
+            f"{tuple(x.shape)}. Give the inputs of this weight, flattened to two dimensions; multiply more tokens by the dense "
+            "weight, which `expand` makes."
         )
     if x.dtype not in DTYPES or weight.values.dtype != x.dtype:
         raise ValueError(
@@ -80,8 +81,8 @@ def _decode(
         given = padded.T.flatten().view(torch.int32)
     weights = [values, steps, firsts, starts, order]
     stored = [part.contiguous() for part in weights]
-    constant, launch = overlapping(x, weights, stored)
     with torch.cuda.device_of(x):  # Triton launches on the current device
+        constant, launch = overlapping(x, weights, stored)
         kernels.decode_kernel[(slices,)](
             given, stored[0].view(torch.int32), *stored[1:], out if bias is None else bias.contiguous(), out, tokens, rows,
             constant, HAS_BIAS=bias is not None, BFLOAT16=x.dtype == torch.bfloat16, TOKENS=width, HEIGHT=height,

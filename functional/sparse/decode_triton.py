@@ -55,14 +55,14 @@ def decode_kernel(
         out_ptr: Result, (tokens, O).
         tokens: Number of tokens.
         rows: O.
-        constant: Whether weights may be read before the kernel ahead has ended.
+        constant: Whether weights may be read before the kernel waits for the one ahead.
         HAS_BIAS: Whether a bias is added.
         BFLOAT16: Whether numbers are bfloat16; if not, float16.
         TOKENS: 1, 2, 4 or 8, at least `tokens`.
         HEIGHT: H.
         PARTS: P.
         UNROLL: Chunks on their way into the registers of a lane at a time.
-        OVERLAPS: Whether the GPU can launch a kernel before the one ahead has ended.
+        OVERLAPS: Whether the GPU can launch kernels early.
     """
     wait_before_weights(constant, OVERLAPS)
     LANES: tl.constexpr = HEIGHT * PARTS
@@ -102,6 +102,7 @@ def decode_kernel(
                 for token in tl.static_range(TOKENS):
                     added += (sums[token] + low * x[2 * pair][token] + high * x[2 * pair + 1][token],)
                 sums = added
+    wait_before_inputs(OVERLAPS)  # a slice without chunks has not waited
     row = tl.load(order_ptr + piece * HEIGHT + tl.arange(0, HEIGHT))
     for token in tl.static_range(TOKENS):
         y = tl.sum(tl.reshape(sums[token], (PARTS, HEIGHT)), 0)

@@ -7,7 +7,7 @@ matrix a 2:4 one and the rest, which `decode` takes beside it.
 
 from functional.sparse24 import prefill
 from functional.sparse24.compress import DTYPES, GROUP, Compressed, compress, decompress, groups_over_two
-from functional.sparse24.config import MOST_TOKENS, Config, default_config
+from functional.sparse24.config import MOST_TOKENS, OF_A_PASS, Config, default_config
 from functional.sparse24.decode import decode, expand
 from functional.sparse24.rest import Rest, join, split
 
@@ -15,6 +15,7 @@ __all__ = [
     "DTYPES",
     "GROUP",
     "MOST_TOKENS",
+    "OF_A_PASS",
     "Compressed",
     "Config",
     "Rest",

@@ -8,7 +8,8 @@ from functional.sparse24.rest import STRIPS
 OF_A_PASS = 16
 """Tokens of a pass over the weights."""
 MOST_TOKENS = 32
-"""Two passes take less time than restoring the dense matrix and a dense product, more do not (results/sparse_decode.csv)."""
+"""Most tokens of `decode`. Two passes take less time than a dense product and restoring its matrix (results/sparse_decode.csv);
+three were not measured."""
 WARPS = (1, 2, 4, 8, 16, 32)
 MOST_BUFFERS = 8
 """Patches of a rest in shared memory at a time, one for each tile and warp: a kernel can declare 48 KiB."""
@@ -60,7 +61,9 @@ def default_config(tokens: int, rows: int, columns: int, has_rest: bool = False)
         Config(tiles=1, warps=4, unroll=8)
     """
     if tokens > OF_A_PASS:
-        raise ValueError(f"Argument `tokens` expected at most {OF_A_PASS}, those of a pass, but got {tokens}.")
+        raise ValueError(
+            f"Argument `tokens` expected at most {OF_A_PASS}, the tokens of one pass, but got {tokens}. Split them."
+        )
     table = FASTEST_WITH_REST if has_rest else FASTEST
     most = next(most for most in sorted({most for most, _ in table}) if tokens <= most)
     chosen = table[most, "many rows" if rows > MANY else "long rows" if columns > MANY else "few rows"]

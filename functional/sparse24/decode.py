@@ -23,7 +23,7 @@ MOST_STRIPS = 2**23
 """Strips of all tiles of a weight; kernels count their words, 256 each, in 32 bits."""
 WARPS_TO_EXPAND = 8
 BYTES_OF_A_PATCH = 2 * PLACES + 16
-"""Shared memory for each tile and warp if there is a rest."""
+"""Shared memory of a patch of a rest."""
 
 
 def decode(
@@ -33,7 +33,7 @@ def decode(
 
     Args:
         x: (tokens, I), at most 32 tokens, bfloat16 or float16; 16 at a time.
-        weight: (O, I), of x's dtype, from `compress`.
+        weight: (O, I), of x's dtype, from `compress`. A CUDA graph must not write what it multiplies (functional/launches.py).
         bias: (O,), of x's dtype.
         config: Division of the work; chosen by the shape when None.
         rest: What W has beside the 2:4 matrix, from `split`; None if that is all.
@@ -48,7 +48,8 @@ def decode(
     if x.ndim != 2 or x.shape[1] != columns or len(x) > MOST_TOKENS:
         raise ValueError(
             f"Argument `x` expected to be (tokens, {columns}) with at most {MOST_TOKENS} tokens but got {tuple(x.shape)}. "
-            "Multiply more tokens by the dense weight, which `expand` makes."
+            "Give the inputs of this weight, flattened to two dimensions; multiply more tokens by the dense weight, which "
+            "`expand` makes."
         )
     if x.dtype not in DTYPES or values.dtype != x.dtype:
         raise ValueError(
@@ -139,13 +140,13 @@ def _decode(
     words = _aligned(pad(x, (0, -columns % STRIP)) if columns % STRIP else x)  # padding copies even if nothing is added
     weights = [values, indices, indices if rest is None else rest, indices if starts is None else starts]
     stored = [_aligned(values).view(torch.int32), *(part.contiguous() for part in weights[1:])]
-    constant, launch = overlapping(x, weights, stored)
     options: dict[str, int | str] = {"HAS_BIAS": bias is not None, "BFLOAT16": x.dtype == torch.bfloat16}
     options |= {"TOKENS": OF_A_PRODUCT if tokens <= OF_A_PRODUCT else OF_A_PASS, "ROUNDS": rounds}
     options |= {"EVEN": strips % (chosen.warps * chosen.unroll) == 0, "INTERPRETED": not x.is_cuda}
     options |= {name.upper(): value for name, value in chosen._asdict().items()} | {"num_warps": chosen.warps}
     buffers = chosen.tiles * chosen.warps if rounds else 0
     with torch.cuda.device_of(x):  # Triton launches on the current device
+        constant, launch = overlapping(x, weights, stored)
         decode_kernel[(triton.cdiv(tiles, chosen.tiles),)](
             words.view(torch.int32), *stored, out if bias is None else bias.contiguous(), out, tokens, rows, tiles, strips,
             constant, PATCH=STRIPS, BYTES=str(16 + BYTES_OF_A_PATCH * buffers), **options, **launch,

@@ -2,8 +2,8 @@
 
 It is bound by memory. Weights lie in memory as the registers of sparse tensor cores need them (compress.py), so nothing is
 unpacked. A warp loads all that UNROLL strips need before it multiplies the first of them. Each step of a strip has its own
-sums, since a product waits for the one that its sums come from. Inputs are loaded last: in a CUDA graph the kernel ahead, which
-makes them, still runs when the first weights are on their way.
+sums, since a product waits for the one that its sums come from. Inputs are loaded last: in a CUDA graph the first weights
+are on their way before what the kernel ahead wrote can be read (launches.py).
 
 With ``TRITON_INTERPRET=1`` the kernel runs on CPU tensors; INTERPRETED then replaces instructions by plain operations.
 """
@@ -124,7 +124,7 @@ def decode_kernel(
         rows: O.
         tiles: Number of tiles.
         strips: Number of strips of a tile.
-        constant: Whether weights may be read before the kernel ahead has ended.
+        constant: Whether weights may be read before the kernel waits for the one ahead.
         HAS_BIAS: Whether a bias is added.
         BFLOAT16: Whether numbers are bfloat16; if not, float16.
         EVEN: Whether WARPS x UNROLL divides the strips, so that no load needs a mask.
@@ -135,7 +135,7 @@ def decode_kernel(
         UNROLL: Strips that are loaded into registers at a time.
         PATCH: Strips of a patch.
         BYTES: Bytes of shared memory, as a string: 16, and those of a patch for each tile and warp if there is a rest.
-        OVERLAPS: Whether the GPU can launch a kernel before the one ahead has ended.
+        OVERLAPS: Whether the GPU can launch kernels early.
         INTERPRETED: Whether Triton's interpreter runs the kernel.
     """
     wait_before_weights(constant, OVERLAPS)

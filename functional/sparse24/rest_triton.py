@@ -1,6 +1,6 @@
-"""Parts of Triton kernels that multiply the rest of a matrix: what is left of it beside a 2:4 one (rest.py).
+"""Parts of Triton kernels that multiply or restore the rest of a matrix: what is left of it beside a 2:4 one (rest.py).
 
-The words of a patch lie in no order of lanes. A warp stores each value at its place in shared memory and loads what its lanes
+The words of a patch lie in no order of lanes. Threads store each value at its place in shared memory and load what their lanes
 need, as if it were the values of another 2:4 matrix, at the two positions of each group that the first one leaves out.
 
 With ``TRITON_INTERPRET=1`` plain operations replace the instructions.
@@ -21,7 +21,7 @@ NO_WORD: tl.constexpr = tl.constexpr(4096)
 def shared_memory(
     lane, patch, BYTES: tl.constexpr, PATCHES: tl.constexpr, LANES: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """Return the address of memory that the threads of a program share, and where that of a thread's patches begins; all zero.
+    """Return the address of memory that the threads of a program share, and that of each thread's patches; all values zero.
 
     Args:
         lane: Number of each thread among the LANES that share patches.

@@ -7,6 +7,7 @@ from functional.sparse24 import (
     DTYPES,
     GROUP,
     MOST_TOKENS,
+    OF_A_PASS,
     Compressed,
     compress,
     decode,
@@ -21,11 +22,11 @@ from lightning_modules.parts.compressed_base import CompressedLinear, bias_of, o
 class Linear24(CompressedLinear):
     """``nn.Linear`` with a compressed 2:4 weight: 9/16 of its bytes at 16 bit, 17/32 at 32 bit.
 
-    On a GPU, up to 16 tokens are multiplied with the compressed form of a 16 bit weight (times: docs/speed.md). More tokens,
+    On a GPU, up to 32 tokens are multiplied with the compressed form of a 16 bit weight (times: docs/speed.md). More tokens,
     and tokens of another dtype than the weight's, as under autocast, are multiplied with the dense weight, which is made for
     the call and freed: slower than a dense linear, and many times slower on a CPU or for a 32 bit weight, for which there is no
-    kernel. After `prepare_prefill`, more tokens inside a CUDA graph or torch.compile go through cuSPARSELt; that form takes
-    another 9/16.
+    kernel. After `prepare_prefill`, more than 16 tokens inside a CUDA graph or torch.compile go through cuSPARSELt; that form
+    takes another 9/16.
 
     Args:
         weight: Result of `functional.sparse24.compress`, (O, I).
@@ -79,11 +80,11 @@ class Linear24(CompressedLinear):
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply tokens, (tokens, I), and return (tokens, O)."""
         as_stored = x.dtype == self.values.dtype and x.dtype in DTYPES
-        if on_gpu(x) and as_stored and len(x) <= MOST_TOKENS:
-            return decode(x, self.compressed, self.bias)
-        if as_stored and self.packed is not None and in_graph():
+        if as_stored and self.packed is not None and len(x) > OF_A_PASS and in_graph():
             y = prefill.multiply(x, self.packed, self.out_features, self.algorithm)
             return y if self.bias is None else y + self.bias
+        if on_gpu(x) and as_stored and len(x) <= MOST_TOKENS:
+            return decode(x, self.compressed, self.bias)
         return super().multiply(x)  # outside a graph cuSPARSELt plans for 0.45 ms a call; a dense weight takes some 0.03 ms
 
 

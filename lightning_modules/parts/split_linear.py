@@ -26,7 +26,7 @@ from lightning_modules.parts.sparse_linear import LEAST_ZEROS
 class SplitLinear(CompressedLinear):
     """``nn.Linear`` with a compressed weight of 16 bit: some 0.75 of its bytes at 50 % zeros, 0.61 at 70 %.
 
-    On a GPU, up to 16 tokens are multiplied with the compressed form: eight of them faster than with a dense linear, and faster
+    On a GPU, up to 32 tokens are multiplied with the compressed form: eight of them faster than with a dense linear, and faster
     than by `LaneLinear`, which is smaller and ahead with one (times: docs/speed.md). More tokens, and tokens of another dtype
     than the weight's, as under autocast, are multiplied with the dense weight, which is made for the call and freed.
 

@@ -5,6 +5,7 @@ import torch
 
 from functional.sparse import decode, expand, to_lanes
 from tests.functional.sparse.test_lanes import matrix, uneven
+from tests.helpers.compiling import compiled, steps_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One rounding of the result; the interpreter cuts off what a GPU rounds, hence a whole unit.
@@ -59,6 +60,25 @@ def test_a_product_is_the_same_each_time_and_of_each_token_alone():
     assert torch.equal(y, decode(x, lanes, bias)) and torch.equal(y[:3], decode(x[:3], lanes, bias))
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_rows_of_zeros_alone(tokens):
+    """Slices of which some have no chunk, and all of them."""
+    for weight in (torch.cat([torch.zeros(20, 40), uneven()[:, :40]]), torch.zeros(20, 40)):
+        problem_of = problem(tokens, torch.bfloat16, weight)
+        assert_rounded(decode(problem_of[1], to_lanes(problem_of[0], 8, 4), problem_of[2]), *problem_of)
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_inputs_are_read_after_the_wait_for_the_kernel_ahead(tokens):
+    """Where a slice begins and its columns come first. A chunk waits, and so does a slice that has none, before it stores."""
+    steps = steps_of(compiled(f"lanes_kernel_for(tokens={tokens}, capability=90)"))
+    loop = steps.index("for")
+    assert steps[:loop] == ["wait", "load", "load", "load"]
+    assert steps[loop : loop + 4] == ["for", "load", "load", "wait"] and steps[loop + 4 : loop + 12] == ["load"] * 8
+    assert steps[loop + 12 : loop + 14] == ["wait", "load"] and steps.count("wait") == 3 and "store" not in steps[:loop]
+    assert "wait" not in steps_of(compiled(f"lanes_kernel_for(tokens={tokens})"))
+
+
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 def test_expanding(dtype):
     weight = uneven().to(DEVICE, dtype)
@@ -104,7 +124,7 @@ def test_wrong_arguments():
     weight, x, _ = problem(3, torch.float16)
     lanes = to_lanes(weight)
     for wrong, got in ((x[:, :32], r"\(3, 32\)"), (x.repeat(22, 1), r"\(66, 150\)"), (x[0], r"\(150,\)")):
-        with pytest.raises(ValueError, match=rf"`x` expected to be \(tokens, 150\) with at most 32 tokens but got {got}. Mult"):
+        with pytest.raises(ValueError, match=rf"`x` expected to be \(tokens, 150\) with at most 32 tokens but got {got}. Give"):
             decode(wrong, lanes)
     with pytest.raises(ValueError, match=r"one dtype of bfloat16, float16 but got torch.bfloat16 and torch.float16"):
         decode(x.bfloat16(), lanes)

@@ -1,10 +1,6 @@
 """The decoding kernels against a naive float64 product; through Triton's interpreter without a GPU."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -13,8 +9,8 @@ import torch
 from functional.launches import overlapping
 from functional.pruning.masks import Pattern, keep_largest_of_groups
 from functional.sparse24 import Compressed, Config, compress, decode, default_config, expand, prefill
+from tests.helpers.compiling import compiled, steps_of
 
-ROOT = Path(__file__).parents[3]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One rounding of the result; the interpreter cuts off what a GPU rounds, hence a whole unit.
 UNIT = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -102,7 +98,7 @@ def test_wrong_arguments():
     compressed = compress(weight)
     with pytest.raises(ValueError, match=r"`x` expected to be \(tokens, 64\) with at most 32 tokens but got \(3, 32\)"):
         decode(x[:, :32], compressed)
-    with pytest.raises(ValueError, match=r"\(tokens, 64\) with at most 32 tokens but got \(33, 64\). Multiply more tokens by"):
+    with pytest.raises(ValueError, match=r"\(tokens, 64\) with at most 32 tokens but got \(33, 64\). Give the inputs"):
         decode(x.repeat(11, 1), compressed)
     with pytest.raises(ValueError, match=r"one dtype of bfloat16, float16 but got torch.bfloat16 and torch.float16"):
         decode(x.bfloat16(), compressed)
@@ -114,7 +110,7 @@ def test_wrong_arguments():
     for config in (Config(3, 4, 1), Config(1, 3, 1), Config(1, 64, 1), Config(2, 4, 0)):
         with pytest.raises(ValueError, match=r"`config` expected 1, 2 or 4 tiles, .* but got Config.* Leave it"):
             decode(x, compressed, None, config)
-    with pytest.raises(ValueError, match="at most 16, those of a pass, but got 17"):
+    with pytest.raises(ValueError, match="at most 16, the tokens of one pass, but got 17"):
         default_config(17, 16, 64)
     with pytest.raises(ValueError, match=r"bfloat16 or float16 but got torch.float32\. Use"):
         expand(compress(weight.float()))
@@ -171,14 +167,6 @@ def test_the_default_is_one_that_triton_takes(tokens, rows, columns):
     assert min(config) >= 1
 
 
-def compiled(arguments):
-    """Text of the kernel in Triton's last step before LLVM; in another process, where there is no interpreter."""
-    code = f"from tests.helpers.compiling import decode_kernel_for; print(decode_kernel_for({arguments}))"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return done.stdout
-
-
 @pytest.mark.parametrize(
     ("arguments", "threads", "products"),
     [("tiles=2, warps=4, tokens=16", 128, 8), ("tiles=1, warps=2, tokens=8, rounds=2, unroll=4", 64, 16)],
@@ -188,7 +176,7 @@ def test_the_compiler_keeps_an_element_for_each_thread(arguments, threads, produ
 
     Products: tiles, times eights of tokens, times strips, times two steps, twice if there is a rest.
     """
-    text = compiled(arguments)
+    text = compiled(f"decode_kernel_for({arguments})")
     lines = [line for line in text.splitlines() if "mma.sp" in line]
     assert len(lines) == products
     (name,) = {re.search(rf"tensor<{threads}xf32, (#\w+)>", line)[1] for line in lines}
@@ -201,14 +189,19 @@ def test_inputs_are_read_after_the_wait_for_the_kernel_ahead():
     """A step loads weights, waits, and loads inputs: two loads for eight tokens of a strip. Older GPUs have no such wait."""
     found = {}
     for capability in (80, 90):
-        text = compiled(f"tiles=1, warps=2, tokens=8, capability={capability}")
-        marks = {"griddepcontrol.wait": "wait", "tt.load": "load", "ttg.barrier": "barrier", "gpu.barrier": "barrier"}
-        marks |= {"mma.sp": "product", "tt.store": "store"}
-        steps = [name for line in text.splitlines() for mark, name in marks.items() if mark in line]
+        steps = steps_of(compiled(f"decode_kernel_for(tiles=1, warps=2, tokens=8, capability={capability})"))
         found[capability] = steps[: steps.index("product")]
         assert steps.index("store") > steps.index("product")
-    assert found[90] == ["wait", *["load"] * 3, "wait", *["load"] * 2, "barrier"]
-    assert found[80] == [*["load"] * 5, "barrier"]
+    assert found[90] == ["wait", "for", *["load"] * 3, "wait", *["load"] * 2, "barrier"]
+    assert found[80] == ["for", *["load"] * 5, "barrier"]
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 4])
+def test_the_threads_of_a_program_share_one_memory(rounds):
+    """With two elements for each thread the compiler would reserve it twice."""
+    text = compiled(f"expand_kernel_for(rounds={rounds})")
+    assert text.count(".b8 memory[") == (rounds > 0)
+    assert text.count("bar.sync") >= 2 * (rounds > 0)
 
 
 def test_weights_are_constant_unless_a_kernel_copies_them(monkeypatch):

@@ -30,7 +30,7 @@ def problem(rows, inputs, tokens, dtype, zeros):
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 @pytest.mark.parametrize("zeros", [0, 0.5, 0.9, 1])
-@pytest.mark.parametrize(("rows", "inputs"), [(1, 4), (16, 256), (37, 356), (20, 68)])
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 4), (16, 256), (37, 356), (20, 68), (20, 580)])
 def test_both_parts_make_the_matrix(rows, inputs, zeros, dtype):
     weight = problem(rows, inputs, 1, dtype, zeros)[0]
     compressed, rest = split(weight)
@@ -40,6 +40,12 @@ def test_both_parts_make_the_matrix(rows, inputs, zeros, dtype):
     assert torch.equal(torch.count_nonzero(main.view(rows, -1, 4), -1), groups.clamp_max(2))
     assert len(rest.words) == (groups - 2).clamp_min(0).sum() == rest.starts[-1]
     assert rest.rounds in ROUNDS and rest.starts.diff().max() <= 32 * rest.rounds
+
+
+def test_more_strips_than_a_program_restores():
+    """17 strips: three programs of eight, of which the last has one, of a patch of its own."""
+    weight = problem(20, 17 * 64, 1, torch.bfloat16, 0.4)[0]
+    assert torch.equal(expand(*split(weight)), weight)
 
 
 def test_the_two_other_positions():

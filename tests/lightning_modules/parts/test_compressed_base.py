@@ -8,7 +8,7 @@ from lightning_modules.parts.lane_linear import LaneLinear
 from lightning_modules.parts.split_linear import SplitLinear
 from tests.helpers.sparse_linears import DEVICE, sparse_linear
 
-FORMS = {"lanes": (LaneLinear, lane_linear, 32), "2:4 and rest": (SplitLinear, split_linear, 16)}
+FORMS = {"lanes": (LaneLinear, lane_linear, 32), "2:4 and rest": (SplitLinear, split_linear, 32)}
 """Form -> its module, the file that it is in, and the most tokens of its kernel."""
 
 

@@ -141,7 +141,13 @@ def through_the_kernel(monkeypatch):
 
 @pytest.mark.parametrize(
     ("tokens", "dtype", "expected"),
-    [(1, torch.bfloat16, [1]), (16, torch.float16, [16]), (17, torch.bfloat16, []), (3, torch.float32, [])],
+    [
+        (1, torch.bfloat16, [1]),
+        (16, torch.float16, [16]),
+        (17, torch.bfloat16, [17]),
+        (33, torch.bfloat16, []),
+        (3, torch.float32, []),
+    ],
 )
 @torch.inference_mode()
 def test_few_tokens_of_16_bits_go_through_the_kernel(tokens, dtype, expected, through_the_kernel):
