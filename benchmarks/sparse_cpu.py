@@ -69,10 +69,17 @@ def linear_with_zeros(outputs: int, inputs: int, zeros: float, dtype: torch.dtyp
     return linear.to(dtype)
 
 
+def packs(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN has a layout for a dtype on this CPU; it has none for bfloat16 without AVX-512 or the like."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def forms_of(linear: nn.Linear, tokens: int) -> dict[str, nn.Module]:
     """Return the forms of a linear that torch can multiply here."""
     found: dict[str, nn.Module] = {"dense": linear}
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if packs(linear.weight.dtype):
         found["packed"] = Packed(linear, tokens)
     if linear.weight.dtype == torch.float32:
         found["csr"] = CsrLinear.from_linear(linear)

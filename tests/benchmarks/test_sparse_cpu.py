@@ -36,9 +36,17 @@ def test_rows(rows):
     ]
     for row in found:
         assert float(row["dense_us"]) >= float(row["dense_min_us"]) > 0 and float(row["bitmap_us"]) > 0
+        assert bool(row["packed_us"]) == sparse_cpu.packs(getattr(torch, row["dtype"]))
         assert bool(row["csr_us"]) == bool(row["speedup"]) == (row["dtype"] == "float32")
         assert row["rounds"] == "3" and row["threads"] == "1" and row["torch"] and row["commit"]
     assert rows() == found  # nothing is measured again
+
+
+def test_no_layout_is_measured_that_this_cpu_does_not_have(rows, monkeypatch):
+    """Of bfloat16 there is none without certain instructions."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    found = rows("--dtypes", "bfloat16")
+    assert found and all(row["packed_us"] == "" and float(row["dense_us"]) > 0 for row in found)
 
 
 def test_other_products_are_seen(monkeypatch):
