@@ -219,6 +219,9 @@ def test_weights_are_constant_unless_a_kernel_copies_them(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda value=capturing: value)
         early, able = expected
         assert overlapping(on_gpu, weights, read) == (early, {"OVERLAPS": able, "launch_pdl": able})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # a capability of AMD, whose GPUs have no such instruction
+    assert overlapping(on_gpu, weights, weights) == (False, {"OVERLAPS": False, "launch_pdl": False})
 
 
 @pytest.mark.parametrize("tokens", [17, 32])
