@@ -25,6 +25,8 @@ from benchmarks.quality import ENVIRONMENT, append, environment
 MEASURED = ("val", "test", "last_test", "epochs", "best_epoch", "seconds")
 EARLY = ("any_val", "any_test")
 """Accuracies when validation may choose an epoch of the warm-up too; columns of csg2l_few.csv."""
+CLUSTERED = ("nmi", "ari")
+"""Of embeddings without labels: k-means clusters against the classes."""
 FACTS = (*MEASURED, "processes", *ENVIRONMENT, "torch_geometric")
 """Columns of every results file of graphs, after what tells rows apart."""
 MAX_EPOCHS, PATIENCE = 400, 80
@@ -37,7 +39,8 @@ class Run:
     The loop is the Trainer's for one whole-graph batch an epoch (tests/benchmarks/test_graph_runs.py holds them together),
     without its hooks. It ends PATIENCE epochs after the best validation accuracy, but not before pseudo-labels had as many.
     Only epochs after the warm-up are chosen, since before it there are no pseudo-labels to judge. Among equal validation
-    accuracies the lower loss wins; without logits a linear probe measures every PROBE_EVERY epochs.
+    accuracies the lower loss wins; without logits a linear probe measures every PROBE_EVERY epochs, and the chosen embeddings
+    are clustered too.
     """
 
     def __init__(self, method: str, arguments: dict[str, Any], data: dict[str, Any], seed: int, data_seed: int = 0) -> None:
@@ -49,10 +52,13 @@ class Run:
         torch.manual_seed(seed)
         name = class_of(method)
         self.module = getattr(lightning_modules, name)(**module_arguments(name, arguments))
+        self.module.num_classes = num_classes
         self.module.build(self.batch, num_classes)
         self.module.to(device).train()
         self.history = torch.zeros(MAX_EPOCHS, 3, device=device)
         """Validation accuracy, negative validation loss and test accuracy of each epoch, or of each probe."""
+        self.probed: list[torch.Tensor] = []
+        """Embeddings (N, H) of each probe."""
         self.steps = Steps(self.module, self.batch)
 
     def advance(self) -> bool:
@@ -70,20 +76,27 @@ class Run:
         return self.epoch < MAX_EPOCHS
 
     def _advance_probed(self) -> bool:
+        from lightning_modules import CSG2L
         from lightning_modules.parts.node_probes import probe_predictions
 
+        if isinstance(self.module, CSG2L) and self.module.clusters_due(self.epoch):
+            self.module.take_clusters(*self.module.clustered(self._embeddings()))
         self.steps.train(self.epoch)
         self.epoch += 1
         if self.epoch % PROBE_EVERY == 0:
-            whole = copy.copy(self.batch).cpu()
-            self.module.eval()
-            with torch.no_grad():
-                embeddings = self.module.encode(self.batch)[0].float().cpu()
-            self.module.train()
+            whole, embeddings = copy.copy(self.batch).cpu(), self._embeddings()
+            self.probed.append(embeddings)
             right = probe_predictions(embeddings, whole.y, whole.train_mask, whole.val_mask) == whole.y
             val, test = (right[mask].double().mean().item() for mask in (whole.val_mask, whole.test_mask))
             self.history[self.epoch // PROBE_EVERY - 1] = torch.tensor([val, 0.0, test])
         return self.epoch < PROBED_EPOCHS
+
+    @torch.no_grad()
+    def _embeddings(self) -> torch.Tensor:
+        self.module.eval()
+        found = self.module.encode(self.batch)[0].float().cpu()
+        self.module.train()
+        return found
 
     def result(self) -> dict[str, float]:
         """Accuracies at the best validation epoch after the warm-up, at the end, and at the best of all (`any`)."""
@@ -95,6 +108,10 @@ class Run:
         found = {"val": history[best][0], "test": history[best][2], "last_test": history[-1][2]}
         earliest = max(history, key=lambda epoch: epoch[:2])
         found |= {"any_val": earliest[0], "any_test": earliest[2]}
+        if self.probed:
+            from lightning_modules.parts.node_probes import clustering_scores
+
+            found |= clustering_scores(self.probed[best], self.batch.y.cpu(), self.module.num_classes)
         return found | {"epochs": self.epoch, "best_epoch": (best + 1) * every, "seconds": time.perf_counter() - self.start}
 
 
@@ -208,19 +225,26 @@ def _start(counter) -> None:
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-def _task(rows: list[tuple[dict, dict]]) -> list[dict | Exception]:
+def _task(train: Callable, rows: list[tuple[dict, dict]]) -> list[dict | Exception]:
     runs = [(row["method"], json.loads(row["arguments"]), data, row["seed"], row["data_seed"]) for row, data in rows]
-    found = train_together(runs)
+    found = train(runs)
     return [result if isinstance(result, Exception) else row | result for (row, _), result in zip(rows, found, strict=True)]
 
 
-def run_all(rows: list[tuple[dict, dict]], workers: int, write, stop_at: float, together: int = 1) -> None:
+def run_all(
+    rows: list[tuple[dict, dict]],
+    workers: int,
+    write,
+    stop_at: float,
+    together: int = 1,
+    train: Callable = train_together,
+) -> None:
     """Run (row, data arguments) in worker processes, `write` each result; what has not begun by `stop_at` is left out.
 
-    `together` runs take turns in a process, on a GPU that one of them leaves idle.
+    `together` runs take turns in a process, on a GPU that one of them leaves idle. `train` is what trains them.
     """
     groups = [rows[first : first + together] for first in range(0, len(rows), together)]
-    for group, future in _ended(_task, groups, workers, stop_at):
+    for group, future in _ended(functools.partial(_task, train), groups, workers, stop_at):
         for (row, _), result in zip(group, future.result(), strict=True):
             if isinstance(result, Exception):
                 print("failed:", row["method"], row["dataset"], row["arguments"], repr(result), flush=True)
@@ -267,7 +291,14 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def run_missing(rows: list[tuple[dict, dict]], out: Path, keys: tuple[str, ...], columns: tuple[str, ...], options) -> None:
+def run_missing(
+    rows: list[tuple[dict, dict]],
+    out: Path,
+    keys: tuple[str, ...],
+    columns: tuple[str, ...],
+    options,
+    train: Callable = train_together,
+) -> None:
     """Run what a results file does not have yet, and append it with hardware and versions.
 
     Args:
@@ -276,6 +307,7 @@ def run_missing(rows: list[tuple[dict, dict]], out: Path, keys: tuple[str, ...],
         keys: Columns that tell rows apart.
         columns: All columns.
         options: Parsed arguments of `add_options`, with `stop_at`.
+        train: What trains several runs, given as arguments of Run, and returns their results.
 
     Raises:
         SystemExit: If the file has final rows of a method whose configuration was another.
@@ -289,10 +321,13 @@ def run_missing(rows: list[tuple[dict, dict]], out: Path, keys: tuple[str, ...],
 
     def write(row: dict) -> None:
         found = row | facts
-        append(out, {name: round(found[name], 4) if isinstance(found[name], float) and name in (*MEASURED, *EARLY) else
-                     found[name] for name in columns if name in found}, columns)  # fmt: skip
+        values = {name: found[name] for name in columns if name in found}
+        rounded = {
+            name: round(values[name], 4) for name in (*MEASURED, *EARLY, *CLUSTERED) if isinstance(values.get(name), float)
+        }
+        append(out, values | rounded, columns)
 
-    run_all(missing, options.workers, write, options.stop_at, options.together)
+    run_all(missing, options.workers, write, options.stop_at, options.together, train)
 
 
 CONFIGURED = ("arguments", "drop_dissimilar")

@@ -351,15 +351,23 @@ class CSG2L(ViewedModule):
     def on_train_epoch_start(self) -> None:
         """Cluster the embeddings now and then, where there are no labels."""
         super().on_train_epoch_start()
-        since = self.current_epoch - self.warmup_epochs
+        if self.clusters_due(self.current_epoch):
+            found = self.clustered(self.embed_all()[0]) if self.trainer.is_global_zero else None
+            self.take_clusters(*self.trainer.strategy.broadcast(found))
+
+    def clusters_due(self, epoch: int) -> bool:
+        """Tell whether an epoch begins with new clusters."""
+        since = epoch - self.warmup_epochs
         if not isinstance(self.pseudo_labels, ClusteredLabels) or since < 0:
-            return
-        if since % self.pseudo_labels.every and int(self.clusters[0]) >= 0:
-            return
-        found = None
-        if self.trainer.is_global_zero:
-            found = cluster(self.embed_all()[0], self.num_classes, self.pseudo_labels.seed)
-        labels, closeness = self.trainer.strategy.broadcast(found)
+            return False
+        return since % self.pseudo_labels.every == 0 or int(self.clusters[0]) < 0
+
+    def clustered(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Return clusters (N,) of embeddings (N, H) and the closeness (N,) of nodes to their centroid."""
+        return cluster(embeddings, self.num_classes, self.pseudo_labels.seed)
+
+    def take_clusters(self, labels: Tensor, closeness: Tensor) -> None:
+        """Let these clusters (N,) and their closeness (N,) be the pseudo-labels."""
         self.clusters.copy_(labels)
         self.closeness.copy_(closeness)
 
