@@ -7,6 +7,9 @@ is a difference of two methods, paired by seed. Lines whose rows are not there y
 from collections.abc import Iterable
 
 from benchmarks.graph_contrast import LABELLED, NONE, WITH, WITHOUT
+from benchmarks.graph_embeddings import SWAPPED
+from benchmarks.graph_embeddings import WITH as UNLABELLED_WITH
+from benchmarks.graph_embeddings import WITHOUT as UNLABELLED_WITHOUT
 from benchmarks.graph_few import PREFIX
 from benchmarks.graph_runs import read as read_if_there
 from benchmarks.graph_settings import ENCODERS
@@ -19,6 +22,7 @@ from benchmarks.graph_tables import (
     accuracies,
     cells_of,
     gain,
+    hardware,
     interval,
     robust_accuracies,
     seed_means,
@@ -52,6 +56,9 @@ ATTACKS = ("none", "prbcd 25 %", "dice 25 %")
 FRESH = (("default", "alone"), ("default", "pseudo-labels"), ("chosen", "alone"), ("chosen", "pseudo-labels"))
 """CSG2L, and the encoder by itself."""
 
+
+MEASURES = {"test": "regression", "nmi": "NMI", "ari": "ARI"}
+"""Of embeddings without labels: column -> what a table calls it."""
 
 NOTE = (
     "Points of test accuracy, paired by seed (which draws the split, but for public ones), mean over the labels a class, "
@@ -132,6 +139,36 @@ def beside_neighbours() -> list[list[str]]:
     return texts
 
 
+def embeddings() -> str:
+    """Claim b without labels: embeddings by the contrast with R and without, beside DGI and GRACE, and their differences."""
+    rows = [row for row in read("csg2l_embeddings.csv") if row["phase"] == "final"]
+    found = {measure: accuracies(rows, "final", "method", "dataset", measure=measure) for measure in MEASURES}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    cells = [(measure, dataset) for measure in MEASURES for dataset in PLANETOID]
+    lines_of = []
+    for method in methods:
+        values = [list(found[measure][method, dataset].values()) for measure, dataset in cells]
+        lines_of.append([method.split(": ")[1], *("{:.1f} ± {:.1f}".format(*interval(one)) for one in values)])
+    weighed, alike = (PREFIX + name for name in (UNLABELLED_WITH, UNLABELLED_WITHOUT))
+    pairs = (
+        (weighed, PREFIX + SWAPPED[UNLABELLED_WITH]),
+        (PREFIX + SWAPPED[UNLABELLED_WITHOUT], alike),
+        (weighed, alike),
+        (weighed, "dgi: dgi"),
+        (weighed, "grace: grace"),
+    )
+    differences = []
+    for one, other in pairs:
+        texts = [cell(found[measure], one, other, [(dataset,)]) for measure, dataset in cells]
+        differences.append([" − ".join(name.split(": ")[1] for name in (one, other)), *texts])
+    head = ["", *(f"{MEASURES[measure]}, {dataset}" for measure, dataset in cells)]
+    note = (
+        f"Per cent, mean ± half a 95 % interval over {len({row['seed'] for row in rows})} fresh splits; below, differences "
+        f"paired by split, bold where the interval leaves out 0. {hardware(rows)}."
+    )
+    return f"{table(head, lines_of)}\n\n{table(head, differences)}\n\n{note}"
+
+
 def any_encoder() -> str:
     """Claim c: each encoder under CSG2L against itself."""
     public = accuracies(read("csg2l_encoders.csv"), "final", "method", "dataset")
@@ -169,4 +206,9 @@ def fresh_encoders() -> str:
     return f"{intro}\n\n{table(['', *(' − '.join(pair) for pair in FRESH)], texts)}"
 
 
-TABLES = {"graphs-claim-views": views, "graphs-claim-reweighting": reweighting, "graphs-claim-encoders": any_encoder}
+TABLES = {
+    "graphs-claim-views": views,
+    "graphs-claim-reweighting": reweighting,
+    "graphs-embeddings": embeddings,
+    "graphs-claim-encoders": any_encoder,
+}

@@ -26,7 +26,8 @@ from unittest import mock
 import torch
 
 from benchmarks.graph_few import COLUMNS, DATASETS, FIRST_SEED, KEYS, balanced
-from benchmarks.graph_runs import add_options, graph_on, read, run_missing, sources
+from benchmarks.graph_runs import add_options, read, run_missing, sources
+from benchmarks.graph_training import graph_on
 
 METHOD, LABELS = "iceberg, published code", (1, 3, 5)
 SETTINGS = (
@@ -67,7 +68,7 @@ def tasks(known: dict, datasets, labels, seeds: range) -> list[tuple[dict, dict]
 
 
 def train(code: Path, runs: list[tuple]) -> list[dict[str, float] | Exception]:
-    """Results of several runs, given as arguments of graph_runs.Run, one after the other; of one that fails its error."""
+    """Results of several runs, given as arguments of graph_training.Run, one after the other; of one that fails its error."""
     found: list[Any] = []
     for _, arguments, data, seed, data_seed in runs:
         try:

@@ -19,8 +19,9 @@ import torch_geometric
 from lightning.pytorch import Callback, Trainer
 
 from benchmarks.graph_few import METHODS
-from benchmarks.graph_runs import Run, sources
+from benchmarks.graph_runs import sources
 from benchmarks.graph_settings import DEFAULT
+from benchmarks.graph_training import Run
 from benchmarks.quality import ENVIRONMENT, environment
 from datamodules import GraphDataModule
 from functional.graph import low_rank_factors, normalized_adjacency

@@ -23,12 +23,12 @@ CLEAN, NOISY, FEW = ("0.0",), ("0.2", "0.5"), ("1", "3", "5")
 Key = tuple[str, ...]
 
 
-def accuracies(rows: Iterable[dict[str, str]], phase: str, *columns: str) -> dict[Key, dict[int, float]]:
-    """Test accuracy in per cent by the columns named, then by seed."""
+def accuracies(rows: Iterable[dict[str, str]], phase: str, *columns: str, measure: str = "test") -> dict[Key, dict[int, float]]:
+    """Test accuracy, or another measure, in per cent by the columns named, then by seed."""
     found: dict[Key, dict[int, float]] = {}
     for row in rows:
         if row["phase"] == phase:
-            found.setdefault(tuple(row[column] for column in columns), {})[int(row["seed"])] = 100 * float(row["test"])
+            found.setdefault(tuple(row[column] for column in columns), {})[int(row["seed"])] = 100 * float(row[measure])
     return found
 
 
@@ -228,74 +228,6 @@ def encoders() -> str:
     return f"{table(['', *head], lines)}\n\nPublic splits, 5 or 10 seeds. {hardware(rows)}."
 
 
-def few() -> str:
-    """Test accuracy by second view on fresh splits with few labels, and paired differences pooled over labels and data sets."""
-    rows = [row for row in read("csg2l_few.csv") if row["phase"] == "final"]
-    for row in rows:
-        row["name"] = row["method"].removeprefix(f"{DEFAULT}: ")
-    found = accuracies(rows, "final", "name", "dataset", "labels")
-    cells = sorted({key[1:] for key in found}, key=lambda cell: (cell[0] != "Cora", int(cell[1])))
-    names = [name for name in dict.fromkeys(row["name"] for row in rows)
-             if all(len(found.get((name, *cell), {})) >= LEAST_SPLITS for cell in cells)]  # fmt: skip
-    lines = []
-    for name in names:
-        values = [list(found.get((name, *cell), {}).values()) for cell in cells]
-        lines.append([name, *("{:.1f} ± {:.1f} ({})".format(*interval(v), len(v)) if len(v) > 1 else "" for v in values)])
-    accuracy = table(["", *(f"{NAMES[dataset]}, {count}" for dataset, count in cells)], lines)
-    pairs = [(name, "edges") for name in names if name != "edges"]
-    pairs += [(one, other) for one, other in CONTROLS if one in names and other in names]
-    lines = []
-    for one, other in pairs:
-        texts = []
-        for datasets in (("Cora",), ("CiteSeer",), ("Cora", "CiteSeer")):
-            values = seed_means(found, one, other, [cell for cell in cells if cell[0] in datasets])
-            texts.append(gain(values, counted=True))
-        lines.append([f"{one} − {other}", *texts])
-    note = (
-        "Test accuracy in per cent by labels a class, mean ± half a 95 % interval over fresh splits (number of splits); below, "
-        f"paired differences, pooled over labels. {hardware(rows)}."
-    )
-    return f"{accuracy}\n\n{table(['', 'Cora', 'CiteSeer', 'both'], lines)}\n\n{note}"
-
-
-def unlike(phase: str, splits: str, command: str) -> str:
-    """Test accuracy by local and other view on graphs whose neighbours differ, and paired differences to the MLP alone."""
-    rows = [row for row in read("csg2l_few.csv") if row["phase"] == phase]
-    if not rows:
-        return f"No rows yet: `python -m benchmarks.{command}`."
-    found = accuracies(rows, phase, "method", "dataset")
-    datasets, lines = list(dict.fromkeys(row["dataset"] for row in rows)), []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        cells = []
-        for dataset in datasets:
-            here, alone = found.get((method, dataset), {}), f"{DEFAULT}: mlp alone"
-            ahead = gain(seed_means(found, method, alone, [(dataset,)])) if method != alone else ""
-            cells.append((f"{statistics.mean(here.values()):.1f}" if here else "") + f" ({ahead})" * bool(ahead))
-        lines.append([method.removeprefix(f"{DEFAULT}: "), *cells])
-    count = len({row["seed"] for row in rows})
-    note = (
-        f"Test accuracy in per cent, mean of {count} {splits} (paired difference to the MLP alone, ± half a 95 % interval). "
-        f"{hardware(rows)}."
-    )
-    return f"{table(['local view, other view', *datasets], lines)}\n\n{note}"
-
-
-LEAST_SPLITS = 3
-"""Methods with fewer splits in a cell are left out of the table of csg2l_few.csv."""
-CONTROLS = (
-    ("joint, balanced", "dropped edges, balanced"),
-    ("joint, balanced", "knn, balanced"),
-    ("joint, balanced", "joint, aligned"),
-    ("decoupled, joint", "decoupled, knn and edges"),
-    ("decoupled, joint", "decoupled, knn"),
-    ("decoupled, joint", "decoupled, edges"),
-    ("decoupled, joint", "decoupled, dropped edges"),
-    ("knn and edges, balanced", "edges, balanced"),
-    ("knn and edges, balanced", "dropped edges, balanced"),
-)
-"""Pairs of csg2l_few.csv that differ in one thing."""
-
-
 def speed() -> str:
     """Seconds of the factors and of an epoch."""
     rows = read("csg2l_speed.csv")
@@ -312,10 +244,5 @@ TABLES = {
     "graphs-robust": robust,
     "graphs-ablation": ablation,
     "graphs-encoders": encoders,
-    "graphs-few": few,
-    "graphs-unlike": lambda: unlike("unlike", "geom-gcn splits", "graph_few --data FOLDER --study unlike"),
-    "graphs-unlike-fresh": lambda: unlike(
-        "unlike_fresh", "random splits of the same sizes", "graph_few --data FOLDER --study unlike_fresh"
-    ),
     "graphs-speed": speed,
 }

@@ -8,7 +8,16 @@ import math
 import re
 from collections.abc import Sequence
 
-from benchmarks import allocation, graph_attack_tables, graph_claims, graph_tables, joint, recovery, speed_tables
+from benchmarks import (
+    allocation,
+    graph_attack_tables,
+    graph_claims,
+    graph_few_tables,
+    graph_tables,
+    joint,
+    recovery,
+    speed_tables,
+)
 from benchmarks.markdown import ROOT, read, spread, table
 from lightning_modules.parts.architectures import ARCHITECTURES
 
@@ -190,7 +199,7 @@ TABLES = {
     "deit": deit,
     "defaults": defaults,
 }
-TABLES |= graph_tables.TABLES | graph_claims.TABLES | graph_attack_tables.TABLES
+TABLES |= graph_tables.TABLES | graph_few_tables.TABLES | graph_claims.TABLES | graph_attack_tables.TABLES
 TABLES |= speed_tables.TABLES | {"recovery": recovery.table, "allocation": allocation.table}
 TABLES |= {"joint": joint.table, "joint-choice": joint.choice_table, "joint-deit": joint.deit_table}
 TABLES |= {"joint-ablation": joint.ablation_table, "joint-rivals": joint.rivals_table}

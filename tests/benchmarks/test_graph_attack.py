@@ -9,7 +9,7 @@ import pytest
 
 import benchmarks.graph_runs as graph_runs
 import lightning_modules
-from benchmarks import graph_attack, graph_attack_tables, graph_few, graph_settings
+from benchmarks import graph_attack, graph_attack_tables, graph_few, graph_settings, graph_training
 from lightning_modules import PurifiedView
 
 SMALL = {"source": "wine", "num_val": 10}
@@ -78,14 +78,14 @@ def test_a_study_from_the_first_attack_to_its_rows(tmp_path, monkeypatch, capsys
     """Candidates, then the final study with the one that was chosen; a second time nothing is run."""
     monkeypatch.setattr(graph_attack, "sources", lambda root: {"wine": SMALL | {"root": str(root)}})
     monkeypatch.setattr(graph_few, "VAL_PER_CLASS", 5)
-    monkeypatch.setattr(graph_runs, "MAX_EPOCHS", 20)
+    monkeypatch.setattr(graph_training, "MAX_EPOCHS", 20)
     small = {"encoder": "gcn", "hidden_channels": 8}
     monkeypatch.setattr(graph_attack, "METHODS", {"gcn": small})
     monkeypatch.setattr(graph_attack, "CHOICES", {"gcn: svd": [small | {"purified_rank": rank} for rank in (2, 20)]})
     attacks = []
     monkeypatch.setattr(graph_attack, "prepare_all", lambda graphs, workers, stop_at: attacks.append(graphs))
 
-    def run_all(rows, workers, write, stop_at, together):
+    def run_all(rows, workers, write, stop_at, together, train):
         for (row, _), result in zip(rows, graph_runs.train_together([run(row, data) for row, data in rows]), strict=True):
             write(row | result)
 

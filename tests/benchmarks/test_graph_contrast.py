@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import benchmarks.graph_runs as graph_runs
-from benchmarks import graph_contrast, graph_few, graph_settings
+from benchmarks import graph_contrast, graph_few, graph_settings, graph_training
 from lightning_modules import CSG2L, Contrast, KnnView, PredictedLabels
 
 CANDIDATES = [(group, changed) for group, candidates in graph_contrast.GROUPS.items() for changed in candidates]
@@ -61,12 +61,12 @@ def test_a_study_from_the_choice_to_its_rows(tmp_path, monkeypatch, capsys):
     wine = {"wine": {"source": "wine", "num_val": 10}}
     monkeypatch.setattr(graph_contrast, "sources", lambda root: wine)
     monkeypatch.setattr(graph_few, "VAL_PER_CLASS", 5)
-    monkeypatch.setattr(graph_runs, "MAX_EPOCHS", 20)
+    monkeypatch.setattr(graph_training, "MAX_EPOCHS", 20)
     monkeypatch.setattr(graph_contrast, "BASE", graph_contrast.BASE | {"hidden_channels": 8, "warmup_epochs": 4})
     few = {group: candidates[:2] for group, candidates in graph_contrast.GROUPS.items()}
     monkeypatch.setattr(graph_contrast, "GROUPS", few)
 
-    def run_all(rows, workers, write, stop_at, together):
+    def run_all(rows, workers, write, stop_at, together, train):
         runs = [(row["method"], json.loads(row["arguments"]), data, row["seed"], row["data_seed"]) for row, data in rows]
         for (row, _), result in zip(rows, graph_runs.train_together(runs), strict=True):
             write(row | result)

@@ -57,7 +57,7 @@ def test_validation_chooses_for_each_encoder_on_cells_that_all_have(tmp_path):
 def test_the_studies_use_the_same_splits_for_all_and_none_of_the_other(tmp_path, monkeypatch):
     ran = []
 
-    def run_all(rows, workers, write, stop_at, together):
+    def run_all(rows, workers, write, stop_at, together, train):
         for row, data in rows:
             ran.append((row, data))
             write(row | {"val": 0.5 + 0.1 * ("knn" in row["method"]), "test": 0.25})

@@ -3,8 +3,6 @@
 import math
 import statistics
 
-import pytest
-
 from benchmarks import graph_tables
 from benchmarks.markdown import read
 
@@ -43,20 +41,6 @@ def test_six_rows_are_means_over_data_sets():
     assert lines[2] == f"| gcn | {' | '.join(expected)} |"
     assert [line.split("| ")[1].strip() for line in lines[2:8]] == list(graph_tables.RIVALS) and lines[8] == ""
     assert "over 10 seeds" in lines[9]
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_fresh_splits_have_a_table_once_they_are_run(there, monkeypatch):
-    facts = {"hardware": "x", "torch": "1", "torch_geometric": "2", "dataset": "texas", "phase": "fresh"}
-    names = ("csg2l, default: mlp alone", "csg2l, default: edges")
-    rows = [facts | {"method": name, "seed": str(seed), "test": str(0.5 + 0.1 * seed - 0.1 * i * (1 + seed))}
-            for i, name in enumerate(names) for seed in (0, 1)]  # fmt: skip
-    monkeypatch.setattr(graph_tables, "read", lambda name: rows * there)
-    text = graph_tables.unlike("fresh", "splits", "graph_few --study fresh")
-    if there:  # 40 and 40 against 50 and 60: -10 and -20, whose standard error is 5
-        assert "| edges | 40.0 (-15.0 ± 63.5) |" in text and "| mlp alone | 55.0 |" in text and "mean of 2 splits" in text
-    else:
-        assert text == "No rows yet: `python -m benchmarks.graph_few --study fresh`."
 
 
 def test_public_splits_have_a_line_for_each_pair_that_is_there(monkeypatch):

@@ -1,0 +1,64 @@
+"""The study of embeddings without labels: groups differ in R alone, validation chooses, one run from choice to final rows."""
+
+import json
+import sys
+
+import pytest
+
+import benchmarks.graph_runs as graph_runs
+from benchmarks import graph_embeddings, graph_few, graph_settings, graph_training
+from lightning_modules import CSG2L, ClusteredLabels
+
+CONTRASTS = (graph_embeddings.WITHOUT, graph_embeddings.WITH)
+CANDIDATES = [(group, one) for group in CONTRASTS for one in graph_embeddings.GROUPS[group][1]]
+
+
+@pytest.mark.parametrize(("group", "one"), CANDIDATES)
+def test_a_candidate_learns_by_the_contrast_alone(group, one):
+    made = CSG2L(**graph_settings.module_arguments("CSG2L", one))
+    assert not made.supervised and isinstance(made.pseudo_labels, ClusteredLabels) and made.contrast.weight == 1
+    assert made.contrast.beta == float(group == graph_embeddings.WITH) and made.hparams.hidden_channels == 256
+
+
+def test_groups_have_as_many_candidates_and_contrasts_differ_in_r_alone():
+    without, weighed = ([one | {"beta": None} for one in graph_embeddings.GROUPS[group][1]] for group in CONTRASTS)
+    assert without == weighed
+    for _, known in graph_embeddings.GROUPS.values():
+        assert len({json.dumps(one, sort_keys=True) for one in known}) == len(known) == 12
+
+
+def test_a_study_from_the_choice_to_its_rows(tmp_path, monkeypatch, capsys):
+    """The chosen contrasts are trained with the other's R as well; a second time nothing is run."""
+    monkeypatch.setattr(graph_embeddings, "sources", lambda root: {"wine": {"source": "wine", "num_val": 10}})
+    monkeypatch.setattr(graph_few, "VAL_PER_CLASS", 5)
+    monkeypatch.setattr(graph_training, "PROBED_EPOCHS", 8)
+    monkeypatch.setattr(graph_training, "PROBE_EVERY", 4)
+    few = {
+        group: (name, [one | {"hidden_channels": 8} for one in known[:2]])
+        for group, (name, known) in graph_embeddings.GROUPS.items()
+    }
+    monkeypatch.setattr(graph_embeddings, "GROUPS", few)
+
+    def run_all(rows, workers, write, stop_at, together, train):
+        runs = [(row["method"], json.loads(row["arguments"]), data, row["seed"], row["data_seed"]) for row, data in rows]
+        for (row, _), result in zip(rows, train(runs), strict=True):
+            write(row | result)
+
+    monkeypatch.setattr(graph_runs, "run_all", run_all)
+    command = ["x", "--data", str(tmp_path), "--out", str(tmp_path / "x.csv"), "--datasets", "wine", "--seeds", "1"]
+    for study in ("choose", "final", "final"):
+        monkeypatch.setattr(sys, "argv", [*command, "--study", study])
+        graph_embeddings.main()
+    rows = graph_runs.read(tmp_path / "x.csv")
+    assert [row["phase"] for row in rows] == ["choose"] * 8 + ["final"] * 6
+    final = {row["method"]: json.loads(row["arguments"]) for row in rows if row["phase"] == "final"}
+    for group, beta in zip(CONTRASTS, (1.0, 0.0), strict=True):
+        swapped = final[f"csg2l, default: {graph_embeddings.SWAPPED[group]}"]
+        assert swapped == final[f"csg2l, default: {group}"] | {"beta": beta}
+    assert all(-1 <= float(row["ari"]) <= 1 and 0 <= float(row["nmi"]) <= 1 for row in rows)
+    assert "contrast with R, R left out" in capsys.readouterr().out
+
+
+def test_a_final_study_asks_for_the_choice(tmp_path):
+    with pytest.raises(SystemExit, match=r"no candidates of 'contrast without R': run --study choose first"):
+        graph_embeddings.finalists(tmp_path / "x.csv")
