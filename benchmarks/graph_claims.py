@@ -143,7 +143,9 @@ def embeddings() -> str:
     """Claim b without labels: embeddings by the contrast with R and without, beside DGI and GRACE, and their differences."""
     rows = [row for row in read("csg2l_embeddings.csv") if row["phase"] == "final"]
     found = {measure: accuracies(rows, "final", "method", "dataset", measure=measure) for measure in MEASURES}
+    count = len({(row["dataset"], row["seed"]) for row in rows})
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods = [name for name in methods if sum(row["method"] == name for row in rows) == count]
     cells = [(measure, dataset) for measure in MEASURES for dataset in PLANETOID]
     lines_of = []
     for method in methods:

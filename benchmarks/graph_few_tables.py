@@ -3,11 +3,9 @@
 import statistics
 
 from benchmarks import graph_iceberg
-from benchmarks.graph_few import CANDIDATES, DATASETS, LABELS, PREFIX
+from benchmarks.graph_few import CANDIDATES, CHOOSING_LABELS, DATASETS, LABELS, PREFIX
 from benchmarks.graph_tables import DEFAULT, NAMES, accuracies, gain, hardware, interval, seed_means
 from benchmarks.markdown import read, table
-
-FEW_LABELS = (3, 5)
 
 
 def few() -> str:
@@ -29,7 +27,7 @@ def few() -> str:
     lines = []
     for one, other in pairs:
         texts = []
-        for counts in (LABELS, FEW_LABELS):
+        for counts in (LABELS, CHOOSING_LABELS):
             for datasets in (("Cora",), ("CiteSeer",), ("Cora", "CiteSeer")):
                 pooled = [cell for cell in cells if cell[0] in datasets and int(cell[1]) in counts]
                 texts.append(gain(seed_means(found, one, other, pooled), counted=True))
@@ -43,14 +41,18 @@ def few() -> str:
 
 
 def choice() -> str:
-    """Validation accuracy of the best settings with one thing changed at a time, the highest mean first."""
+    """Validation accuracy of candidates that all cells have, the highest mean first."""
     rows = [row for row in read("csg2l_few.csv") if row["phase"] == "choose"]
     found: dict[str, dict[tuple[str, str], list[float]]] = {}
     for row in rows:
         cells = found.setdefault(row["method"].removeprefix(PREFIX), {})
         cells.setdefault((row["dataset"], row["labels"]), []).append(100 * float(row["val"]))
-    cells = [(dataset, str(count)) for dataset in DATASETS for count in FEW_LABELS]
-    means = {name: [statistics.mean(found[name][cell]) for cell in cells] for name in CANDIDATES if name in found}
+    cells = [(dataset, str(count)) for dataset in DATASETS for count in CHOOSING_LABELS]
+    means = {
+        name: [statistics.mean(found[name][cell]) for cell in cells]
+        for name in CANDIDATES
+        if found.get(name, {}).keys() == set(cells)
+    }
     lines = [
         [name, *(f"{value:.1f}" for value in values), f"{statistics.mean(values):.2f}"]
         for name, values in sorted(means.items(), key=lambda entry: -statistics.mean(entry[1]))
@@ -67,6 +69,8 @@ def iceberg() -> str:
     theirs = graph_iceberg.METHOD
     cells = [(dataset, str(count)) for count in graph_iceberg.LABELS for dataset in DATASETS]
     cells = [cell for cell in cells if len(found.get((theirs, *cell), {})) >= LEAST_SPLITS]
+    if not cells:
+        return "No rows yet: `python -m benchmarks.graph_iceberg`."
     shown = [list(found[(theirs, *cell)].values()) for cell in cells]
     lines = [[theirs, *("{:.1f} ± {:.1f} ({})".format(*interval(values), len(values)) for values in shown)]]
     for name in AGAINST_ICEBERG:

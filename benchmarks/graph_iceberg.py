@@ -4,9 +4,9 @@
     python -m benchmarks.graph_iceberg --data FOLDER --code ICEBERG
 
 "IceBerg: Debiased Self-Training for Class-Imbalanced Node Classification" (WWW 2025, arXiv 2502.06280). Its trainer, its model
-on propagated features and its loss run as they are, with the settings of its run_iceberg.sh for Cora and CiteSeer and without
-imbalance; the splits are ours. It chooses the epoch by the mean of accuracy and macro-F1 of validation nodes, which stands as
-`val` in its rows. Measured with commit 98bdb11.
+on propagated features and its loss run as they are, with the settings of its run_iceberg.sh for Cora and CiteSeer, which are
+those for imbalanced classes (it has none for few labels), and without imbalance; the splits are ours. It chooses the epoch by
+the mean of accuracy and macro-F1 of validation nodes, which stands as `val` in its rows. Measured with commit 98bdb11.
 """
 
 import argparse
@@ -44,10 +44,12 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--code", type=Path, required=True, help="clone of its repository")
     parser.add_argument("--out", type=Path, default=Path("results/csg2l_few.csv"))
-    parser.add_argument("--datasets", nargs="+", default=DATASETS)
+    parser.add_argument("--datasets", nargs="+", default=DATASETS, choices=DATASETS)
     parser.add_argument("--labels", nargs="+", type=int, default=LABELS)
     parser.add_argument("--seeds", type=int, default=20)
     options = parser.parse_args()
+    if not (options.code / "trainer.py").is_file():
+        parser.error(f"--code expected a clone of github.com/ZhixunLEE/IceBerg but {options.code} has no trainer.py")
     options.stop_at, options.together = time.time() + options.seconds, 1
     rows = tasks(sources(options.data), options.datasets, options.labels, range(FIRST_SEED, FIRST_SEED + options.seeds))
     run_missing(rows, options.out, KEYS, COLUMNS, options, functools.partial(train, options.code))
@@ -98,13 +100,7 @@ def _train_one(code: Path, arguments: dict[str, Any], data: dict[str, Any], seed
 
 
 def import_published(code: Path, arguments: dict[str, Any]) -> tuple[types.ModuleType, argparse.Namespace]:
-    """Import its trainer, and parse the settings by its parser.
-
-    Raises:
-        SystemExit: If the folder has no trainer.py.
-    """
-    if not (code / "trainer.py").is_file():
-        raise SystemExit(f"Argument `code` expected a clone of github.com/ZhixunLEE/IceBerg but {code} has no trainer.py.")
+    """Import its trainer, and parse the settings by its parser."""
     for name, member in UNUSED.items():
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             sys.modules[name] = types.ModuleType(name)

@@ -18,7 +18,7 @@ PROBED_EPOCHS, PROBE_EVERY = 300, 50
 class Run:
     """One training in progress. Each method takes epochs in its turn, so that small ones can share a GPU.
 
-    The loop is the Trainer's for one whole-graph batch an epoch (tests/benchmarks/test_graph_runs.py holds them together),
+    The loop is the Trainer's for one whole-graph batch an epoch (tests/benchmarks/test_graph_training.py holds them together),
     without its hooks. It ends PATIENCE epochs after the best validation accuracy, but not before pseudo-labels had as many.
     Only epochs after the warm-up are chosen, since before it there are no pseudo-labels to judge. Among equal validation
     accuracies the lower loss wins; without logits a linear probe measures every PROBE_EVERY epochs, and the chosen embeddings
@@ -42,9 +42,18 @@ class Run:
         self.probed: list[torch.Tensor] = []
         """Embeddings (N, H) of each probe."""
         self.steps = Steps(self.module, self.batch)
+        self.random = torch.get_rng_state()
+        """Of the CPU: each run has its own stream, whatever trains beside it. On a GPU all draw from one."""
 
     def advance(self) -> bool:
         """Train for one more epoch, and tell whether there is another."""
+        torch.set_rng_state(self.random)
+        try:
+            return self._advance()
+        finally:
+            self.random = torch.get_rng_state()
+
+    def _advance(self) -> bool:
         if not self.module.supervised:
             return self._advance_probed()
         with self.steps.on_stream():

@@ -92,3 +92,35 @@ def test_encoders_on_fresh_splits_are_compared_with_themselves():
     mean = statistics.mean(value["csg2l, gat: chosen", "5", seed] - value["gat: alone", "5", seed] for seed in seeds)
     found = line_of(graph_claims.fresh_encoders(), "gat, CiteSeer, 5 labels")
     assert len(found) == 4 and found[2].strip("*").startswith(f"{mean:+.1f} ± ")
+
+
+def test_embeddings_with_r_are_compared_by_every_measure(monkeypatch):
+    """The swapped settings, chosen against chosen, and both rivals; a method cut short is left out."""
+    ahead = {
+        "csg2l, default: contrast without R": 0,
+        "csg2l, default: contrast with R": 3,
+        "csg2l, default: contrast without R, R added": 1,
+        "csg2l, default: contrast with R, R left out": 5,
+        "dgi: dgi": 10,
+        "grace: grace": 4,
+    }
+    facts = {"phase": "final", "hardware": "x", "torch": "1", "torch_geometric": "2"}
+    rows = [
+        facts | {"method": method, "dataset": dataset, "seed": str(seed), "test": str(0.5 + seed / 10 + points / 100),
+                 "nmi": str(0.4 + seed / 10 + 2 * points / 100), "ari": str(0.3 + seed / 10 - points / 100)}
+        for method, points in ahead.items() for dataset in ("Cora", "CiteSeer") for seed in (0, 1, 2)
+    ]  # fmt: skip
+    monkeypatch.setattr(graph_claims, "read", lambda name: [*rows, rows[0] | {"method": "csg2l, default: unfinished"}])
+    text = graph_claims.embeddings()
+    expected = {
+        "contrast with R − contrast with R, R left out": -2,
+        "contrast without R, R added − contrast without R": 1,
+        "contrast with R − contrast without R": 3,
+        "contrast with R − dgi": -7,
+        "contrast with R − grace": -1,
+    }
+    for name, points in expected.items():
+        means = [float(cell.strip("*").split(" ±")[0]) for cell in line_of(text, name)]
+        assert means == [points, points, 2 * points, 2 * points, -points, -points]
+    assert [cell.split(" ±")[0] for cell in line_of(text, "dgi")] == ["70.0", "70.0", "70.0", "70.0", "30.0", "30.0"]
+    assert "unfinished" not in text and "over 3 fresh splits" in text

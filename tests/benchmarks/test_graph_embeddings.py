@@ -1,5 +1,6 @@
 """The study of embeddings without labels: groups differ in R alone, validation chooses, one run from choice to final rows."""
 
+import csv
 import json
 import sys
 
@@ -59,6 +60,29 @@ def test_a_study_from_the_choice_to_its_rows(tmp_path, monkeypatch, capsys):
     assert "contrast with R, R left out" in capsys.readouterr().out
 
 
-def test_a_final_study_asks_for_the_choice(tmp_path):
-    with pytest.raises(SystemExit, match=r"no candidates of 'contrast without R': run --study choose first"):
-        graph_embeddings.finalists(tmp_path / "x.csv")
+def written(path, leave_out=()):
+    """Choose rows of all candidates: the fourth of each group is the best by validation, and the worst by test."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["phase", "dataset", "method", "arguments", "seed", "val", "test"])
+        for group, (_, known) in graph_embeddings.GROUPS.items():
+            for n, one in enumerate(known):
+                for dataset in ("Cora", "CiteSeer"):
+                    if (group, n, dataset) not in leave_out:
+                        value = 0.9 if n == 3 else 0.1 + 0.01 * n
+                        row = ["choose", dataset, graph_embeddings.named(group), json.dumps(one), 3000, value, 1 - value]
+                        writer.writerow(row)
+    return path
+
+
+def test_validation_chooses_and_only_where_all_candidates_are_there(tmp_path):
+    found = dict(graph_embeddings.finalists(written(tmp_path / "x.csv")))
+    for group, (_, known) in graph_embeddings.GROUPS.items():
+        assert found[graph_embeddings.named(group)] == known[3]
+    cut_short = written(tmp_path / "y.csv", [("dgi", 7, "CiteSeer")])
+    with pytest.raises(
+        SystemExit, match=r"lacks choose rows of 'dgi', \{'hidden_channels': 512.*: run --study choose to its end"
+    ):
+        graph_embeddings.finalists(cut_short)
+    with pytest.raises(SystemExit, match=r"lacks choose rows of 'contrast without R'"):
+        graph_embeddings.finalists(tmp_path / "nothing.csv")

@@ -39,7 +39,8 @@ class Trainer:
         assert torch.equal(self.data_unlabel_mask, ~self.data_train_mask)
         assert self.data.x.sum(1).ne(1).any()
         print("progress")
-        return r / 10000, self.data_train_mask.nonzero().sum().item() / 1e4, 0, 0
+        masks = (self.data_train_mask, self.data_val_mask, self.data_test_mask)
+        return r / 10000, sum(scale * mask.nonzero().sum().item() for scale, mask in zip((1, 1e-6, 1e-12), masks)), 0, 0
 """
 
 
@@ -50,6 +51,10 @@ def test_the_published_code_trains_on_our_split(tmp_path, monkeypatch, capsys):
     for name in ("args", "trainer", *graph_iceberg.UNUSED):
         monkeypatch.delitem(sys.modules, name, raising=False)
     ((row, data),) = graph_iceberg.tasks({"wine": {"source": "wine"}}, ["wine"], [5], range(4000, 4001))
+    assert json.loads(row["arguments"]) == {"labels": 5, "settings": (
+        "--net Diff --patience 2000 --loss_type bs --T 20 --alpha 0.1 --lr 0.1 --feat_dim 128 --no_feat_norm "
+        "--weight_decay 0.005"
+    )}  # fmt: skip
     assert data == {"source": "wine", "row_normalize": False} | graph_few.balanced(5) and row["method"] == graph_iceberg.METHOD
     run = (row["method"], json.loads(row["arguments"]), data, row["seed"], row["data_seed"])
     failing = (*run[:2], data | {"source": "nothing"}, *run[3:])
@@ -57,10 +62,14 @@ def test_the_published_code_trains_on_our_split(tmp_path, monkeypatch, capsys):
     for name in ("args", "trainer", *graph_iceberg.UNUSED):
         sys.modules.pop(name, None)
     batch, _ = graph_iceberg.graph_on(torch.device("cpu"), json.dumps({**data, "seed": 4000}))
-    assert found["val"] == 0.4 and found["test"] == batch.train_mask.nonzero().sum().item() / 1e4
+    masks = (batch.train_mask, batch.val_mask, batch.test_mask)
+    expected = sum(scale * mask.nonzero().sum().item() for scale, mask in zip((1, 1e-6, 1e-12), masks, strict=True))
+    assert found["val"] == 0.4 and found["test"] == pytest.approx(expected, rel=1e-15)
     assert isinstance(bad, ValueError) and "progress" not in capsys.readouterr().out
 
 
-def test_a_folder_without_the_code_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match=r"`code` expected a clone of github.com/ZhixunLEE/IceBerg but .* has no trainer.py"):
-        graph_iceberg.import_published(tmp_path, {})
+def test_a_folder_without_the_code_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--data", str(tmp_path), "--code", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        graph_iceberg.main()
+    assert "--code expected a clone of github.com/ZhixunLEE/IceBerg but" in capsys.readouterr().err

@@ -36,16 +36,10 @@ def test_the_loop_is_the_trainers(method, arguments, tmp_path):
     assert run.result()["val"] == pytest.approx(seen[best][0]) and run.result()["best_epoch"] == best + 1
 
 
-def test_clusters_are_those_of_the_trainer():
+@pytest.mark.parametrize("view", [{"rank": 20}, {"view": "drop", "drop_edges": 0.4, "drop_features": 0.4}], ids=["svd", "drop"])
+def test_clusters_are_those_of_the_trainer(view):
     """Without labels: the weights after clusters have weighed pairs, and the clusters themselves."""
-    arguments = {
-        "supervised": False,
-        "hidden_channels": 16,
-        "warmup_epochs": 3,
-        "cluster_every": 4,
-        "head_channels": 8,
-        "rank": 20,
-    }
+    arguments = {"supervised": False, "hidden_channels": 16, "warmup_epochs": 3, "cluster_every": 4, "head_channels": 8} | view
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(max_epochs=9, accelerator="cpu", num_sanity_val_steps=0, **quiet)
     torch.manual_seed(3)
@@ -76,6 +70,17 @@ def test_unsupervised_runs_are_probed(monkeypatch):
     (found,) = graph_training.train_together([("dgi", {"hidden_channels": 32}, WINE, 0)])
     assert found["test"] > 0.7 and found["epochs"] == 20 and found["best_epoch"] in (10, 20)
     assert 0.3 < found["nmi"] < 1 and 0.3 < found["ari"] < 1
+
+
+def test_a_run_is_the_same_beside_others(monkeypatch):
+    monkeypatch.setattr(graph_training, "MAX_EPOCHS", 12)
+    one, other = ("csg2l, default", SMALL, WINE, 0), ("csg2l, default", SMALL | {"view": "drop"}, WINE, 1)
+
+    def found(runs):
+        return [{name: value for name, value in result.items() if name != "seconds"} for result in
+                graph_training.train_together(runs)]  # fmt: skip
+
+    assert found([one, other, one])[::2] == found([one]) * 2
 
 
 def test_a_run_that_fails_leaves_the_others():
