@@ -11,6 +11,7 @@ import benchmarks.graph_runs as graph_runs
 import lightning_modules
 from benchmarks import graph_attack, graph_attack_tables, graph_few, graph_settings, graph_training
 from lightning_modules import PurifiedView
+from tests.helpers.graph_studies import run_here
 
 SMALL = {"source": "wine", "num_val": 10}
 CONFIGURATIONS = {
@@ -85,14 +86,7 @@ def test_a_study_from_the_first_attack_to_its_rows(tmp_path, monkeypatch, capsys
     attacks = []
     monkeypatch.setattr(graph_attack, "prepare_all", lambda graphs, workers, stop_at: attacks.append(graphs))
 
-    def run_all(rows, workers, write, stop_at, together, train):
-        for (row, _), result in zip(rows, graph_runs.train_together([run(row, data) for row, data in rows]), strict=True):
-            write(row | result)
-
-    def run(row, data):
-        return row["method"], json.loads(row["arguments"]), data, row["seed"], row["data_seed"]
-
-    monkeypatch.setattr(graph_runs, "run_all", run_all)
+    monkeypatch.setattr(graph_runs, "run_all", run_here)
     command = ["x", "--data", str(tmp_path), "--out", str(tmp_path / "x.csv"), "--datasets", "wine", "--seeds", "2"]
     command += ["--attacks", "none", "dice 25 %"]
     for study in ("choose", "final", "final"):

@@ -9,6 +9,7 @@ import pytest
 import benchmarks.graph_runs as graph_runs
 from benchmarks import graph_contrast, graph_few, graph_settings, graph_training
 from lightning_modules import CSG2L, Contrast, KnnView, PredictedLabels
+from tests.helpers.graph_studies import run_here
 
 CANDIDATES = [(group, changed) for group, candidates in graph_contrast.GROUPS.items() for changed in candidates]
 TAUGHT = {"alignment": 0.0, "confident": "mean", "balanced": True, "clean": True}
@@ -66,12 +67,7 @@ def test_a_study_from_the_choice_to_its_rows(tmp_path, monkeypatch, capsys):
     few = {group: candidates[:2] for group, candidates in graph_contrast.GROUPS.items()}
     monkeypatch.setattr(graph_contrast, "GROUPS", few)
 
-    def run_all(rows, workers, write, stop_at, together, train):
-        runs = [(row["method"], json.loads(row["arguments"]), data, row["seed"], row["data_seed"]) for row, data in rows]
-        for (row, _), result in zip(rows, graph_runs.train_together(runs), strict=True):
-            write(row | result)
-
-    monkeypatch.setattr(graph_runs, "run_all", run_all)
+    monkeypatch.setattr(graph_runs, "run_all", run_here)
     command = ["x", "--data", str(tmp_path), "--out", str(tmp_path / "x.csv"), "--datasets", "wine", "--seeds", "1"]
     for study in ("choose", "final", "final"):
         monkeypatch.setattr(sys, "argv", [*command, "--study", study])

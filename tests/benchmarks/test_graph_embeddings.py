@@ -9,6 +9,7 @@ import pytest
 import benchmarks.graph_runs as graph_runs
 from benchmarks import graph_embeddings, graph_few, graph_settings, graph_training
 from lightning_modules import CSG2L, ClusteredLabels
+from tests.helpers.graph_studies import run_here
 
 CONTRASTS = (graph_embeddings.WITHOUT, graph_embeddings.WITH)
 CANDIDATES = [(group, one) for group in CONTRASTS for one in graph_embeddings.GROUPS[group][1]]
@@ -40,12 +41,7 @@ def test_a_study_from_the_choice_to_its_rows(tmp_path, monkeypatch, capsys):
     }
     monkeypatch.setattr(graph_embeddings, "GROUPS", few)
 
-    def run_all(rows, workers, write, stop_at, together, train):
-        runs = [(row["method"], json.loads(row["arguments"]), data, row["seed"], row["data_seed"]) for row, data in rows]
-        for (row, _), result in zip(rows, train(runs), strict=True):
-            write(row | result)
-
-    monkeypatch.setattr(graph_runs, "run_all", run_all)
+    monkeypatch.setattr(graph_runs, "run_all", run_here)
     command = ["x", "--data", str(tmp_path), "--out", str(tmp_path / "x.csv"), "--datasets", "wine", "--seeds", "1"]
     for study in ("choose", "final", "final"):
         monkeypatch.setattr(sys, "argv", [*command, "--study", study])
