@@ -8,8 +8,6 @@ from collections.abc import Iterable
 
 from benchmarks.graph_contrast import LABELLED, NONE, WITH, WITHOUT
 from benchmarks.graph_embeddings import SWAPPED
-from benchmarks.graph_embeddings import WITH as UNLABELLED_WITH
-from benchmarks.graph_embeddings import WITHOUT as UNLABELLED_WITHOUT
 from benchmarks.graph_few import PREFIX
 from benchmarks.graph_runs import read as read_if_there
 from benchmarks.graph_settings import ENCODERS
@@ -151,10 +149,10 @@ def embeddings() -> str:
     for method in methods:
         values = [list(found[measure][method, dataset].values()) for measure, dataset in cells]
         lines_of.append([method.split(": ")[1], *("{:.1f} ± {:.1f}".format(*interval(one)) for one in values)])
-    weighed, alike = (PREFIX + name for name in (UNLABELLED_WITH, UNLABELLED_WITHOUT))
+    weighed, alike = (PREFIX + name for name in (WITH, WITHOUT))
     pairs = (
-        (weighed, PREFIX + SWAPPED[UNLABELLED_WITH]),
-        (PREFIX + SWAPPED[UNLABELLED_WITHOUT], alike),
+        (weighed, PREFIX + SWAPPED[WITH]),
+        (PREFIX + SWAPPED[WITHOUT], alike),
         (weighed, alike),
         (weighed, "dgi: dgi"),
         (weighed, "grace: grace"),

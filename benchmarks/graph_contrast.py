@@ -19,7 +19,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.graph_few import COLUMNS, DATASETS, KEYS, KNN, PREFIX, tasks
-from benchmarks.graph_runs import add_options, ranked, read, run_missing, sources
+from benchmarks.graph_runs import accuracies, add_options, ranked, run_missing, sources
 from benchmarks.graph_settings import BALANCED, DEFAULT
 
 LABELS = {"choose": (3, 5), "final": (1, 3, 5)}
@@ -74,9 +74,9 @@ def main() -> None:
             rows += tasks(study, known, {method: BASE | changed}, options.datasets, labels, seeds)
     rows.sort(key=lambda entry: entry[0]["seed"])  # split by split, so that a study cut short has whole ones
     run_missing(rows, options.out, KEYS, COLUMNS, options)
-    for (method, arguments), values in accuracies(options.out, study).items():
+    for (method, arguments), values in accuracies(options.out, study, "val" if study == "choose" else "test").items():
         differs = {name: value for name, value in json.loads(arguments).items() if (DEFAULT | BASE).get(name) != value}
-        print(f"{100 * mean(values.values()):6.2f} {len(values):3d}  {method}  {json.dumps(differs)}")
+        print(f"{100 * mean(values.values()):6.2f} {len(values):3d}  {method.removeprefix(PREFIX)}  {json.dumps(differs)}")
 
 
 def configurations(study: str, out: Path, groups: list[str]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -93,23 +93,12 @@ def best(path: Path, group: str) -> dict[str, Any]:
     candidates = GROUPS[group]
     if len(candidates) == 1:
         return candidates[0]
-    found = accuracies(path, "choose")
-    values = {n: found.get((group, json.dumps(DEFAULT | BASE | one)), {}) for n, one in enumerate(candidates)}
+    found = accuracies(path, "choose", "val")
+    values = {n: found.get((PREFIX + group, json.dumps(DEFAULT | BASE | one)), {}) for n, one in enumerate(candidates)}
     best_first = ranked(values)
     if not best_first:
         raise SystemExit(f"{path} has no candidates of {group!r}: run --study choose first.")
     return candidates[next(iter(best_first))]
-
-
-def accuracies(path: Path, study: str) -> dict[tuple[str, str], dict[tuple[str, str, str], float]]:
-    """(Group, configuration) -> (data set, labels, seed) -> validation accuracy to choose, test accuracy at last."""
-    found: dict[tuple[str, str], dict[tuple[str, str, str], float]] = {}
-    for row in read(path):
-        if row["phase"] == study:
-            key = row["method"].removeprefix(PREFIX), row["arguments"]
-            cell = row["dataset"], row["labels"], row["seed"]
-            found.setdefault(key, {})[cell] = float(row["val" if study == "choose" else "test"])
-    return found
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.graph_contrast import WITH, WITHOUT
 from benchmarks.graph_few import DATASETS, KEYS, KNN, balanced
-from benchmarks.graph_runs import CLUSTERED, FACTS, add_options, ranked, read, run_missing, sources
+from benchmarks.graph_runs import CLUSTERED, FACTS, accuracies, add_options, ranked, run_missing, sources
 
 COLUMNS = (*KEYS, *CLUSTERED, *FACTS)
 LABELS = 20
@@ -43,7 +44,6 @@ VIEWS: tuple[dict[str, Any], ...] = (
     {"view": "drop", "drop_edges": 0.4, "drop_features": 0.4},
 )
 """The low-rank view of the edges, edges and nearest neighbours by features, dropped edges."""
-WITHOUT, WITH = "contrast without R", "contrast with R"
 SWAPPED = {WITHOUT: f"{WITHOUT}, R added", WITH: f"{WITH}, R left out"}
 """Group -> what its chosen candidate is called with the other group's R."""
 
@@ -78,7 +78,7 @@ def main() -> None:
     methods = candidates() if study == "choose" else finalists(options.out)
     rows = tasks(study, sources(options.data), methods, options.datasets, seeds)
     run_missing(rows, options.out, KEYS, COLUMNS, options)
-    for (method, arguments), values in accuracies(options.out, study).items():
+    for (method, arguments), values in accuracies(options.out, study, "val" if study == "choose" else "test").items():
         print(f"{100 * mean(values.values()):6.2f} {len(values):3d}  {method}  {arguments}")
 
 
@@ -106,7 +106,7 @@ def best(path: Path, group: str) -> dict[str, Any]:
     Raises:
         SystemExit: If one of a group has not been trained on all graphs on which others have.
     """
-    found, known = accuracies(path, "choose"), GROUPS[group][1]
+    found, known = accuracies(path, "choose", "val"), GROUPS[group][1]
     values = {n: found.get((named(group), json.dumps(one)), {}) for n, one in enumerate(known)}
     cells = set().union(*values.values())
     missing = [known[n] for n, of_one in values.items() if not of_one or of_one.keys() != cells]
@@ -121,16 +121,6 @@ def tasks(phase: str, known: dict, methods: list[tuple[str, dict]], datasets, se
     for seed, dataset, (method, arguments) in itertools.product(seeds, datasets, methods):
         row = (phase, dataset, LABELS, method, json.dumps(arguments), seed, seed)
         found.append((dict(zip(KEYS, row, strict=True)), known[dataset] | balanced(LABELS)))
-    return found
-
-
-def accuracies(path: Path, study: str) -> dict[tuple[str, str], dict[tuple[str, str], float]]:
-    """(Method, configuration) -> (data set, seed) -> validation accuracy to choose, test accuracy at last."""
-    found: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
-    for row in read(path):
-        if row["phase"] == study:
-            values = found.setdefault((row["method"], row["arguments"]), {})
-            values[row["dataset"], row["seed"]] = float(row["val" if study == "choose" else "test"])
     return found
 
 

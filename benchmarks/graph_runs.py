@@ -166,6 +166,16 @@ def _check_final(rows: list[tuple[dict, dict]], old: list[dict[str, str]], keys:
                 )
 
 
+def accuracies(path: Path, phase: str, measure: str) -> dict[tuple[str, str], dict[tuple[str, str, str], float]]:
+    """(Method, configuration) -> (data set, labels, seed) -> a column of the rows of a phase, such as `val` or `test`."""
+    found: dict[tuple[str, str], dict[tuple[str, str, str], float]] = {}
+    for row in read(path):
+        if row["phase"] == phase:
+            values = found.setdefault((row["method"], row["arguments"]), {})
+            values[row["dataset"], row["labels"], row["seed"]] = float(row[measure])
+    return found
+
+
 def ranked(found: dict[Any, dict[Any, float]]) -> dict[Any, float]:
     """Name -> mean over the cells that all names have, the highest first; nothing if there is no such cell."""
     cells = set.intersection(*map(set, found.values())) if found else set()
