@@ -14,7 +14,7 @@ from functional.graph.low_rank import (
     strongest_edges,
 )
 from functional.graph.neighbors import joint_graph, nearest_neighbors
-from functional.graph.propagation import propagated_features, reduced_together
+from functional.graph.propagation import propagated_features, reduced_together, scaled_together
 from functional.graph.pseudo_labels import (
     alignment_share,
     balanced_logits,
@@ -47,5 +47,6 @@ __all__ = [
     "purified_factors",
     "reduced_together",
     "reweighted_info_nce",
+    "scaled_together",
     "strongest_edges",
 ]

@@ -1,7 +1,7 @@
 """Features propagated beforehand, so that an encoder is an MLP on rows and an epoch needs no edges (decoupled propagation).
 
 As in APPNP (ICLR 2019), with the propagation before the network, X ← (1 − α) P X + α X₀; under each view's operator, after
-which one projection for all views leaves few dimensions: propagated features are smooth and nearly of low rank.
+which one projection for all views may leave few dimensions: propagated features are smooth and nearly of low rank.
 Shapes: N nodes, F features, d dimensions.
 """
 
@@ -31,7 +31,7 @@ def propagated_features(x: Tensor, operator: Callable[[Tensor], Tensor], steps: 
 
 
 def reduced_together(views: Sequence[Tensor], dimensions: int, seed: int = 0) -> list[Tensor]:
-    """Project several views on the leading right singular vectors of all their rows, and scale all to mean square 1.
+    """Project several views on the leading right singular vectors of all their rows.
 
     Args:
         views: (N, F) each.
@@ -46,5 +46,19 @@ def reduced_together(views: Sequence[Tensor], dimensions: int, seed: int = 0) ->
     rows = torch.cat([view.float() for view in views])
     width = min(dimensions, *rows.shape)
     axes = torch.from_numpy(randomized_svd(rows.cpu().numpy(), width, n_iter=4, random_state=seed)[2]).to(rows)
-    found = rows @ axes.T
-    return list((found / found.square().mean().sqrt().clamp_min(1e-12)).split(len(views[0])))
+    return list((rows @ axes.T).split(len(views[0])))
+
+
+def scaled_together(views: Sequence[Tensor], length: float | None = None) -> list[Tensor]:
+    """Scale several views by one factor.
+
+    Args:
+        views: (N, d) each.
+        length: Root of the mean square length that all rows get; None for √d, with which values have mean square 1.
+
+    Returns:
+        (N, d) each.
+    """
+    size = torch.stack([view.square().mean() for view in views]).mean().sqrt().clamp_min(1e-12)
+    wanted = 1.0 if length is None else length / views[0].shape[1] ** 0.5
+    return [view / size * wanted for view in views]

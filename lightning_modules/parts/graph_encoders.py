@@ -5,6 +5,7 @@ aggregation replaced, by torch-geometric's propagate hook, by P_g. The factors r
 follow by rescaling: D̃^-½ P_g D̃^½ and D̃^½ P_g D̃^½. Other layers (PNA, EdgeCNN) run on the graph of P_g's strongest edges.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -16,7 +17,7 @@ from torch_geometric.nn import conv
 from torch_geometric.nn.models import GAT, GCN, GIN, PNA, EdgeCNN, GraphSAGE
 from torch_geometric.nn.models.basic_gnn import BasicGNN
 
-from functional.graph import propagated_features, reduced_together
+from functional.graph import propagated_features, reduced_together, scaled_together
 from lightning_modules.parts.graph_operators import GlobalOperator
 from utilities.checks import check_integer, check_share
 
@@ -75,7 +76,8 @@ class Decoupled(nn.Module):
         dropout: Share that is dropped between layers.
         K: Number of propagation steps.
         alpha: Share of the node's own features in each step.
-        dimensions: d, to which the propagated features are reduced.
+        dimensions: d, to which the propagated features are reduced; None keeps all, N · F values a view.
+        length: Root of the mean square length of their rows; None for √d, with which values have mean square 1.
         seed: Seed of the reduction.
     """
 
@@ -87,25 +89,35 @@ class Decoupled(nn.Module):
         dropout: float,
         K: int = 5,
         alpha: float = 0.1,
-        dimensions: int = 64,
+        dimensions: int | None = 64,
+        length: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         check_integer("encoder_args.K", K, 0)
         check_share("encoder_args.alpha", alpha)
-        check_integer("encoder_args.dimensions", dimensions, 1)
+        if dimensions is not None:
+            check_integer("encoder_args.dimensions", dimensions, 1, "null keeps all")
+        if length is not None and not 0 < length < math.inf:
+            raise ValueError(
+                f"Argument `encoder_args.length` expected to be above 0 but got {length}. Leave it out for values of mean "
+                "square 1."
+            )
         self.steps, self.teleport, self.seed = K, alpha, seed
-        self.width = min(dimensions, in_channels)
+        self.dimensions, self.length = dimensions, length
+        self.width = in_channels if dimensions is None else min(dimensions, in_channels)
         layers: list[nn.Module] = [nn.Linear(self.width, hidden_channels)]
         for _ in range(num_layers - 1):
             layers += [nn.ReLU(), CheapDropout(dropout), nn.Linear(hidden_channels, hidden_channels)]
         self.layers = nn.Sequential(*layers)
 
     def prepare(self, views: Sequence[tuple[Tensor, GlobalOperator]]) -> list[Tensor]:
-        """Propagate the features (N, F) of each view by its operator and reduce all together, (N, d) each."""
+        """Propagate the features (N, F) of each view by its operator, and reduce and scale all together, (N, d) each."""
         found = [propagated_features(x, operator, self.steps, self.teleport) for x, operator in views]
-        return [nn.functional.pad(view, (0, self.width - view.shape[1])) for view in
-                reduced_together(found, self.width, self.seed)]  # fmt: skip
+        if self.dimensions is not None:
+            found = reduced_together(found, self.width, self.seed)
+        found = scaled_together(found, self.length)
+        return [nn.functional.pad(view, (0, self.width - view.shape[1])) for view in found]
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         """Compute the hidden layer (N, H) of prepared features (N, d)."""

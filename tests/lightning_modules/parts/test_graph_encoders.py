@@ -133,11 +133,21 @@ def test_decoupled_encoder():
     assert sum(isinstance(layer, torch.nn.Linear) for layer in module.modules()) == 3
 
 
+def test_decoupled_encoder_keeps_all_features():
+    """Without a reduction the input is what propagation makes of the features, with rows of the length asked for."""
+    x, edge_index = graph()
+    operator = GlobalOperator(edge_index, N)
+    found = encoder("decoupled", arguments={"dimensions": None, "length": 3.0}).body.prepare([(x, operator)])[0]
+    wanted = propagated_features(x, operator, 5, 0.1)
+    torch.testing.assert_close(found, wanted * 3 / wanted.square().sum(1).mean().sqrt())
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("decoupled", {"arguments": {"dimensions": 0}}, "`encoder_args.dimensions` expected to be an integer of at least 1"),
         ("decoupled", {"arguments": {"alpha": 2.0}}, "`encoder_args.alpha`"),
+        ("decoupled", {"arguments": {"length": 0.0}}, "`encoder_args.length` expected to be above 0 but got 0.0"),
         ("decoupled", {"arguments": {"heads": 2}}, "`encoder_args` expected further arguments of 'decoupled'"),
         ("gnc", {}, "`encoder` expected to be one of gcn, gat"),
         ("torch_geometric.nn.GNC", {}, "`encoder`"),
