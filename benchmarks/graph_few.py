@@ -135,8 +135,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
             "learning rate 0.03, hidden 64": {"learning_rate": 0.03, "hidden_channels": 64},
             "learning rate 0.03, dropout 0.3": {"learning_rate": 0.03, "dropout": 0.3},
         },
-        "all words, knn and edges": {"": {}},
-        "all words, dropped edges": {"": {}},
+        **{f"all words, {view}": {"": {}} for view in ("knn", "knn and edges", "dropped edges", "edges")},
     }.items()
     for change, changed in changes.items()
     for name in [f"{base}: {change}" if change else base]
