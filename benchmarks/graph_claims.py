@@ -37,6 +37,10 @@ VIEWS = (
     ("decoupled, joint", "decoupled, dropped edges"),
     ("decoupled, joint", "decoupled, knn and edges"),
     ("decoupled, joint", "decoupled, knn"),
+    ("all words, edges", "all words, dropped edges"),
+    ("all words, joint", "all words, dropped edges"),
+    ("all words, joint", "all words, knn and edges"),
+    ("all words, joint", "all words, knn"),
 )
 """A view from an SVD, and what stands in its place; csg2l_few.csv."""
 ATTACKED = (

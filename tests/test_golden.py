@@ -46,6 +46,8 @@ GRAPH = {
 }  # fmt: skip
 JOINT = {"model.view.base": "joint", "model.view.mix": 1.0}
 """In place of nearest neighbours, which this graph without features does not have."""
+UNFILTERED = {"data.drop_dissimilar": "null"}
+"""Its nodes have no words in common."""
 FAMILY = {"opt-125m": "opt", "qwen3-8b": "qwen3", "qwen3-14b": "qwen3"}
 """Config -> family of the tiny model; llama for all others."""
 
@@ -92,7 +94,7 @@ def _arguments() -> dict[str, list[str]]:
     for config in (ROOT / "configs/deit").glob("[ip]*.yaml"):
         cases[f"{config.relative_to(ROOT / 'configs')}"] = _command(config, IMAGES)
     for config in (ROOT / "configs/csg2l").glob("*.yaml"):
-        options = GRAPH | JOINT if config.stem == "few_labels" else GRAPH
+        options = GRAPH | JOINT | UNFILTERED if config.stem == "poisoned" else GRAPH
         cases[f"{config.relative_to(ROOT / 'configs')}"] = _command(config, options)
     for name in ("smollm2_full", "smollm2_lora"):
         options = TEXT | {"model.model_name_or_path": "sparse", "data.source": "words.jsonl"}

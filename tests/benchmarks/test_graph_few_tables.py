@@ -39,19 +39,29 @@ def test_the_choice_has_validation_accuracies_the_best_first(monkeypatch):
     assert lines[4] == "" and "mean of 2 splits" in lines[5]
 
 
+def test_candidates_on_all_words_have_a_table_with_one_label(monkeypatch):
+    rows = [FACTS | {"phase": "choose", "method": graph_few_tables.PREFIX + name, "dataset": dataset, "labels": labels,
+                     "seed": "3000", "val": "0.5", "test": "0"}
+            for name in ("all words, knn", "knn and edges, balanced")
+            for dataset in ("Cora", "CiteSeer") for labels in ("1", "3", "5")]  # fmt: skip
+    monkeypatch.setattr(graph_few_tables, "read", lambda name: rows)
+    lines = graph_few_tables.choice(words=True).split("\n")
+    assert lines[2] == "| all words, knn |" + " 50.0 |" * 6 + " 50.00 |" and lines[3] == ""
+
+
 def test_ours_are_paired_with_the_published_code_where_it_has_three_splits(monkeypatch):
     theirs = [("Cora", "1", seed, 0.5 + 0.1 * seed) for seed in range(3)] + [("Cora", "5", 0, 0.9)]
     ours = [("Cora", "1", seed, 0.6) for seed in range(20)]
     rows = [FACTS | {"phase": "final", "method": method, "dataset": dataset, "labels": labels, "seed": str(seed),
                      "test": str(value)}
-            for method, values in ((graph_iceberg.METHOD, theirs), (graph_few_tables.PREFIX + "decoupled, edges", ours))
+            for method, values in ((graph_iceberg.METHOD, theirs), (graph_few_tables.PREFIX + "all words, edges", ours))
             for dataset, labels, seed, value in values]  # fmt: skip
     monkeypatch.setattr(graph_few_tables, "read", lambda name: rows)
     lines = graph_few_tables.iceberg().split("\n")
     assert lines[0] == "|  | Cora, 1 label |"
     # 50, 60, 70: a standard error of 10 / sqrt(3), t of two degrees of freedom 4.303; differences 10, 0, -10
     assert lines[2] == "| iceberg, published code | 60.0 ± 24.8 (3) |"
-    assert lines[3] == "| decoupled, edges − iceberg, published code | +0.0 ± 24.8 (3) |"
+    assert lines[3] == "| all words, edges − iceberg, published code | +0.0 ± 24.8 (3) |"
 
 
 def test_pairs_are_pooled_over_all_labels_and_over_three_and_five(monkeypatch):
@@ -65,5 +75,6 @@ def test_pairs_are_pooled_over_all_labels_and_over_three_and_five(monkeypatch):
             rows.append(facts | {"method": graph_few_tables.PREFIX + name, "test": str(0.5 + 0.1 * seed + gained / 100)})
     monkeypatch.setattr(graph_few_tables, "read", lambda name: rows)
     (line,) = [line for line in graph_few_tables.few().split("\n") if line.startswith("| edges, balanced − edges |")]
+    assert "edges, balanced" not in graph_few_tables.few(("edges",))
     means = [cell.split(" ±")[0] for cell in line.split(" | ")[1:]]
     assert means == ["+3.3", "+6.3", "+4.8", "+2.8", "+5.3", "+4.1"]
