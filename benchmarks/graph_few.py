@@ -1,12 +1,13 @@
 """Few labels on fresh splits: which second view pays, and what the SVD adds to it -> results/csg2l_few.csv.
 
     python -m benchmarks.graph_few --data FOLDER --study choose     # candidates, on splits of their own
+    python -m benchmarks.graph_few --data FOLDER --study choose_words     # those on all words, with 1 label too
     python -m benchmarks.graph_few --data FOLDER                    # named methods, on fresh splits
     python -m benchmarks.graph_few --data FOLDER --study unlike     # local views where neighbours differ
     python -m benchmarks.graph_few --data FOLDER --study unlike_fresh     # some of them again, on fresh splits
 
-Random balanced splits with 1, 3, 5 or 20 labels a class, 30 validation nodes a class, all others for the test. `choose` trains
-candidates on splits that the final study does not use, and prints their mean validation accuracy: that is what chooses. The
+Random balanced splits with 1, 3, 5 or 20 labels a class, 30 validation nodes a class, all others for the test. `choose` and
+`choose_words` train candidates on splits that the final study does not use, and print their mean validation accuracy. The
 final study trains what METHODS names, every method on the same splits, one seed each. `unlike` takes the ten geom-gcn splits of
 graphs whose neighbours differ, `unlike_fresh` random splits of the same sizes (GraphDataModule's split uniform) that nobody
 looked at when the methods were made. Test nodes choose nothing; rows are appended and not run again.
@@ -27,7 +28,8 @@ DATASETS, LABELS, VAL_PER_CLASS = ("Cora", "CiteSeer"), (1, 3, 5, 20), 30
 UNLIKE_DATASETS, FOLDS = ("texas", "cornell", "wisconsin"), 10
 FRESH_DATASETS = (*UNLIKE_DATASETS, "Actor")
 CHOOSING_SEED, FIRST_SEED, FRESH_SEED = 3000, 4000, 7000
-CHOOSING_LABELS = (3, 5)
+CHOOSING_LABELS, WORDS_LABELS = (3, 5), (1, 3, 5)
+"""Labels a class that `choose` and `choose_words` look at."""
 PREFIX = "csg2l, default: "
 NO_CONTRAST = {"contrast_weight": 0.0}
 JOINT = {"base": "joint", "mix": 1.0}
@@ -78,14 +80,17 @@ METHODS: dict[str, dict[str, Any]] = {
 FEW, WIDER = "knn and edges, balanced", {"encoder_args": {"dimensions": 256}}
 
 
-def encoded(**changed: Any) -> dict[str, Any]:
-    """Change arguments of the encoder in WORDS."""
-    return {"encoder_args": WORDS["encoder_args"] | changed}
+def varied(bases: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return candidates by name, "<method>: <change>", of changes in some methods; without a change the method itself."""
+    return {
+        f"{base}: {change}" if change else base: METHODS[base] | changed
+        for base, changes in bases.items()
+        for change, changed in changes.items()
+    }
 
 
-CANDIDATES: dict[str, dict[str, Any]] = {
-    name: METHODS[base] | changed
-    for base, changes in {
+CANDIDATES = varied(
+    {
         FEW: {
             "": {},
             "hidden 256": {"hidden_channels": 256},
@@ -120,11 +125,16 @@ CANDIDATES: dict[str, dict[str, Any]] = {
             "dropped edges instead": {"view": "drop"},
             "dropped edges instead, 256 dimensions": {"view": "drop"} | WIDER,
         },
+    }
+)
+"""Of `choose`: one or two things changed in a setting on a GCN and in one on propagated features."""
+WORDS_CANDIDATES = varied(
+    {
         "all words, joint": {
             "": {},
-            "512 dimensions": encoded(dimensions=512),
-            "length 2": encoded(length=2.0),
-            "K = 10": encoded(K=10),
+            "512 dimensions": {"encoder_args": WORDS["encoder_args"] | {"dimensions": 512}},
+            "length 2": {"encoder_args": WORDS["encoder_args"] | {"length": 2.0}},
+            "K = 10": {"encoder_args": WORDS["encoder_args"] | {"K": 10}},
             "learning rate 0.03": {"learning_rate": 0.03},
             "weight decay 1e-3": {"weight_decay": 1e-3},
             "weight decay 2e-3": {"weight_decay": 2e-3},
@@ -136,39 +146,44 @@ CANDIDATES: dict[str, dict[str, Any]] = {
             "learning rate 0.03, dropout 0.3": {"learning_rate": 0.03, "dropout": 0.3},
         },
         **{f"all words, {view}": {"": {}} for view in ("knn", "knn and edges", "dropped edges", "edges")},
-    }.items()
-    for change, changed in changes.items()
-    for name in [f"{base}: {change}" if change else base]
+    }
+)
+"""Of `choose_words`: one or two things changed in a setting on all words, and other second views."""
+
+
+STUDIES: dict[str, tuple[dict[str, dict[str, Any]], tuple[int, ...], int, int]] = {
+    "final": (METHODS, LABELS, FIRST_SEED, 20),
+    "choose": (CANDIDATES, CHOOSING_LABELS, CHOOSING_SEED, 10),
+    "choose_words": (WORDS_CANDIDATES, WORDS_LABELS, CHOOSING_SEED, 10),
+    "unlike": (UNLIKE, (), 0, FOLDS),
+    "unlike_fresh": (FRESH, (), FRESH_SEED, 20),
 }
-"""Of the choice: one or two things changed in a setting on a GCN and in two on propagated features."""
+"""Study -> methods, labels a class, the first seed of its splits, and how many there are."""
 
 
 def main() -> None:
     """Run one of the studies and print what validation says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--study", choices=["final", "choose", "unlike", "unlike_fresh"], default="final")
+    parser.add_argument("--study", choices=list(STUDIES), default="final")
     parser.add_argument("--out", type=Path, default=Path("results/csg2l_few.csv"))
     parser.add_argument("--datasets", nargs="+", help="default those of the study")
-    parser.add_argument("--labels", nargs="+", type=int, help="default 1 3 5 20, to choose 3 5")
+    parser.add_argument("--labels", nargs="+", type=int, help="default those of the study")
     parser.add_argument("--methods", nargs="+", help="default all")
     parser.add_argument("--seeds", type=int, help="default 20, to choose 10")
     options = parser.parse_args()
-    options.stop_at = time.time() + options.seconds
-    labels = options.labels or (CHOOSING_LABELS if options.study == "choose" else LABELS)
-    methods = {"final": METHODS, "choose": CANDIDATES, "unlike": UNLIKE, "unlike_fresh": FRESH}[options.study]
+    options.stop_at, phase = time.time() + options.seconds, options.study.removesuffix("_words")
+    methods, labels, first, count = STUDIES[options.study]
     methods = {name: methods[name] for name in options.methods or methods}
-    first = {"final": FIRST_SEED, "unlike_fresh": FRESH_SEED}.get(options.study, CHOOSING_SEED)
-    count = 10 if options.study == "choose" else 20
     known, seeds = sources(options.data), range(first, first + (count if options.seeds is None else options.seeds))
     if options.study == "unlike":
         rows = folds(known, methods, options.datasets or UNLIKE_DATASETS)
     elif options.study == "unlike_fresh":
         rows = uniform(known, methods, options.datasets or FRESH_DATASETS, seeds)
     else:
-        rows = tasks(options.study, known, methods, options.datasets or DATASETS, labels, seeds)
+        rows = tasks(phase, known, methods, options.datasets or DATASETS, options.labels or labels, seeds)
     run_missing(rows, options.out, KEYS, COLUMNS, options)
-    for name, value in validated(options.out, options.study, list(methods)).items():
+    for name, value in validated(options.out, phase, list(methods)).items():
         print(f"{100 * value:.2f}  {name}")
 
 

@@ -3,7 +3,7 @@
 import statistics
 
 from benchmarks import graph_iceberg
-from benchmarks.graph_few import CANDIDATES, CHOOSING_LABELS, DATASETS, LABELS, PREFIX
+from benchmarks.graph_few import CHOOSING_LABELS, DATASETS, LABELS, PREFIX, STUDIES
 from benchmarks.graph_tables import DEFAULT, NAMES, accuracies, gain, hardware, interval, seed_means
 from benchmarks.markdown import read, table
 
@@ -44,30 +44,27 @@ def few(shown: tuple[str, ...] | None = None) -> str:
     return f"{accuracy}\n\n{table(['', *head], lines)}\n\n{note}"
 
 
-def choice(words: bool = False) -> str:
-    """Validation accuracy of candidates that all cells have, the highest mean first.
-
-    Args:
-        words: Whether those on all words, which were tried with 1 label too, or the others.
-    """
+def choice(study: str) -> str:
+    """Validation accuracy of the candidates of a study that have all splits of all cells, the highest mean first."""
+    candidates, labels, *_ = STUDIES[study]
     rows = [row for row in read("csg2l_few.csv") if row["phase"] == "choose"]
-    rows = [row for row in rows if row["method"].startswith(f"{PREFIX}all words") == words]
+    rows = [row for row in rows if row["method"].removeprefix(PREFIX) in candidates]
     found: dict[str, dict[tuple[str, str], list[float]]] = {}
     for row in rows:
         cells = found.setdefault(row["method"].removeprefix(PREFIX), {})
         cells.setdefault((row["dataset"], row["labels"]), []).append(100 * float(row["val"]))
-    cells = [(dataset, str(count)) for dataset in DATASETS for count in ((1, *CHOOSING_LABELS) if words else CHOOSING_LABELS)]
+    cells = [(dataset, str(count)) for dataset in DATASETS for count in labels]
+    most = max((len(values) for cells in found.values() for values in cells.values()), default=0)
     means = {
         name: [statistics.mean(found[name][cell]) for cell in cells]
-        for name in CANDIDATES
-        if found.get(name, {}).keys() == set(cells)
+        for name in candidates
+        if all(len(found.get(name, {}).get(cell, [])) == most for cell in cells)
     }
     lines = [
         [name, *(f"{value:.1f}" for value in values), f"{statistics.mean(values):.2f}"]
         for name, values in sorted(means.items(), key=lambda entry: -statistics.mean(entry[1]))
     ]
-    seeds = {row["seed"] for row in rows}
-    note = f"Validation accuracy in per cent, mean of {len(seeds)} splits that nothing is tested on. {hardware(rows)}."
+    note = f"Validation accuracy in per cent, mean of {most} splits that nothing is tested on. {hardware(rows)}."
     return f"{table(['', *(f'{NAMES[dataset]}, {count}' for dataset, count in cells), 'mean'], lines)}\n\n{note}"
 
 
@@ -146,7 +143,7 @@ CONTROLS = (
     ("all words, joint", "decoupled, joint"),
     ("all words, joint", "knn and edges, balanced"),
 )
-"""Pairs of csg2l_few.csv that differ in one thing; the last one in more."""
+"""Pairs of csg2l_few.csv that differ in one thing; `edges, balanced` in its contrast too, the last two in more."""
 AGAINST_ICEBERG = (
     "all words, edges",
     "all words, dropped edges",
@@ -162,8 +159,8 @@ AGAINST_ICEBERG = (
 TABLES = {
     "graphs-few": lambda: few(SHOWN),
     "graphs-few-all": few,
-    "graphs-few-choice": choice,
-    "graphs-few-choice-words": lambda: choice(words=True),
+    "graphs-few-choice": lambda: choice("choose"),
+    "graphs-few-choice-words": lambda: choice("choose_words"),
     "graphs-iceberg": iceberg,
     "graphs-unlike": lambda: unlike("unlike", "geom-gcn splits", "graph_few --data FOLDER --study unlike"),
     "graphs-unlike-fresh": lambda: unlike(

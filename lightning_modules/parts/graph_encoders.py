@@ -76,7 +76,7 @@ class Decoupled(nn.Module):
         dropout: Share that is dropped between layers.
         K: Number of propagation steps.
         alpha: Share of the node's own features in each step.
-        dimensions: d, to which the propagated features are reduced; None keeps all, N · F values a view.
+        dimensions: d, to which the propagated features are reduced; None keeps all: N · F values a view, in checkpoints too.
         length: Root of the mean square length of their rows; None for √d, with which values have mean square 1.
         seed: Seed of the reduction.
     """
@@ -98,10 +98,11 @@ class Decoupled(nn.Module):
         check_share("encoder_args.alpha", alpha)
         if dimensions is not None:
             check_integer("encoder_args.dimensions", dimensions, 1, "null keeps all")
-        if length is not None and not 0 < length < math.inf:
+        number = isinstance(length, int | float) and not isinstance(length, bool)
+        if length is not None and not (number and 0 < length < math.inf):
             raise ValueError(
-                f"Argument `encoder_args.length` expected to be above 0 but got {length}. Leave it out for values of mean "
-                "square 1."
+                f"Argument `encoder_args.length` expected to be a finite number above 0 but got {length!r}. Leave it out for "
+                "values of mean square 1."
             )
         self.steps, self.teleport, self.seed = K, alpha, seed
         self.dimensions, self.length = dimensions, length

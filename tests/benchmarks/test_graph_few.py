@@ -2,13 +2,16 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
+import yaml
+from jsonargparse import ArgumentParser
 
-from benchmarks import graph_few, graph_settings
+from benchmarks import graph_attack, graph_few, graph_settings
 from lightning_modules import CSG2L, SvdView
 
-ALL = {**graph_few.METHODS, **graph_few.CANDIDATES, **graph_few.UNLIKE}
+ALL = {**graph_few.METHODS, **graph_few.CANDIDATES, **graph_few.WORDS_CANDIDATES, **graph_few.UNLIKE}
 
 
 def test_few_labels_have_the_same_splits_for_every_method(tmp_path):
@@ -24,7 +27,7 @@ def test_few_labels_have_the_same_splits_for_every_method(tmp_path):
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["phase", "dataset", "labels", "method", "seed", "val"])
-        for method, seed, value in (("edges", 0, 0.5), ("joint", 0, 0.6), ("joint", 1, 0.1)):
+        for method, seed, value in (("edges", 0, 0.5), ("joint", 0, 0.6), ("joint", 1, 0.1), ("knn", 1, 0.9)):
             writer.writerow(["choose", "Cora", 3, graph_few.PREFIX + method, seed, value])
     found = graph_few.validated(path, "choose", ["edges", "joint"])  # on the split that both have
     assert found == {"joint": 0.6, "edges": 0.5}
@@ -49,3 +52,21 @@ def test_fresh_splits_where_neighbours_differ():
 def test_methods_of_few_labels_can_be_built(name):
     flat = graph_settings.DEFAULT | ALL[name]
     CSG2L(**graph_settings.module_arguments("CSG2L", flat))
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ("few_labels", graph_few.METHODS["all words, joint"]),
+        ("poisoned", graph_attack.METHODS[f"{graph_few.PREFIX}knn, balanced, jaccard 0.05"]),
+    ],
+)
+def test_the_configs_are_the_methods_that_they_name(config, method):
+    content = yaml.safe_load((Path(__file__).parents[2] / f"configs/csg2l/{config}.yaml").read_text())
+    arguments, threshold = graph_attack.split_off(graph_settings.DEFAULT | method)
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(CSG2L, "model")
+    made = parser.instantiate_classes(parser.parse_object({"model": content["model"]})).model
+    wanted = CSG2L(**graph_settings.module_arguments("CSG2L", arguments))
+    assert dict(made.hparams) == dict(wanted.hparams)
+    assert content["data"]["init_args"].get("drop_dissimilar", "") == threshold

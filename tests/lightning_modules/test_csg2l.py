@@ -77,6 +77,7 @@ def trained(module, path, epochs=30, data=None, **options):
         {"encoder": "decoupled"},
         {"encoder": "decoupled", "view": "knn", "local_view": "mlp", "fusion": "attention"},
         {"encoder": "decoupled", "view": "drop"},
+        {"encoder": "decoupled", "encoder_args": {"dimensions": None, "length": 2.0}},
         {"pseudo_labels": PredictedLabels(alignment=0.0, confident="mean", warmup_epochs=3, balanced=True, clean=True)},
         {"pseudo_labels": PredictedLabels(warmup_epochs=3, beta=1.0)},
     ],
@@ -384,11 +385,12 @@ def test_epochs_of_the_warm_up_are_not_chosen(tmp_path):
     assert float(checkpoint.best_model_score) == pytest.approx(max(found["accuracy"] for found in seen[6:]))
 
 
-def test_an_encoder_on_propagated_features_sees_no_edges_and_comes_back_from_a_checkpoint(tmp_path):
-    module = CSG2L(**SMALL | {"encoder": "decoupled"})
+@pytest.mark.parametrize("arguments", [{}, {"dimensions": None, "length": 2.0}])
+def test_an_encoder_on_propagated_features_sees_no_edges_and_comes_back_from_a_checkpoint(arguments, tmp_path):
+    module = CSG2L(**SMALL | {"encoder": "decoupled", "encoder_args": arguments})
     trainer, data = trained(module, tmp_path, 3)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    again = CSG2L(**SMALL | {"encoder": "decoupled", "view": SvdView(rank=20, seed=5)})
+    again = CSG2L(**SMALL | {"encoder": "decoupled", "encoder_args": arguments, "view": SvdView(rank=20, seed=5)})
     quiet(tmp_path).validate(again, datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True, verbose=False)
     assert torch.equal(again.prepared_1, module.prepared_1)
     batch = data.data.clone()

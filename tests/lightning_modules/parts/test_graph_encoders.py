@@ -147,7 +147,10 @@ def test_decoupled_encoder_keeps_all_features():
     [
         ("decoupled", {"arguments": {"dimensions": 0}}, "`encoder_args.dimensions` expected to be an integer of at least 1"),
         ("decoupled", {"arguments": {"alpha": 2.0}}, "`encoder_args.alpha`"),
-        ("decoupled", {"arguments": {"length": 0.0}}, "`encoder_args.length` expected to be above 0 but got 0.0"),
+        *(
+            ("decoupled", {"arguments": {"length": length}}, f"`encoder_args.length` expected to be a .* but got {length!r}")
+            for length in (0.0, -1, True, "2.0", float("inf"))
+        ),
         ("decoupled", {"arguments": {"heads": 2}}, "`encoder_args` expected further arguments of 'decoupled'"),
         ("gnc", {}, "`encoder` expected to be one of gcn, gat"),
         ("torch_geometric.nn.GNC", {}, "`encoder`"),
