@@ -68,7 +68,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Name -> flat configuration; `drop_dissimilar` is given to the data. DGI and GRACE have the defaults of their classes.
 
-The filter of 0.05, which configs/csg2l/poisoned.yaml has, was run on clean graphs alone: what it costs there.
+The filter of 0.05, which validation chooses under PRBCD, was run on clean graphs alone: what it costs there.
 """
 FILTERED = [{"drop_dissimilar": threshold} for threshold in (0.0, 0.02, 0.05)]
 CHOICES: dict[str, list[dict[str, Any]]] = {

@@ -17,6 +17,7 @@ OURS = tuple(
         "knn, balanced",
         "knn, balanced, chosen threshold",
         "knn, balanced, jaccard",
+        "knn, balanced, jaccard 0.05",
         "purified, knn",
         "decoupled, knn",
     )

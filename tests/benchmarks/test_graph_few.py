@@ -58,7 +58,7 @@ def test_methods_of_few_labels_can_be_built(name):
     ("config", "method"),
     [
         ("few_labels", graph_few.METHODS["all words, joint"]),
-        ("poisoned", graph_attack.METHODS[f"{graph_few.PREFIX}knn, balanced, jaccard 0.05"]),
+        ("poisoned", graph_attack.METHODS[f"{graph_few.PREFIX}knn, balanced, jaccard"]),
     ],
 )
 def test_the_configs_are_the_methods_that_they_name(config, method):
